@@ -1,0 +1,128 @@
+"""The RepVGG block in both forms."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from . import deploy as _deploy
+from .checkpoints import CheckpointError, fold_state_dict
+
+__all__ = ['ConvNorm', 'RepVGGBlock']
+
+
+class ConvNorm(nn.Sequential):
+    """A convolution without bias, then normalisation: `(N, C_in, H, W)` to `(N, C_out, H', W')`."""
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int,
+        *,
+        norm_layer: Callable[..., nn.Module],
+        device: Any = None,
+        dtype: Any = None,
+        **conv_kwargs: Any,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        conv = nn.Conv2d(in_chs, out_chs, kernel_size, bias=False, **conv_kwargs, **dd)
+        super().__init__(OrderedDict(conv=conv, bn=norm_layer(out_chs, **dd)))
+
+
+class RepVGGBlock(nn.Module):
+    """act(attn(BN(3x3 · x) + BN(1x1 · x) + BN(x))) to train, act(attn(3x3 · x + b)) to deploy.
+
+    `(N, C_in, H, W)` to `(N, C_out, H / stride, W / stride)`, rounded up; arXiv 2101.03697, figure 4 and
+    section 3.3. The identity branch exists where input and output have one shape. The form is `deploy`
+    if `reparam_conv` is there, and the training form otherwise. `attn_last` puts the squeeze-excite
+    behind the activation, as RepVGGplus has it.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        padding_mode: str = 'zeros',
+        identity: bool | None = None,
+        deploy: bool = False,
+        attn_layer: Callable[..., nn.Module] | None = None,
+        attn_last: bool = False,
+        act_layer: Callable[..., nn.Module] = nn.ReLU,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        drop_path_rate: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        """`identity` is decided by the shapes unless given (a dilated first block of a stage has none)."""
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        if identity is None:
+            identity = in_chs == out_chs and stride == 1
+        kxk: dict[str, Any] = dict(
+            stride=stride, padding=dilation, dilation=dilation, groups=groups, padding_mode=padding_mode
+        )
+        self.stride = stride
+        self.norm_eps: float = norm_layer(1).eps
+        self.reparam_conv = nn.Conv2d(in_chs, out_chs, 3, **kxk, **dd) if deploy else None
+        training: dict[str, Any] = dict(norm_layer=norm_layer, **dd)
+        self.identity = norm_layer(out_chs, **dd) if identity and not deploy else None
+        self.conv_kxk = None if deploy else ConvNorm(in_chs, out_chs, 3, **kxk, **training)
+        self.conv_1x1 = None if deploy else ConvNorm(in_chs, out_chs, 1, groups=groups, **training)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate and identity and not deploy else nn.Identity()
+        self.attn = nn.Identity() if attn_layer is None else attn_layer(out_chs, **dd)
+        self.attn_last = attn_last
+        self.act = act_layer(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reparam_conv is not None:
+            y = self.reparam_conv(x)
+        else:
+            # A strided 1x1 convolution reads every stride-th pixel. Doing that first is the same, and spares
+            # the backward pass of a strided 1x1 convolution over three channels_last channels, which corrupts
+            # memory in PyTorch 2.14 on some x86 CPUs.
+            y = self.conv_1x1(x if self.stride == 1 else x[:, :, :: self.stride, :: self.stride]) + self.conv_kxk(x)
+            if self.identity is not None:
+                y = self.drop_path(y)
+                y += self.identity(x)
+        if self.attn_last:
+            return self.attn(self.act(y))
+        return self.act(self.attn(y))
+
+    @torch.jit.ignore
+    def switch_to_deploy(self, *, verify: Tensor | None = None) -> RepVGGBlock:
+        """Fold the branches into one convolution, in place; see `repvgg_zoo.switch_to_deploy`."""
+        return _deploy.switch_to_deploy(self, verify=verify)
+
+    @torch.jit.ignore
+    def reparameterize(self) -> RepVGGBlock:
+        """`switch_to_deploy()` by timm's name."""
+        return self.switch_to_deploy()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *args: Any
+    ) -> None:
+        """Fold training weights that are loaded into the deploy form, wherever the block stands."""
+        holds_training = f'{prefix}conv_kxk.conv.weight' in state_dict
+        holds_deploy = f'{prefix}reparam_conv.weight' in state_dict
+        if self.reparam_conv is not None and holds_training:
+            own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+            folded = fold_state_dict(own, eps=self.norm_eps)
+            for key in own.keys() - folded.keys():
+                del state_dict[key]
+            state_dict.update(folded)
+        elif self.reparam_conv is None and holds_deploy:
+            raise CheckpointError(
+                'deploy-form weights do not go into a training-form model: the branches cannot be told from their '
+                'sum; create the model with deploy=True'
+            )
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)

@@ -1,0 +1,194 @@
+"""The command line: one verb per room, no logic."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ['main']
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.verb(args)
+    except KeyboardInterrupt:
+        return 130
+    except args.errors as error:
+        message = ' '.join(str(error).split()) or type(error).__name__
+        print(f'repvgg-zoo: {message}', file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    from . import __version__
+
+    parser = argparse.ArgumentParser(
+        prog='repvgg-zoo',
+        description='RepVGG models for timm, in the training and the deploy form.',
+        epilog='`repvgg-zoo VERB --help` tells more about a verb.',
+    )
+    parser.add_argument('--version', action='version', version=f'repvgg-zoo {__version__}')
+    verbs = parser.add_subparsers(metavar='VERB', required=True)
+
+    def add(verb: Any, name: str, summary: str, description: str = '') -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=summary, description=f'{summary[0].upper()}{summary[1:]}. {description}')
+        sub.set_defaults(verb=verb, errors=(RuntimeError, ValueError, OSError))
+        return sub
+
+    sub = add(_list, 'list', 'list the variants, their sizes, published accuracy and weights')
+    sub.add_argument('--markdown', action='store_true', help='print the table as Markdown')
+
+    sub = add(
+        _demo,
+        'demo',
+        'evaluate, fine-tune, fold and evaluate again on bundled images',
+        'Needs no network and less than a minute.',
+    )
+    sub.add_argument('--out', default='repvgg-demo', help='folder for both forms of the model (%(default)s)')
+    sub.add_argument('--overwrite', action='store_true', help='replace that folder if it exists')
+
+    sub = add(
+        _convert,
+        'convert',
+        'write a checkpoint of any layout and form as a model folder',
+        "timm.create_model('local-dir:DST', pretrained=True) then builds the model.",
+    )
+    sub.add_argument('src', metavar='SRC', help='checkpoint file, model folder, or timm model name')
+    sub.add_argument('dst', metavar='DST', help='folder to write: model.safetensors and config.json')
+    sub.add_argument('--form', choices=('training', 'deploy'), help='form to write (that of SRC)')
+    sub.add_argument('--variant', help='variant of SRC, where its shapes do not tell')
+    sub.add_argument('--no-ema', action='store_true', help='take the plain weights where SRC holds an average too')
+    sub.add_argument('--overwrite', action='store_true', help='replace DST if it exists')
+
+    sub = add(
+        _verify,
+        'verify',
+        'tell whether two checkpoints, or the two forms of one, compute the same function',
+        'Exits with 0 if all top classes agree and the logits differ by no more than float32 rounding explains '
+        '(1e-3 of the largest), with 1 otherwise.',
+    )
+    sub.add_argument('a', metavar='A', help='checkpoint file, model folder, or timm model name')
+    sub.add_argument('b', metavar='B', nargs='?', help='another one; by default the fold of A')
+    sub.add_argument('--images', metavar='FOLDER', help='real images to compare on (random ones)')
+
+    sub = add(
+        _run,
+        'run',
+        'run a script, module or console script with the zoo registered in timm',
+        'Everything behind the name is passed on.',
+    )
+    sub.add_argument('target', metavar='SCRIPT_OR_MODULE')
+    sub.add_argument('args', metavar='ARGS', nargs=argparse.REMAINDER)
+    from .launch import LaunchError
+
+    sub.set_defaults(errors=LaunchError)
+    return parser
+
+
+def _list(args: argparse.Namespace) -> int:
+    from .listing import HEADER, LEGEND, markdown_table, variant_rows
+
+    rows = [row.cells() for row in variant_rows()]
+    if args.markdown:
+        print(markdown_table(rows))
+    else:
+        _print_table(HEADER, rows)
+        print(LEGEND)
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .demo import run_demo
+
+    with Progress(console=Console(stderr=True)) as progress:
+        rows = run_demo(args.out, track=progress.track, overwrite=args.overwrite)
+    _print_table(
+        ('form', 'parameters', 'latency_ms per image', 'top1_pct', 'largest logit difference'),
+        [
+            (
+                row.form,
+                f'{row.params:,}',
+                f'{row.latency_ms:.2f}',
+                f'{row.top1_pct:.1f}',
+                '' if row.max_logit_diff is None else f'{row.max_logit_diff:.1e}',
+            )
+            for row in rows
+        ],
+    )
+    print(f'both forms of the fine-tuned model are in {args.out}')
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from .convert import convert
+
+    model = convert(
+        args.src,
+        args.dst,
+        form=args.form,
+        variant=args.variant,
+        use_ema=not args.no_ema,
+        overwrite=args.overwrite,
+    )
+    form = 'deploy' if model.deploy else 'training'
+    print(f'wrote {model.variant.name}, {form} form, {model.num_classes} classes, to {args.dst}')
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from .compare import verify
+
+    results = verify(args.a, args.b, images=args.images)
+    _print_table(
+        ('computed in', 'images', 'largest difference', 'relative to the largest logit', 'same top class'),
+        [
+            (
+                dtype,
+                str(result.images),
+                f'{result.max_abs_diff:.2e}',
+                f'{result.max_rel_diff:.2e}',
+                f'{result.top1_agreement_pct:.2f} %',
+            )
+            for dtype, result in results.items()
+        ],
+    )
+    same = all(result.same for result in results.values())
+    print('the same function' if same else 'NOT the same function')
+    return 0 if same else 1
+
+
+def _run(args: argparse.Namespace) -> int:
+    import repvgg_zoo  # noqa: F401  registers the zoo
+
+    from .launch import run
+
+    run(args.target, args.args)
+    return 0
+
+
+def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    from rich.console import Console
+
+    Console().print(_table(header, rows))
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for index, title in enumerate(header):
+        table.add_column(title, justify='right' if index else 'left', no_wrap=not index)
+    for row in rows:
+        table.add_row(*row)
+    return table

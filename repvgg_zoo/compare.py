@@ -1,0 +1,96 @@
+"""Whether two models compute the same function."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from timm.data import ImageDataset, create_transform, resolve_model_data_config
+from torch import Tensor
+
+from .checkpoints import CheckpointError
+from .convert import open_model
+from .repvgg import RepVGG
+
+__all__ = ['Comparison', 'compare', 'images_for', 'verify']
+
+_RANDOM_IMAGES, _BATCH_SIZE = 8, 8
+_MAX_REL_DIFF = 1e-3
+"""What storing both forms in float32 explains: an ulp or two a weight, amplified by some fifty layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How far the logits of two models are apart, over all images and classes."""
+
+    images: int
+    max_abs_diff: float
+    max_rel_diff: float
+    """Largest absolute difference, relative to the largest logit."""
+    top1_agreement_pct: float
+    """Images on which both models have the same top class, in per cent."""
+
+    @property
+    def same(self) -> bool:
+        """Whether the models compute the same function, as far as float32 weights can."""
+        return self.max_rel_diff <= _MAX_REL_DIFF and self.top1_agreement_pct == 100
+
+
+def verify(a: str | Path, b: str | Path | None = None, *, images: str | Path | None = None) -> dict[str, Comparison]:
+    """Compare two checkpoints, or a training-form one and its fold, in float32 and in float64.
+
+    `a` and `b` are what `repvgg_zoo.convert.open_model` takes. Runs on the images below a folder, or on
+    random ones.
+    """
+    model_a = open_model(a)
+    if b is not None:
+        model_b = open_model(b)
+    elif model_a.deploy:
+        raise CheckpointError(f'{str(a)!r} is of the deploy form, so there is no other form of it to compare with')
+    else:
+        model_b = copy.deepcopy(model_a).eval().switch_to_deploy()
+    return {
+        str(dtype).removeprefix('torch.'): compare(model_a, model_b, images_for(model_a, images), dtype=dtype)
+        for dtype in (torch.float32, torch.float64)
+    }
+
+
+def compare(a: RepVGG, b: RepVGG, batches: Iterator[Tensor], *, dtype: torch.dtype) -> Comparison:
+    """Run two models in eval mode and `dtype` on batches of images, `(N, C, H, W)`."""
+    if (a.in_chans, a.num_classes) != (b.in_chans, b.num_classes):
+        raise ValueError(
+            f'the models differ in shape: {a.in_chans} channels to {a.num_classes} classes, and {b.in_chans} channels '
+            f'to {b.num_classes} classes'
+        )
+    a, b = (copy.deepcopy(model).to(dtype).eval() for model in (a, b))
+    images = agreeing = 0
+    max_abs_diff = largest = 0.0
+    with torch.inference_mode():
+        for batch in batches:
+            logits_a, logits_b = a(batch.to(dtype)).double(), b(batch.to(dtype)).double()
+            images += len(batch)
+            agreeing += int((logits_a.argmax(1) == logits_b.argmax(1)).sum())
+            max_abs_diff = max(max_abs_diff, (logits_a - logits_b).abs().max().item())
+            largest = max(largest, logits_a.abs().max().item())
+    return Comparison(
+        images=images,
+        max_abs_diff=max_abs_diff,
+        max_rel_diff=max_abs_diff / largest,
+        top1_agreement_pct=100 * agreeing / images,
+    )
+
+
+def images_for(model: RepVGG, folder: str | Path | None = None) -> Iterator[Tensor]:
+    """Batches of the images below a folder, preprocessed for the model; without one, random images."""
+    config = resolve_model_data_config(model)
+    if folder is None:
+        yield torch.randn(_RANDOM_IMAGES, *config['input_size'], generator=torch.Generator().manual_seed(0))
+        return
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f'no folder of images at {str(folder)!r}')
+    dataset = ImageDataset(str(folder), transform=create_transform(**config))
+    for batch, _ in torch.utils.data.DataLoader(dataset, batch_size=_BATCH_SIZE):
+        yield batch

@@ -1,0 +1,98 @@
+"""From a checkpoint of any layout and form to a model, and to a model folder in timm's format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import timm
+from timm.models import save_for_hf
+
+from .checkpoints import CheckpointError, Form, form_of, identify_variant, read_checkpoint, to_timm_layout
+from .folders import new_folder
+from .pretrained import load_state_dict, weights_in
+from .repvgg import RepVGG
+from .variants import get_variant
+
+__all__ = ['convert', 'open_model']
+
+_FILE_SUFFIXES = ('.safetensors', '.pth', '.pt', '.tar', '.bin')
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    form: Form | None = None,
+    variant: str | None = None,
+    use_ema: bool = True,
+    overwrite: bool = False,
+) -> RepVGG:
+    """Write a checkpoint as a model folder, and return the model.
+
+    The folder holds `model.safetensors` and timm's `config.json`, so that
+    `timm.create_model('local-dir:TARGET', pretrained=True)` builds the model, its form included.
+
+    Args:
+        source: What `open_model` takes.
+        target: The folder to write.
+        form: The form to write; that of the source by default. Training weights are folded for the deploy
+            form; the reverse is an error.
+        variant: The name of the variant, where the shapes do not tell it.
+        use_ema: Take the average of the weights from a training checkpoint that has one.
+        overwrite: Replace the target if it exists.
+    """
+    with new_folder(target, overwrite=overwrite) as folder:
+        model = open_model(source, variant=variant, use_ema=use_ema)
+        if form == 'deploy':
+            model.eval().switch_to_deploy()
+        elif form == 'training' and model.deploy:
+            raise CheckpointError(
+                f'{str(source)!r} is of the deploy form, and its branches are summed for good; convert it with '
+                'form deploy, or find the training weights'
+            )
+        model.pretrained_cfg.pop('tag', None)
+        save_for_hf(model, folder, model_args=model._model_args, safe_serialization=True)
+    return model
+
+
+def open_model(source: str | Path, *, variant: str | None = None, use_ema: bool = True) -> RepVGG:
+    """The model that a checkpoint holds, in the checkpoint's form.
+
+    `source` is a checkpoint file of any layout and form, a model folder with `config.json`, or a timm
+    model name whose weights can be had. The variant, classes and input channels of a file are read off
+    its shapes. Raises `FileNotFoundError`, or `CheckpointError` for a file that is of no known variant or
+    does not fit the given one.
+    """
+    path = Path(source)
+    if path.is_dir() and (path / 'config.json').is_file():
+        return timm.create_model(f'local-dir:{path}', pretrained=True)
+    if path.is_dir():
+        path = weights_in(path)
+    if _is_model_name(source):
+        return timm.create_model(str(source), pretrained=True)
+
+    state_dict = to_timm_layout(read_checkpoint(path, use_ema=use_ema))
+    found = identify_variant(state_dict)
+    if variant is None and found is None:
+        raise CheckpointError(f'{str(path)!r} has the shapes of no known variant; `repvgg-zoo list` shows them')
+    name = get_variant(variant).name if variant else found.name
+    classifier = state_dict.get('head.fc.weight')
+    deploy = form_of(state_dict) == 'deploy'
+    stem = 'stem.reparam_conv.weight' if deploy else 'stem.conv_kxk.conv.weight'
+    model = timm.create_model(
+        name,
+        num_classes=0 if classifier is None else classifier.shape[0],
+        in_chans=state_dict[stem].shape[1] if stem in state_dict else 3,
+        deploy=deploy,
+    )
+    load_state_dict(model, state_dict)
+    return model
+
+
+def _is_model_name(source: str | Path) -> bool:
+    name = str(source)
+    if Path(source).exists() or name.endswith(_FILE_SUFFIXES):
+        return False
+    if ':' not in name and '/' not in name:
+        get_variant(name.split('.')[0])
+    return ':' in name or '/' not in name

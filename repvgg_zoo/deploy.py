@@ -1,0 +1,213 @@
+"""The switch to the deploy form, for any module that holds RepVGG blocks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoints import BLOCK_NAMES, BlockNames
+from .reparam import BNStats, FoldError, fold_block
+
+__all__ = ['switch_to_deploy']
+
+_logger = logging.getLogger(__name__)
+ModuleT = TypeVar('ModuleT', bound=nn.Module)
+
+# Largest difference of the outputs, relative to the largest output, that rounding explains: the fold moves
+# each kernel by an ulp or two, and some fifty layers amplify that a few hundred times. Half precision rounds
+# every activation too. A wrong fold is off by the size of the outputs.
+_MAX_RELATIVE_DIFF = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+
+
+def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
+    """Fold every RepVGG block inside a module into one convolution, in place, and return the module.
+
+    The blocks may be this package's, timm's or the official code's, wherever they are: a bare block, a
+    classifier, a segmentation network, a feature extractor, a DDP or compiled module. Blocks of the deploy
+    form are left alone, so a second call changes nothing. The running statistics are folded whatever the
+    mode of the module, hence the deploy form gives what `eval()` gave. Optimizers, averages and DDP
+    wrappers made before still hold the old parameters: make them anew if training goes on.
+
+    Args:
+        verify: An input of the module. If given, both forms are run on it in eval mode and the largest
+            difference is logged.
+
+    Raises:
+        FoldError: A block cannot be folded, or with `verify` the forms differ by more than rounding explains
+            (1e-3 of the largest output in float32). The module is then as it was before.
+        ValueError: There is no RepVGG block in the module.
+    """
+    blocks = list(_find_blocks(module))
+    if not blocks:
+        raise ValueError(f'no RepVGG block in {type(module).__name__}, neither of the training nor of the deploy form')
+    folds = [_plan(name, block, names) for name, block, names in blocks if not _is_deploy(block, names)]
+    if not folds:
+        return module
+    if any(fold.block.training for fold in folds):
+        _warn_of_train_mode()
+    reference = None if verify is None else _eval_outputs(module, verify)
+    undo = [fold.apply() for fold in folds]
+    if reference is not None:
+        try:
+            _compare(reference, _eval_outputs(module, verify))
+        except BaseException:
+            for restore in undo:
+                restore()
+            raise
+    for submodule in module.modules():
+        if callable(finish := getattr(submodule, '_on_switch_to_deploy', None)):
+            finish()
+    return module
+
+
+@cache  # timm's own helper switches block by block
+def _warn_of_train_mode() -> None:
+    _logger.warning(
+        'switch_to_deploy: the module is in train mode; the deploy form reproduces the outputs of eval(), '
+        'not those of train(), which normalises with the statistics of the batch'
+    )
+
+
+class _Fold(NamedTuple):
+    """A block that was found to be foldable."""
+
+    block: nn.Module
+    names: BlockNames
+
+    def apply(self) -> Callable[[], None]:
+        """Put the folded convolution in the place of the branches; the result undoes it."""
+        block, names = self.block, self.names
+        branches = {name: getattr(block, name, None) for name in (names.conv_kxk, names.conv_1x1, names.identity)}
+        had_slot = hasattr(block, names.reparam_conv)
+        old_flag = getattr(block, 'deploy', None)
+        setattr(block, names.reparam_conv, _folded_conv(block, names))
+        for name in branches:
+            setattr(block, name, None)
+        if isinstance(old_flag, bool):  # the official blocks keep their form in a flag
+            block.deploy = True
+
+        def restore() -> None:
+            for name, branch in branches.items():
+                setattr(block, name, branch)
+            if had_slot:
+                setattr(block, names.reparam_conv, None)
+            else:
+                delattr(block, names.reparam_conv)
+            if isinstance(old_flag, bool):
+                block.deploy = old_flag
+
+        return restore
+
+
+def _find_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module, BlockNames]]:
+    for path, submodule in module.named_modules():
+        for names in BLOCK_NAMES:
+            branches = (getattr(submodule, names.conv_kxk, None), getattr(submodule, names.conv_1x1, None))
+            trains = all(hasattr(branch, 'conv') and hasattr(branch, names.norm) for branch in branches)
+            if trains or _is_deploy(submodule, names):
+                yield path or type(submodule).__name__, submodule, names
+                break
+
+
+def _is_deploy(block: nn.Module, names: BlockNames) -> bool:
+    return isinstance(getattr(block, names.reparam_conv, None), nn.Conv2d)
+
+
+def _plan(path: str, block: nn.Module, names: BlockNames) -> _Fold:
+    """Check everything that could make a fold fail, so that none fails after the first was done."""
+    kxk, point = getattr(block, names.conv_kxk), getattr(block, names.conv_1x1)
+    try:
+        conv = kxk.conv
+        if conv.padding != tuple(d * (k // 2) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)):
+            raise FoldError(
+                f'its padding {conv.padding} does not centre a {conv.kernel_size} kernel of dilation {conv.dilation}'
+            )
+        if point.conv.kernel_size != (1, 1) or point.conv.groups != conv.groups:
+            raise FoldError(f'its point convolution is {point.conv}, beside {conv}')
+        for norm in (getattr(kxk, names.norm), getattr(point, names.norm), getattr(block, names.identity, None)):
+            if norm is not None:
+                _bn_stats(norm).scale_shift()
+    except FoldError as error:
+        raise FoldError(f'cannot fold block {path!r}: {error}; nothing was changed') from None
+    return _Fold(block, names)
+
+
+def _bn_stats(norm: nn.Module) -> BNStats:
+    mean = getattr(norm, 'running_mean', None)
+    if mean is None:
+        raise FoldError(f'{norm} keeps no running statistics, so its output depends on the batch')
+    act = getattr(norm, 'act', None)
+    if act is not None and not isinstance(act, nn.Identity):
+        raise FoldError(f'{norm} has an activation, which is not linear')
+    return BNStats(mean, norm.running_var, getattr(norm, 'weight', None), getattr(norm, 'bias', None), norm.eps)
+
+
+@torch.no_grad()
+def _folded_conv(block: nn.Module, names: BlockNames) -> nn.Conv2d:
+    kxk, point = getattr(block, names.conv_kxk), getattr(block, names.conv_1x1)
+    identity = getattr(block, names.identity, None)
+    weight, bias = fold_block(
+        kxk.conv.weight,
+        _bn_stats(getattr(kxk, names.norm)),
+        point.conv.weight,
+        _bn_stats(getattr(point, names.norm)),
+        None if identity is None else _bn_stats(identity),
+        bias_kxk=kxk.conv.bias,
+        bias_1x1=point.conv.bias,
+    )
+    conv = nn.Conv2d(
+        kxk.conv.in_channels,
+        kxk.conv.out_channels,
+        kxk.conv.kernel_size,
+        stride=kxk.conv.stride,
+        padding=kxk.conv.padding,
+        dilation=kxk.conv.dilation,
+        groups=kxk.conv.groups,
+        padding_mode=kxk.conv.padding_mode,
+        device='meta',
+    )
+    requires_grad = kxk.conv.weight.requires_grad
+    conv.weight = nn.Parameter(weight, requires_grad=requires_grad)
+    conv.bias = nn.Parameter(bias, requires_grad=requires_grad)
+    return conv.train(block.training)
+
+
+@torch.no_grad()
+def _eval_outputs(module: nn.Module, batch: Any) -> list[Tensor]:
+    """The module's outputs in eval mode, as a flat list; every submodule's mode is kept."""
+    modes = {submodule: submodule.training for submodule in module.modules()}
+    module.eval()
+    try:
+        return [output.detach().clone() for output in _tensors(module(batch))]
+    finally:
+        for submodule in module.modules():
+            submodule.training = modes.get(submodule, module.training)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)
+
+
+def _compare(reference: list[Tensor], outputs: list[Tensor]) -> None:
+    for before, after in zip(reference, outputs, strict=True):
+        diff = (after.double() - before.double()).abs().max().item()
+        largest = before.double().abs().max().item()
+        bound = _MAX_RELATIVE_DIFF[before.dtype] * largest
+        _logger.info('switch_to_deploy: largest difference %.3g, largest output %.3g', diff, largest)
+        if not diff <= bound:
+            raise FoldError(
+                f'the deploy form differs by {diff:.3g} from the training form, of outputs up to {largest:.3g}; '
+                f'in {before.dtype} rounding explains {bound:.3g}. The module is left in its training form'
+            )

@@ -1,0 +1,112 @@
+"""The fold: batch normalisation and parallel branches into one convolution, on tensors alone.
+
+A RepVGG block is linear up to its activation: a 3x3 convolution, a 1x1 convolution and an identity,
+each followed by batch normalisation with fixed statistics, added up. It equals one 3x3 convolution with
+a bias (arXiv 2101.03697, section 3.3). With the running statistics μ, σ² and the affine parameters γ, β:
+
+    scale = γ / sqrt(σ² + ε)        W' = W · scale        b' = β + (b - μ) · scale
+
+The 1x1 kernel and the identity act on the centre tap of the 3x3 kernel only.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ['BNStats', 'FoldError', 'fold_block', 'fold_bn']
+
+
+class FoldError(ValueError):
+    """The branches cannot be folded; the message says which value stands in the way."""
+
+
+class BNStats(NamedTuple):
+    """What batch normalisation over C channels computes in eval mode; each tensor is `(C,)`."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 1e-5
+
+    def scale_shift(self) -> tuple[Tensor, Tensor]:
+        """BN(y) = y · scale + shift, both `(C,)` in float64.
+
+        scale = γ / sqrt(σ² + ε), shift = β - μ · scale. Raises `FoldError` if a variance is negative,
+        infinite or NaN.
+        """
+        device = _float64_device(self.mean)
+        mean, var = self.mean.to(device, torch.float64), self.var.to(device, torch.float64)
+        if not bool(((var >= 0) & var.isfinite()).all()):
+            bad = int((~((var >= 0) & var.isfinite())).nonzero()[0])
+            raise FoldError(f'running variance {var[bad].item()} in channel {bad}; it must be finite and not negative')
+        scale = (var + self.eps).rsqrt()
+        if self.weight is not None:
+            scale = scale * self.weight.to(device, torch.float64)
+        shift = -mean * scale
+        if self.bias is not None:
+            shift = shift + self.bias.to(device, torch.float64)
+        return scale, shift
+
+
+def fold_bn(kernel: Tensor, bn: BNStats, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """W' = W · γ / sqrt(σ² + ε) and b' = β + (b - μ) · γ / sqrt(σ² + ε).
+
+    `kernel` is `(C_out, C_in / groups, k, k)`, `bias` `(C_out,)`; the results have the same shapes, in
+    float64.
+    """
+    scale, shift = bn.scale_shift()
+    if bias is not None:
+        shift = shift + bias.to(scale) * scale
+    return kernel.to(scale) * scale.view(-1, 1, 1, 1), shift
+
+
+def fold_block(
+    kernel_kxk: Tensor,
+    bn_kxk: BNStats,
+    kernel_1x1: Tensor,
+    bn_1x1: BNStats,
+    bn_identity: BNStats | None = None,
+    *,
+    bias_kxk: Tensor | None = None,
+    bias_1x1: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """W' = W_kxk · s_kxk + pad(W_1x1 · s_1x1 + I · s_id), b' = the sum of the three shifts.
+
+    With s = γ / sqrt(σ² + ε) of each branch, and I the identity of a grouped convolution: output channel
+    i reads input channel `i mod (C_in / groups)` of its group.
+
+    Shapes: `kernel_kxk` `(C_out, C_in / groups, k, k)` with k odd, `kernel_1x1`
+    `(C_out, C_in / groups, 1, 1)`; returns a kernel like `kernel_kxk` (its dtype, device and memory
+    format) and a bias `(C_out,)`.
+
+    Scales are computed in float64. Away from the centre tap the kernel is one product, rounded twice; the
+    centre tap sums three terms that may cancel, and is summed in float64. Half-precision kernels are
+    folded in float32 and rounded last.
+    """
+    dtype = kernel_kxk.dtype
+    scale, shift = bn_kxk.scale_shift()
+    if bias_kxk is not None:
+        shift = shift + bias_kxk.to(scale) * scale
+    wide = torch.promote_types(dtype, torch.float32)
+    kernel = (kernel_kxk.to(wide) * scale.to(kernel_kxk.device, wide).view(-1, 1, 1, 1)).to(dtype)
+
+    row, column = kernel_kxk.shape[2] // 2, kernel_kxk.shape[3] // 2
+    point, shift_1x1 = fold_bn(kernel_1x1, bn_1x1, bias_1x1)
+    centre = kernel_kxk[:, :, row, column].to(scale) * scale[:, None] + point[:, :, 0, 0]
+    shift = shift + shift_1x1
+    if bn_identity is not None:
+        scale_identity, shift_identity = bn_identity.scale_shift()
+        channels = torch.arange(centre.shape[0], device=centre.device)
+        centre[channels, channels % centre.shape[1]] += scale_identity
+        shift = shift + shift_identity
+    kernel[:, :, row, column] = centre.to(kernel)
+    return kernel, shift.to(kernel)
+
+
+def _float64_device(tensor: Tensor) -> torch.device:
+    """The tensor's device, or the CPU where that device has no float64 (Apple's MPS)."""
+    return torch.device('cpu') if tensor.device.type == 'mps' else tensor.device

@@ -1,0 +1,423 @@
+"""RepVGG with timm's model interface, then its default configurations and entrypoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import ClassifierHead, SEModule, calculate_drop_path_rates
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from . import deploy as _deploy
+from .blocks import ConvNorm, RepVGGBlock
+from .checkpoints import to_timm_layout, without_aux_heads
+from .manifest import DEPLOY_SUFFIX, WeightsRecord, read_manifest
+from .pretrained import load_pretrained
+from .variants import VARIANTS, Variant
+
+__all__ = ['AuxHead', 'RepVGG']
+
+
+class AuxHead(nn.Module):
+    """An auxiliary classifier on an intermediate feature map: `(N, C, H, W)` to `(N, num_classes)`.
+
+    3x3 convolution of stride 2 with batch normalisation and ReLU, global average, linear layer, as in the
+    official RepVGGplus.
+    """
+
+    def __init__(self, chs: int, num_classes: int, *, norm_layer: Callable[..., nn.Module], **dd: Any) -> None:
+        super().__init__()
+        conv_norm = ConvNorm(chs, chs, 3, stride=2, padding=1, norm_layer=norm_layer, **dd)
+        self.conv, self.bn = conv_norm.conv, conv_norm.bn
+        self.act = nn.ReLU(inplace=True)
+        self.fc = nn.Linear(chs, num_classes, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.act(self.bn(self.conv(x))).mean((2, 3)))
+
+
+class RepVGG(nn.Module):
+    """RepVGG (arXiv 2101.03697) and RepVGGplus: `(N, in_chans, H, W)` to `(N, num_classes)`.
+
+    The training form has three branches in a block; `switch_to_deploy()` folds them into one 3x3
+    convolution. State dicts of every known layout and of either form load, as long as they need no
+    branches that they do not have.
+    """
+
+    __jit_unused_properties__ = ['deploy', 'device', 'dtype', 'classifier_names', '_model_args']
+
+    def __init__(
+        self,
+        variant: Variant,
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = 'avg',
+        output_stride: int = 32,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        act_layer: Callable[..., nn.Module] = nn.ReLU,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        deploy: bool = False,
+        aux_heads: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        """Weights are initialised as in the official code: by PyTorch's defaults.
+
+        Args:
+            output_stride: 32, or 16 or 8 to keep resolution by dilation instead of stride.
+            drop_rate: Dropout before the classifier.
+            drop_path_rate: Stochastic depth of the convolution branches, growing by stage.
+            deploy: Build the deploy form.
+            aux_heads: Add the auxiliary heads of RepVGGplus. The model then returns
+                `(logits, [logits of each head])` in train mode; in eval mode and in the deploy form it
+                returns the logits alone.
+        """
+        super().__init__()
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f'output_stride is {output_stride}; it can be 8, 16 or 32')
+        if aux_heads and not variant.aux_heads:
+            having = ', '.join(v.name for v in VARIANTS.values() if v.aux_heads)
+            raise ValueError(f'{variant.name} has no auxiliary heads; these have: {having}')
+        dd = {'device': device, 'dtype': dtype}
+        self.variant = variant
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.drop_path_rate = drop_path_rate
+        self.grad_checkpointing = False
+
+        block = functools.partial(
+            RepVGGBlock,
+            deploy=deploy,
+            attn_layer=_attn_layer(variant),
+            attn_last=variant.se is not None and variant.se.position == 'after_act',
+            act_layer=act_layer,
+            norm_layer=norm_layer,
+            **dd,
+        )
+        chs, total_stride, dilation = variant.stem_channels, variant.stem_stride, 1
+        self.stem = block(in_chans, chs, stride=total_stride)
+        self.feature_info = [dict(num_chs=chs, reduction=total_stride, module='stem', stage=0)]
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(variant.depths), stagewise=True)
+        stages, block_index = [], 1
+        for stage, (depth, out_chs) in enumerate(zip(variant.depths, variant.stage_channels, strict=True)):
+            stride, first_dilation = 2, dilation
+            if total_stride >= output_stride:
+                stride, dilation = 1, dilation * 2
+            total_stride *= stride
+            blocks = []
+            for index in range(depth):
+                first = index == 0
+                blocks.append(
+                    block(
+                        chs,
+                        out_chs,
+                        stride=stride if first else 1,
+                        dilation=first_dilation if first else dilation,
+                        groups=variant.groups if block_index % 2 == 0 else 1,
+                        identity=not first,
+                        drop_path_rate=drop_path_rates[stage][index],
+                    )
+                )
+                chs, block_index = out_chs, block_index + 1
+            stages.append(nn.Sequential(*blocks))
+            self.feature_info.append(
+                dict(num_chs=chs, reduction=total_stride, module=f'stages.{stage}', stage=stage + 1)
+            )
+        self.stages = nn.Sequential(*stages)
+        self.output_stride = total_stride
+        self.num_features = chs
+        self.head = ClassifierHead(chs, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+        self.global_pool = global_pool
+        self.aux_heads = (
+            nn.ModuleList(
+                AuxHead(variant.stage_channels[stage], num_classes, norm_layer=norm_layer, **dd)
+                for stage, _ in variant.aux_blocks
+            )
+            if aux_heads and not deploy
+            else None
+        )
+
+    @property
+    def deploy(self) -> bool:
+        """Whether the model is of the deploy form."""
+        return self.stem.reparam_conv is not None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def classifier_names(self) -> tuple[str, ...]:
+        """Paths of the linear layers whose size is the number of classes."""
+        return 'head.fc', *(f'aux_heads.{index}.fc' for index in range(len(self.aux_heads or ())))
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """What timm writes into `config.json` to build the model again; the form belongs to it."""
+        args = dict(self.__dict__.get('_creation_args', {}))
+        return args | {'deploy': True} if self.deploy else args
+
+    @_model_args.setter
+    def _model_args(self, args: dict[str, Any]) -> None:
+        self._creation_args = {name: value for name, value in args.items() if name != 'deploy'}
+
+    @torch.jit.ignore
+    def switch_to_deploy(self, *, verify: Tensor | None = None) -> RepVGG:
+        """Fold every block into one convolution, in place; see `repvgg_zoo.switch_to_deploy`."""
+        return _deploy.switch_to_deploy(self, verify=verify)
+
+    @torch.jit.ignore
+    def reparameterize(self) -> RepVGG:
+        """`switch_to_deploy()` by timm's name."""
+        return self.switch_to_deploy()
+
+    @torch.jit.ignore
+    def _on_switch_to_deploy(self) -> None:
+        self.aux_heads = None
+        for description in ('pretrained_cfg', '_traits'):  # timm's, of the model and of its inputs
+            if hasattr(self, description):
+                getattr(self, description)['first_conv'] = _first_conv(deploy=True)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that put parameters into layer groups: the stem, then stages or blocks."""
+        return dict(
+            stem=r'^stem',
+            blocks=[
+                (r'^stages\.(\d+)' if coarse else r'^stages\.(\d+)\.(\d+)', None),
+                (r'^aux_heads', (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifiers by fresh ones; `num_classes=0` removes the classifier."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+        self.head_hidden_size = self.head.num_features
+        if global_pool is not None:
+            self.global_pool = global_pool
+        if num_classes == 0:
+            self.aux_heads = None
+        for aux in self.aux_heads or ():
+            aux.fc = nn.Linear(aux.fc.in_features, num_classes, device=self.device, dtype=self.dtype)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """`(N, in_chans, H, W)` to `(N, num_features, H / output_stride, W / output_stride)`."""
+        x = self.stem(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.stages, x)
+        return self.stages(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Feature map to logits, or to the pooled features that the classifier sees."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.aux_heads is not None and not torch.jit.is_scripting() and self.training and not self.deploy:
+            return self._forward_with_aux(x)
+        return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def _forward_with_aux(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        x = self.stem(x)
+        heads = dict(zip(self.variant.aux_blocks, self.aux_heads, strict=True))
+        aux_logits = []
+        for stage, blocks in enumerate(self.stages):
+            for index, block in enumerate(blocks):
+                if self.grad_checkpointing:
+                    x = checkpoint_seq([block], x)
+                else:
+                    x = block(x)
+                if head := heads.get((stage, index + 1)):
+                    aux_logits.append(head(x))
+        return self.forward_head(x), aux_logits
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Forward features and the feature maps of the stem (0) and the stages (1 to 4).
+
+        Args:
+            indices: Which of them: the last n if an int, all if None.
+            norm: No effect; there is no norm layer outside the blocks.
+            stop_early: Stop behind the last one asked for.
+            output_fmt: 'NCHW'.
+            intermediates_only: Return the list alone.
+        """
+        if output_fmt != 'NCHW':
+            raise ValueError(f"output_fmt is {output_fmt!r}; it can be 'NCHW'")
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        intermediates = []
+        x = self.stem(x)
+        if 0 in take_indices:
+            intermediates.append(x)
+        for index, stage in enumerate(self.stages, start=1):
+            if stop_early and index > max_index:
+                break
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint_seq(stage, x)
+            else:
+                x = stage(x)
+            if index in take_indices:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages behind the last feature map asked for, and the head that sits on them."""
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        pruned = max_index < len(self.stages)
+        self.stages = self.stages[:max_index]
+        if pruned:
+            self.num_features = self.head.in_features = self.feature_info[max_index]['num_chs']
+        if prune_head or pruned:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Rename the keys of foreign layouts, wherever the model stands."""
+        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        renamed = to_timm_layout(own)
+        if self.aux_heads is None:
+            renamed = without_aux_heads(renamed)
+        if renamed.keys() != own.keys():
+            for key in own:
+                del state_dict[prefix + key]
+            state_dict.update({prefix + key: value for key, value in renamed.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _attn_layer(variant: Variant) -> Callable[..., nn.Module] | None:
+    return functools.partial(SEModule, rd_ratio=variant.se.rd_ratio, rd_divisor=1) if variant.se else None
+
+
+def _first_conv(*, deploy: bool) -> str | tuple[str, str]:
+    return 'stem.reparam_conv' if deploy else ('stem.conv_kxk.conv', 'stem.conv_1x1.conv')
+
+
+# --------------------------------------------------------------------------------------- timm's registry
+
+
+def _pretrained_cfg(record: WeightsRecord) -> PretrainedCfg:
+    """timm's description of a file of weights; of the training-form file where nobody published the fold."""
+    variant, preprocessing = VARIANTS[record.arch], record.preprocessing
+    pool = preprocessing.input_px // (variant.stem_stride * 2 ** len(variant.depths))
+    return PretrainedCfg(
+        hf_hub_id=record.hub_id or read_manifest()[record.training_name].hub_id,
+        file=str(record.path) if record.path else None,
+        input_size=(3, preprocessing.input_px, preprocessing.input_px),
+        pool_size=(pool, pool),
+        crop_pct=preprocessing.crop_pct,
+        interpolation=preprocessing.interpolation,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        num_classes=preprocessing.num_classes,
+        first_conv=_first_conv(deploy=record.form == 'deploy'),
+        classifier='head.fc',
+        license=record.license,
+    )
+
+
+default_cfgs = generate_default_cfgs({name: _pretrained_cfg(record) for name, record in read_manifest().items()})
+
+
+def _create_repvgg(
+    variant: Variant,
+    *,
+    pretrained: bool = False,
+    pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
+    deploy: bool | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    if isinstance(pretrained_cfg, str):
+        _check_tag(variant, pretrained_cfg)
+    cfg = resolve_pretrained_cfg(variant.name, pretrained_cfg, pretrained_cfg_overlay)
+    if deploy is None:
+        deploy = (cfg.tag or '').endswith(DEPLOY_SUFFIX)
+    cfg = dataclasses.replace(cfg, first_conv=_first_conv(deploy=deploy))
+
+    def build(**model_kwargs: Any) -> RepVGG:
+        model = RepVGG(variant, deploy=deploy, **model_kwargs)
+        if pretrained:
+            load_pretrained(model, cfg, cache_dir=cache_dir)
+        return model
+
+    return build_model_with_cfg(
+        build,
+        variant.name,
+        pretrained=False,
+        pretrained_cfg=dataclasses.replace(cfg, state_dict=None),
+        feature_cfg=dict(flatten_sequential=True),
+        **kwargs,
+    )
+
+
+def _check_tag(variant: Variant, tag: str) -> None:
+    tags = list(default_cfgs[variant.name].cfgs)
+    if tag not in tags:
+        nearest = difflib.get_close_matches(tag, tags, n=1, cutoff=0)[0]
+        raise RuntimeError(
+            f'unknown tag {tag!r} of {variant.name}; did you mean {nearest!r}? it has: {", ".join(tags)}'
+        )
+
+
+def _entrypoint(variant: Variant) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create_repvgg(variant, pretrained=pretrained, **kwargs)
+
+    create.__name__ = create.__qualname__ = variant.name
+    create.__doc__ = (
+        f'{variant.name}: stages of {variant.depths} blocks and {variant.stage_channels} channels.\n\n'
+        'Takes the arguments of `timm.create_model`, and `deploy=True` for the deploy form.'
+    )
+    return create
+
+
+with warnings.catch_warnings():  # most names are timm's own, and are taken over on purpose
+    warnings.simplefilter('ignore')
+    for _variant in VARIANTS.values():
+        globals()[_variant.name] = register_model(_entrypoint(_variant))

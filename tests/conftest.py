@@ -1,0 +1,59 @@
+"""Shared helpers: models with realistic statistics, and how far two outputs are apart."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import repvgg_zoo
+
+TIMM_NAMES = [name for name in repvgg_zoo.VARIANTS if hasattr(timm.models.byobnet, name)]
+LARGE = {'repvgg_b2', 'repvgg_b3', 'repvgg_b3g2', 'repvgg_b3g4', 'repvgg_d2se', 'repvggplus_l2pse'}
+"""Variants whose tests take many seconds."""
+
+
+def params(names: list[str]) -> list:
+    """Test parameters, the large variants marked slow."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in names]
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, *, seed: int = 0, px: int = 64, in_chans: int = 3) -> nn.Module:
+    """Give every normalisation layer its own affine parameters and statistics; returns the model in eval mode.
+
+    With fresh statistics (mean 0, variance 1, scale 1, shift 0) nearly every wrong fold passes. The
+    statistics are those of a random batch, disturbed, so that activations keep their size in nets of
+    any depth.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(like: Tensor, low: float, high: float) -> Tensor:
+        return torch.rand(like.shape, generator=generator).to(like) * (high - low) + low
+
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = 1.0
+        if norm.affine:
+            norm.weight.copy_(uniform(norm.weight, 0.3, 1.2))
+            norm.weight[::7] *= -1
+            norm.bias.copy_(uniform(norm.bias, -0.3, 0.3))
+    dtype = next(model.parameters()).dtype
+    model.train()(torch.randn(4, in_chans, px, px, generator=generator).to(dtype))
+    for norm in norms:
+        norm.momentum = 0.1
+        norm.running_mean += uniform(norm.running_mean, -0.1, 0.1)
+        norm.running_var *= uniform(norm.running_var, 0.7, 1.4)
+    return model.eval()
+
+
+def images(
+    count: int = 2, px: int = 64, *, in_chans: int = 3, seed: int = 1, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    return torch.randn(count, in_chans, px, px, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def rel_diff(a: Tensor, b: Tensor) -> float:
+    """Largest difference, relative to the largest value of b."""
+    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()

@@ -1,0 +1,44 @@
+import csv
+from pathlib import Path
+
+import pytest
+
+from repvgg_zoo import VARIANTS
+from repvgg_zoo.complexity import count_gmacs, count_params
+from repvgg_zoo.variants import get_variant
+
+OFFICIAL = list(csv.DictReader((Path(__file__).parent / 'data' / 'variants.csv').open()))
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split()))
+
+
+@pytest.mark.parametrize('row', OFFICIAL, ids=lambda row: row['name'])
+def test_architecture_is_the_official_one(row):
+    variant = VARIANTS[row['name']]
+    assert variant.depths == numbers(row['depths'])
+    assert variant.stem_channels == int(row['stem_channels'])
+    assert variant.stage_channels == numbers(row['stage_channels'])
+    assert count_params(variant, deploy=False) == int(row['params_train'])
+    assert count_params(variant, deploy=True) == int(row['params_deploy'])
+    gmacs = count_gmacs(variant, input_px=int(row['gmacs_at_px']))
+    assert round(gmacs, 3) == float(row['gmacs_deploy'])
+
+
+def test_every_official_model_is_a_variant():
+    assert [*(row['name'] for row in OFFICIAL), 'test_repvgg'] == list(VARIANTS)
+
+
+def test_tiny_variant_is_tiny():
+    assert 0.3e6 < count_params(VARIANTS['test_repvgg'], deploy=True, num_classes=10) < 0.6e6
+
+
+def test_unknown_variant_names_the_nearest():
+    with pytest.raises(ValueError, match="unknown variant 'repvgg_b11'; did you mean 'repvgg_b1'"):
+        get_variant('repvgg_b11')
+
+
+def test_variants_need_no_torch():
+    source = (Path(__file__).parents[1] / 'repvgg_zoo' / 'variants.py').read_text()
+    assert 'torch' not in source
