@@ -8,7 +8,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import ClassifierHead, SEModule, calculate_drop_path_rates
@@ -59,7 +59,7 @@ class RepVGG(nn.Module):
     branches that they do not have.
     """
 
-    __jit_unused_properties__ = ['deploy', 'device', 'dtype', 'classifier_names', '_model_args']
+    __jit_unused_properties__: ClassVar = ['deploy', 'device', 'dtype', 'classifier_names', '_model_args']
 
     def __init__(
         self,
@@ -248,8 +248,9 @@ class RepVGG(nn.Module):
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.aux_heads is not None and not torch.jit.is_scripting() and self.training and not self.deploy:
-            return self._forward_with_aux(x)
+        if self.aux_heads is not None and not torch.jit.is_scripting() and self.training:
+            if self.stem.reparam_conv is None:
+                return self._forward_with_aux(x)
         return self.forward_head(self.forward_features(x))
 
     @torch.jit.ignore

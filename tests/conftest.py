@@ -40,7 +40,7 @@ def randomise(model: nn.Module, *, seed: int = 0, px: int = 64, in_chans: int = 
             norm.weight[::7] *= -1
             norm.bias.copy_(uniform(norm.bias, -0.3, 0.3))
     dtype = next(model.parameters()).dtype
-    model.train()(torch.randn(4, in_chans, px, px, generator=generator).to(dtype))
+    model.train()(torch.randn(2, in_chans, px, px, generator=generator).to(dtype))
     for norm in norms:
         norm.momentum = 0.1
         norm.running_mean += uniform(norm.running_mean, -0.1, 0.1)
@@ -49,7 +49,7 @@ def randomise(model: nn.Module, *, seed: int = 0, px: int = 64, in_chans: int = 
 
 
 def images(
-    count: int = 2, px: int = 64, *, in_chans: int = 3, seed: int = 1, dtype: torch.dtype = torch.float32
+    count: int = 1, px: int = 64, *, in_chans: int = 3, seed: int = 1, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     return torch.randn(count, in_chans, px, px, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
