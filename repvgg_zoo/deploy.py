@@ -62,6 +62,8 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
     for submodule in module.modules():
         if callable(finish := getattr(submodule, '_on_switch_to_deploy', None)):
             finish()
+        if isinstance(submodule, nn.parallel.DistributedDataParallel) and next(submodule.buffers(), None) is None:
+            submodule.broadcast_buffers = False  # it fails to broadcast none, and had some when it was made
     return module
 
 

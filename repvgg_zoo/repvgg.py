@@ -248,9 +248,9 @@ class RepVGG(nn.Module):
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.aux_heads is not None and not torch.jit.is_scripting() and self.training:
-            if self.stem.reparam_conv is None:
-                return self._forward_with_aux(x)
+        has_aux = self.aux_heads is not None and self.stem.reparam_conv is None
+        if not torch.jit.is_scripting() and has_aux and self.training:
+            return self._forward_with_aux(x)
         return self.forward_head(self.forward_features(x))
 
     @torch.jit.ignore

@@ -1,0 +1,97 @@
+"""The launcher: scripts, modules and console scripts, as if run directly."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCHER = [sys.executable, '-m', 'repvgg_zoo', 'run']
+REPORT = """
+import json, sys
+import timm
+main = sys.modules['__main__'].__dict__ is globals()
+print(json.dumps([sys.argv, sys.path[0], __name__, main, timm.is_model('repvgg_b1g2')]))
+sys.exit(int(sys.argv[1]))
+"""
+
+
+def run(command, cwd, **kwargs):
+    return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, **kwargs)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / 'scripts').mkdir()
+    (tmp_path / 'scripts' / 'report.py').write_text(REPORT)
+    (tmp_path / 'a_module.py').write_text(REPORT)
+    (tmp_path / 'a_package').mkdir()
+    (tmp_path / 'a_package' / '__init__.py').touch()
+    (tmp_path / 'a_package' / '__main__.py').write_text(REPORT)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ('target', 'direct'),
+    [
+        ('scripts/report.py', [sys.executable, 'scripts/report.py']),
+        ('a_module', [sys.executable, '-m', 'a_module']),
+        ('a_package', [sys.executable, '-m', 'a_package']),
+    ],
+)
+def test_program_sees_what_it_sees_when_run_directly(target, direct, folder):
+    args = ['3', '--flag', '-x', '--', 'run', '--help']
+    launched, expected = run([*LAUNCHER, target, *args], folder), run([*direct, *args], folder)
+    assert launched.returncode == expected.returncode == 3, launched.stderr
+    assert launched.stdout == expected.stdout.replace('false', 'true')
+    assert 'false' in expected.stdout
+
+
+def test_console_script(folder):
+    done = run([*LAUNCHER, 'pytest', '--version'], folder)
+    assert done.returncode == 0
+    assert 'pytest' in done.stdout + done.stderr
+
+
+def test_exceptions_end_as_when_run_directly(folder):
+    (folder / 'fails.py').write_text('raise RuntimeError("of the script")')
+    done = run([*LAUNCHER, 'fails.py'], folder)
+    assert done.returncode == 1
+    assert 'Traceback' in done.stderr
+    assert done.stderr.rstrip().endswith('RuntimeError: of the script')
+
+
+def test_nothing_to_run(folder):
+    done = run([*LAUNCHER, 'no_such_thing'], folder)
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "repvgg-zoo: 'no_such_thing' is no file, no installed console script and no module that can be run"
+    )
+
+
+def test_multiprocessing_with_spawn(folder):
+    (folder / 'spawns.py').write_text(
+        'import multiprocessing as mp\n'
+        'def work(x): return x + 1\n'
+        "if __name__ == '__main__':\n"
+        "    with mp.get_context('spawn').Pool(1) as pool: print(pool.map(work, [1, 2]))\n"
+    )
+    done = run([*LAUNCHER, 'spawns.py'], folder)
+    assert done.stdout.strip() == '[2, 3]', done.stderr
+
+
+def test_under_torchrun(folder):
+    (folder / 'distributed.py').write_text(
+        'import sys, timm, torch\n'
+        "torch.distributed.init_process_group('gloo')\n"
+        'one = torch.ones(1)\n'
+        'torch.distributed.all_reduce(one)\n'
+        "rank = f'rank {torch.distributed.get_rank()} of {int(one)}:'\n"
+        "print(rank, timm.is_model('repvgg_b1g2'), sys.argv[1:], flush=True)\n"
+        'torch.distributed.destroy_process_group()\n'
+    )
+    torchrun = Path(sys.executable).with_name('torchrun')
+    command = [torchrun, '--standalone', '--nproc-per-node', 2, '-m', 'repvgg_zoo', 'run', 'distributed.py', '--x', 1]
+    done = run(command, folder, timeout=300)
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith('rank'))
+    assert lines == ["rank 0 of 2: True ['--x', '1']", "rank 1 of 2: True ['--x', '1']"], done.stderr
