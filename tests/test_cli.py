@@ -1,0 +1,91 @@
+"""The command line as a person meets it: in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from repvgg_zoo import VARIANTS, __version__
+
+
+def zoo(*args, cwd=None):
+    return subprocess.run(
+        [sys.executable, '-m', 'repvgg_zoo', *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_version():
+    assert zoo('--version').stdout.strip() == f'repvgg-zoo {__version__}'
+
+
+@pytest.mark.parametrize('verb', ['list', 'demo', 'convert', 'verify', 'run'])
+def test_help(verb):
+    assert f'{verb} ' in zoo('--help').stdout
+    assert zoo(verb, '--help').stdout.startswith(f'usage: repvgg-zoo {verb}')
+
+
+def test_list():
+    done = zoo('list')
+    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.split()}
+    assert all(name in rows for name in VARIANTS)
+    assert rows['repvgg_b1g2'] == ['45.78', '41.36', '8.810', '224', '77.78', '.pth', '.pth']
+    assert rows['repvgg_b2'] == ['89.02', '80.32', '18.377', '224', '78.78', 'Hub', 'fold']
+    assert all(len(line) <= 80 for line in done.stdout.splitlines() if line.split() and line.split()[0] in VARIANTS)
+
+
+def test_convert_and_verify(tmp_path):
+    done = zoo('convert', 'test_repvgg', 'out', '--form', 'deploy', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == 'wrote test_repvgg, deploy form, 10 classes, to out'
+    same = zoo('verify', 'test_repvgg', 'out', cwd=tmp_path)
+    assert (same.returncode, same.stdout.splitlines()[-1]) == (0, 'the same function')
+    zoo('run', sys.executable and 'pytest', '--version', cwd=tmp_path)
+
+
+def test_verify_fails_on_a_difference(tmp_path):
+    code = (
+        'import timm, torch, repvgg_zoo\n'
+        "model = timm.create_model('test_repvgg', pretrained=True)\n"
+        'model.head.fc.bias.data[0] += 1\n'
+        "torch.save(model.state_dict(), 'other.pth')"
+    )
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True)
+    done = zoo('verify', 'test_repvgg', 'other.pth', cwd=tmp_path)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (1, 'NOT the same function')
+
+
+@pytest.mark.parametrize(
+    ('args', 'message'),
+    [
+        (('convert', 'nothing.pth', 'out'), "no checkpoint file at 'nothing.pth'"),
+        (('convert', 'test_repvgg', '.'), "'.' exists; choose another path or pass overwrite (--overwrite)"),
+        (('verify', 'repvgg_b4'), "unknown variant 'repvgg_b4'; did you mean 'repvgg_b3'"),
+        (('verify', 'test_repvgg.cifar'), "unknown tag 'cifar' of test_repvgg; did you mean 'cifar10'"),
+        (('convert', 'repvgg_b1g2', 'out'), 'nobody has published weights of repvgg_b1g2.rvgg_in1k on the Hub'),
+        (('demo', '--out', '.'), "'.' exists"),
+    ],
+)
+def test_mistake_is_one_line_and_a_status(args, message, tmp_path):
+    done = zoo(*args, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == ''
+    assert done.stderr.strip().splitlines()[-1].startswith(f'repvgg-zoo: {message}')
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_unknown_verb():
+    done = zoo('frobnicate')
+    assert done.returncode == 2
+    assert 'Traceback' not in done.stderr
+
+
+def test_demo(tmp_path):
+    done = zoo('demo', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [line.rsplit(maxsplit=4) for line in done.stdout.splitlines() if ' form' in line and '%' not in line]
+    accuracy = {row[0].strip(): row for row in rows}
+    assert 'deploy form, reloaded' in done.stdout
+    assert sorted(path.name for path in (tmp_path / 'repvgg-demo').iterdir()) == ['deploy', 'training']
+    assert accuracy
