@@ -87,7 +87,8 @@ def images_for(model: RepVGG, folder: str | Path | None = None) -> Iterator[Tens
     """Batches of the images below a folder, preprocessed for the model; without one, random images."""
     config = resolve_model_data_config(model)
     if folder is None:
-        yield torch.randn(_RANDOM_IMAGES, *config['input_size'], generator=torch.Generator().manual_seed(0))
+        size = model.in_chans, *config['input_size'][1:]
+        yield torch.randn(_RANDOM_IMAGES, *size, generator=torch.Generator().manual_seed(0))
         return
     if not Path(folder).is_dir():
         raise FileNotFoundError(f'no folder of images at {str(folder)!r}')

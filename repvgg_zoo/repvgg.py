@@ -28,7 +28,7 @@ from .blocks import ConvNorm, RepVGGBlock
 from .checkpoints import to_timm_layout, without_aux_heads
 from .manifest import DEPLOY_SUFFIX, WeightsRecord, read_manifest
 from .pretrained import load_pretrained
-from .variants import VARIANTS, Variant
+from .variants import STEM_STRIDE, VARIANTS, Variant
 
 __all__ = ['AuxHead', 'RepVGG']
 
@@ -112,15 +112,16 @@ class RepVGG(nn.Module):
             norm_layer=norm_layer,
             **dd,
         )
-        chs, total_stride, dilation = variant.stem_channels, variant.stem_stride, 1
+        chs, total_stride, dilation = variant.stem_channels, STEM_STRIDE, 1
         self.stem = block(in_chans, chs, stride=total_stride)
         self.feature_info = [dict(num_chs=chs, reduction=total_stride, module='stem', stage=0)]
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(variant.depths), stagewise=True)
         stages, block_index = [], 1
         for stage, (depth, out_chs) in enumerate(zip(variant.depths, variant.stage_channels, strict=True)):
-            stride, first_dilation = 2, dilation
-            if total_stride >= output_stride:
-                stride, dilation = 1, dilation * 2
+            stride, first_dilation = variant.stage_strides[stage], dilation
+            dilated = total_stride >= output_stride and stride > 1
+            if dilated:
+                stride, dilation = 1, dilation * stride
             total_stride *= stride
             blocks = []
             for index in range(depth):
@@ -132,7 +133,7 @@ class RepVGG(nn.Module):
                         stride=stride if first else 1,
                         dilation=first_dilation if first else dilation,
                         groups=variant.groups if block_index % 2 == 0 else 1,
-                        identity=not first,
+                        identity=False if first and dilated else None,
                         drop_path_rate=drop_path_rates[stage][index],
                     )
                 )
@@ -344,7 +345,7 @@ def _first_conv(*, deploy: bool) -> str | tuple[str, str]:
 def _pretrained_cfg(record: WeightsRecord) -> PretrainedCfg:
     """timm's description of a file of weights; of the training-form file where nobody published the fold."""
     variant, preprocessing = VARIANTS[record.arch], record.preprocessing
-    pool = preprocessing.input_px // (variant.stem_stride * 2 ** len(variant.depths))
+    pool = preprocessing.input_px // variant.total_stride
     return PretrainedCfg(
         hf_hub_id=record.hub_id or read_manifest()[record.training_name].hub_id,
         file=str(record.path) if record.path else None,

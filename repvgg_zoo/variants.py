@@ -7,12 +7,14 @@ and 5; the README of the official code for D2se and RepVGGplus.
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-__all__ = ['VARIANTS', 'SqueezeExcite', 'Variant', 'get_variant']
+__all__ = ['STEM_STRIDE', 'VARIANTS', 'SqueezeExcite', 'Variant', 'get_variant']
 
+STEM_STRIDE = 2
 _BASE_CHANNELS = (64, 128, 256, 512)
 
 
@@ -39,7 +41,8 @@ class Variant:
     se: SqueezeExcite | None = None
     aux_heads: bool = False
     """Whether the official recipe trains with auxiliary heads."""
-    stem_stride: int = 2
+    stage_strides: tuple[int, int, int, int] = (2, 2, 2, 2)
+    """Stride of each stage's first block; that of the stem is 2."""
 
     @property
     def stage_channels(self) -> tuple[int, ...]:
@@ -50,6 +53,11 @@ class Variant:
     def stem_channels(self) -> int:
         """Output channels of the stem block."""
         return min(_BASE_CHANNELS[0], self.stage_channels[0])
+
+    @property
+    def total_stride(self) -> int:
+        """Input pixels for each pixel of the last feature map, in either direction."""
+        return STEM_STRIDE * math.prod(self.stage_strides)
 
     @property
     def aux_blocks(self) -> tuple[tuple[int, int], ...]:
@@ -82,7 +90,12 @@ VARIANTS = MappingProxyType(
             Variant(name='repvgg_b3g4', depths=_DEPTHS_B, width=_W3, groups=4),
             Variant(name='repvgg_d2se', depths=_DEPTHS_D, width=_W25, se=_SE_D),
             Variant(name='repvggplus_l2pse', depths=_DEPTHS_D, width=_W25, se=_SE_PLUS, aux_heads=True),
-            Variant(name='test_repvgg', depths=(2, 4, 2, 1), width=(0.5, 0.625, 0.4375, 0.25), stem_stride=1),
+            Variant(
+                name='test_repvgg',  # for images of 32 pixels
+                depths=(3, 3, 1, 1),
+                width=(1, 0.75, 0.5, 0.1875),
+                stage_strides=(1, 2, 2, 2),
+            ),
         )
     }
 )

@@ -55,7 +55,7 @@ def test_block_as_the_root_module(x):
 class Segmenter(nn.Module):
     def __init__(self, encoder):
         super().__init__()
-        self.encoder, self.decoder = encoder, nn.Conv2d(128, 2, 1).double()
+        self.encoder, self.decoder = encoder, nn.Conv2d(96, 2, 1).double()
 
     def forward(self, x):
         return {'mask': self.decoder(self.encoder(x)[-1]), 'sizes': [x.shape]}

@@ -79,7 +79,7 @@ def test_input_channels_are_adapted_as_timm_does(model, in_chans, deploy):
 def test_other_classes_leave_the_features_pretrained(model, x, num_classes, deploy):
     other = timm.create_model('test_repvgg', pretrained=True, num_classes=num_classes, deploy=deploy).eval()
     assert rel_diff(other.forward_features(x), model.forward_features(x)) < 1e-5
-    assert other(x).shape == (2, num_classes or 128)
+    assert other(x).shape == (2, num_classes or 96)
 
 
 @pytest.mark.parametrize('deploy', [False, True])
@@ -91,7 +91,7 @@ def test_features_only(model, x, deploy, feature_cls):
     expected = model.forward_intermediates(x, indices=(1, 4), intermediates_only=True)
     for a, b in zip(features(x), expected, strict=True):
         assert rel_diff(a, b) < 1e-5
-    assert features.feature_info.channels() == [32, 128]
+    assert features.feature_info.channels() == [64, 96]
 
 
 def test_flipped_byte_is_noticed(tmp_path, monkeypatch):
