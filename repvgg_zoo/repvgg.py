@@ -59,7 +59,7 @@ class RepVGG(nn.Module):
     branches that they do not have.
     """
 
-    __jit_unused_properties__: ClassVar = ['deploy', 'device', 'dtype', 'classifier_names', '_model_args']
+    __jit_unused_properties__: ClassVar = ['deploy', 'device', 'dtype', 'classifier_names', 'head_hidden_size', '_model_args']
 
     def __init__(
         self,
@@ -146,7 +146,6 @@ class RepVGG(nn.Module):
         self.output_stride = total_stride
         self.num_features = chs
         self.head = ClassifierHead(chs, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.head_hidden_size = self.head.num_features
         self.global_pool = global_pool
         self.aux_heads = (
             nn.ModuleList(
@@ -169,6 +168,11 @@ class RepVGG(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Features that the classifier sees."""
+        return self.head.in_features * self.head.global_pool.feat_mult()
 
     @property
     def classifier_names(self) -> tuple[str, ...]:
@@ -229,7 +233,6 @@ class RepVGG(nn.Module):
         """Replace the classifiers by fresh ones; `num_classes=0` removes the classifier."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
-        self.head_hidden_size = self.head.num_features
         if global_pool is not None:
             self.global_pool = global_pool
         if num_classes == 0:
