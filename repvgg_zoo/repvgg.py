@@ -28,7 +28,7 @@ from .blocks import ConvNorm, RepVGGBlock
 from .checkpoints import to_timm_layout, without_aux_heads
 from .manifest import DEPLOY_SUFFIX, WeightsRecord, read_manifest
 from .pretrained import load_pretrained
-from .variants import STEM_STRIDE, VARIANTS, Variant
+from .variants import VARIANTS, Variant
 
 __all__ = ['AuxHead', 'RepVGG']
 
@@ -59,7 +59,14 @@ class RepVGG(nn.Module):
     branches that they do not have.
     """
 
-    __jit_unused_properties__: ClassVar = ['deploy', 'device', 'dtype', 'classifier_names', 'head_hidden_size', '_model_args']
+    __jit_unused_properties__: ClassVar = [
+        'deploy',
+        'device',
+        'dtype',
+        'classifier_names',
+        'head_hidden_size',
+        '_model_args',
+    ]
 
     def __init__(
         self,
@@ -112,13 +119,13 @@ class RepVGG(nn.Module):
             norm_layer=norm_layer,
             **dd,
         )
-        chs, total_stride, dilation = variant.stem_channels, STEM_STRIDE, 1
+        chs, total_stride, dilation = variant.stem_channels, variant.strides[0], 1
         self.stem = block(in_chans, chs, stride=total_stride)
         self.feature_info = [dict(num_chs=chs, reduction=total_stride, module='stem', stage=0)]
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(variant.depths), stagewise=True)
         stages, block_index = [], 1
         for stage, (depth, out_chs) in enumerate(zip(variant.depths, variant.stage_channels, strict=True)):
-            stride, first_dilation = variant.stage_strides[stage], dilation
+            stride, first_dilation = variant.strides[stage + 1], dilation
             dilated = total_stride >= output_stride and stride > 1
             if dilated:
                 stride, dilation = 1, dilation * stride

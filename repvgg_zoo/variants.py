@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-__all__ = ['STEM_STRIDE', 'VARIANTS', 'SqueezeExcite', 'Variant', 'get_variant']
+__all__ = ['VARIANTS', 'SqueezeExcite', 'Variant', 'get_variant']
 
-STEM_STRIDE = 2
 _BASE_CHANNELS = (64, 128, 256, 512)
 
 
@@ -41,8 +40,8 @@ class Variant:
     se: SqueezeExcite | None = None
     aux_heads: bool = False
     """Whether the official recipe trains with auxiliary heads."""
-    stage_strides: tuple[int, int, int, int] = (2, 2, 2, 2)
-    """Stride of each stage's first block; that of the stem is 2."""
+    strides: tuple[int, int, int, int, int] = (2, 2, 2, 2, 2)
+    """Strides of the stem and of each stage's first block."""
 
     @property
     def stage_channels(self) -> tuple[int, ...]:
@@ -57,7 +56,7 @@ class Variant:
     @property
     def total_stride(self) -> int:
         """Input pixels for each pixel of the last feature map, in either direction."""
-        return STEM_STRIDE * math.prod(self.stage_strides)
+        return math.prod(self.strides)
 
     @property
     def aux_blocks(self) -> tuple[tuple[int, int], ...]:
@@ -94,7 +93,7 @@ VARIANTS = MappingProxyType(
                 name='test_repvgg',  # for images of 32 pixels
                 depths=(3, 3, 1, 1),
                 width=(1, 0.75, 0.5, 0.1875),
-                stage_strides=(1, 2, 2, 2),
+                strides=(2, 1, 2, 2, 2),
             ),
         )
     }

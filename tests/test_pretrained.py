@@ -148,7 +148,7 @@ def test_folder_that_timm_saved(tmp_path, deploy, x):
         source.switch_to_deploy()
     timm.models.save_for_hf(source, tmp_path / 'saved', model_args=source._model_args, safe_serialization=True)
     config = json.loads((tmp_path / 'saved' / 'config.json').read_text())
-    assert config['model_args'].get('deploy') == (True if deploy else None)
+    assert config.get('model_args', {}).get('deploy') == (True if deploy else None)
     assert config['pretrained_cfg']['first_conv'] == (
         'stem.reparam_conv' if deploy else ['stem.conv_kxk.conv', 'stem.conv_1x1.conv']
     )
