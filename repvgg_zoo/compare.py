@@ -67,18 +67,18 @@ def compare(a: RepVGG, b: RepVGG, batches: Iterator[Tensor], *, dtype: torch.dty
         )
     a, b = (copy.deepcopy(model).to(dtype).eval() for model in (a, b))
     images = agreeing = 0
-    max_abs_diff = largest = 0.0
+    max_abs_diff = largest = torch.zeros((), dtype=torch.float64)
     with torch.inference_mode():
         for batch in batches:
             logits_a, logits_b = a(batch.to(dtype)).double(), b(batch.to(dtype)).double()
             images += len(batch)
             agreeing += int((logits_a.argmax(1) == logits_b.argmax(1)).sum())
-            max_abs_diff = max(max_abs_diff, (logits_a - logits_b).abs().max().item())
-            largest = max(largest, logits_a.abs().max().item())
+            max_abs_diff = torch.maximum(max_abs_diff, (logits_a - logits_b).abs().max())  # keeps NaN, unlike max()
+            largest = torch.maximum(largest, logits_a.abs().max())
     return Comparison(
         images=images,
-        max_abs_diff=max_abs_diff,
-        max_rel_diff=max_abs_diff / largest,
+        max_abs_diff=max_abs_diff.item(),
+        max_rel_diff=(max_abs_diff / largest).item() if max_abs_diff != 0 else 0.0,
         top1_agreement_pct=100 * agreeing / images,
     )
 

@@ -51,7 +51,11 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
     if any(fold.block.training for fold in folds):
         _warn_of_train_mode()
     reference = None if verify is None else _eval_outputs(module, verify)
-    undo = [fold.apply() for fold in folds]
+    undo = []
+    for fold in folds:
+        restore = fold.apply()
+        if reference is not None:  # the undoing holds the branches, which are released one by one otherwise
+            undo.append(restore)
     if reference is not None:
         try:
             _compare(reference, _eval_outputs(module, verify))

@@ -83,13 +83,11 @@ def test_unknown_verb():
 def test_demo(tmp_path):
     done = zoo('demo', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = {
-        line.rsplit(maxsplit=line.count('e-') + 3)[0].strip(): line.split()
-        for line in done.stdout.splitlines()
-        if ' form' in line
-    }
-    pretrained, finetuned = rows['pretrained, training form'], rows['fine-tuned, training form']
-    deployed, reloaded = rows['fine-tuned, deploy form'], rows['deploy form, reloaded']
+    forms = ('pretrained, training', 'fine-tuned, training', 'fine-tuned, deploy', 'deploy form, reloaded')
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    pretrained, finetuned, deployed, reloaded = (
+        next(line for line in lines if line.startswith(form)).split() for form in forms
+    )
     assert float(pretrained[-1]) > 80
     assert float(finetuned[-1]) == float(deployed[-2]) == float(reloaded[-2]) > 80
     assert float(deployed[-1]) == float(reloaded[-1]) < 1e-4

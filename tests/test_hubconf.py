@@ -1,18 +1,19 @@
-"""torch.hub from a bare checkout, in a process that cannot see an installed package."""
+"""torch.hub from a bare checkout: without site (`-S`), an installed or editable package is out of sight."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import timm
 
 from repvgg_zoo import VARIANTS
 
 CHECKOUT = Path(__file__).parents[1]
+DEPENDENCIES = Path(timm.__file__).parents[1]
 PRELUDE = f"""
 import sys
-sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]
-sys.path = [entry for entry in sys.path if entry != {str(CHECKOUT)!r}]
+sys.path.append({str(DEPENDENCIES)!r})
 import importlib.util, torch
 assert importlib.util.find_spec('repvgg_zoo') is None, 'the package is installed here'
 checkout = {str(CHECKOUT)!r}
@@ -21,7 +22,11 @@ checkout = {str(CHECKOUT)!r}
 
 def run(code: str, cwd: Path) -> str:
     done = subprocess.run(
-        [sys.executable, '-P', '-c', PRELUDE + code], cwd=cwd, capture_output=True, text=True, env={'HOME': str(cwd)}
+        [sys.executable, '-S', '-P', '-c', PRELUDE + code],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={'HOME': str(cwd)},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
