@@ -127,23 +127,23 @@ _WRAPPERS = ('module.', '_orig_mod.')
 _AUX_PREFIX = 'aux_heads.'
 
 
-def to_timm_layout(state_dict: Mapping[str, Tensor]) -> StateDict:
+def to_timm_layout(state_dict: Mapping[str, Tensor], *, strict: bool = True) -> StateDict:
     """Rename the keys of any layout, in either form, to timm's.
 
     Prefixes of DistributedDataParallel and torch.compile are stripped from the front of keys, and
     `num_batches_tracked`, which very old files lack, is filled in. The tensors are not copied. Raises
-    `CheckpointError` if no layout is recognised or a key has no place in the recognised one.
+    `CheckpointError` if no layout is recognised, unless `strict` is false, or if a key has no place in the
+    recognised one.
     """
     state_dict = {_strip_wrappers(key): value for key, value in state_dict.items()}
     if not any(map(_TIMM_MARKER.match, state_dict)):
-        for layout in _FOREIGN_LAYOUTS:
-            if any(map(layout.marker.match, state_dict)):
-                state_dict = _translate(state_dict, layout)
-                break
-        else:
-            known = ', '.join(['timm', *(layout.name for layout in _FOREIGN_LAYOUTS)])
+        layout = next((known for known in _FOREIGN_LAYOUTS if any(map(known.marker.match, state_dict))), None)
+        if layout is not None:
+            state_dict = _translate(state_dict, layout)
+        elif strict:
+            names = ', '.join(['timm', *(known.name for known in _FOREIGN_LAYOUTS)])
             raise CheckpointError(
-                f'no RepVGG checkpoint: its keys ({_few(state_dict)}) are of none of the known layouts ({known})'
+                f'no RepVGG checkpoint: its keys ({_few(state_dict)}) are of none of the known layouts ({names})'
             )
     for key in [key for key in state_dict if key.endswith('.running_var')]:
         counter = key.removesuffix('running_var') + 'num_batches_tracked'

@@ -331,7 +331,7 @@ class RepVGG(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Rename the keys of foreign layouts, wherever the model stands."""
         own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        renamed = to_timm_layout(own)
+        renamed = to_timm_layout(own, strict=False)
         if self.aux_heads is None:
             renamed = without_aux_heads(renamed)
         if renamed.keys() != own.keys():

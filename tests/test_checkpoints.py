@@ -115,6 +115,15 @@ def test_checkpoint_of_another_architecture():
         to_timm_layout(timm.create_model('resnet18', device='meta').state_dict())
 
 
+def test_part_of_a_state_dict_loads_as_into_any_module(state_dict):
+    classifier = {key: value for key, value in state_dict.items() if key.startswith('head.')}
+    result = fresh().load_state_dict(classifier, strict=False)
+    assert not result.unexpected_keys
+    assert len(result.missing_keys) == len(state_dict) - 2
+    with pytest.raises(RuntimeError, match='Missing key'):
+        fresh().load_state_dict({})
+
+
 # ----------------------------------------------------------------------------------------------- forms
 
 
