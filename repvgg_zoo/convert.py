@@ -51,6 +51,7 @@ def convert(
                 'form deploy, or find the training weights'
             )
         model.pretrained_cfg.pop('tag', None)
+        model.pretrained_cfg['input_size'] = (model.in_chans, *model.pretrained_cfg['input_size'][1:])
         save_for_hf(model, folder, model_args=model._model_args, safe_serialization=True)
     return model
 

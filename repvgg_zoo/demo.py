@@ -68,7 +68,15 @@ def run_demo(out: str | Path, *, track: Track, overwrite: bool = False) -> list[
 def _loader(model: RepVGG, split: str, **kwargs: Any) -> Iterable[tuple[Tensor, Tensor]]:
     dataset = create_dataset('', root=str(weights_dir() / 'cifar10'), split=split)
     config = resolve_model_data_config(model)
-    return create_loader(dataset, batch_size=_BATCH_SIZE, use_prefetcher=False, num_workers=0, **config, **kwargs)
+    return create_loader(
+        dataset,
+        batch_size=_BATCH_SIZE,
+        use_prefetcher=False,
+        num_workers=0,
+        persistent_workers=False,
+        **config,
+        **kwargs,
+    )
 
 
 def _finetune(model: RepVGG, track: Track) -> None:

@@ -87,7 +87,7 @@ def test_under_torchrun(folder):
         'one = torch.ones(1)\n'
         'torch.distributed.all_reduce(one)\n'
         "rank = f'rank {torch.distributed.get_rank()} of {int(one)}:'\n"
-        "sys.stdout.write(f'{rank} {timm.is_model(\"repvgg_b1g2\")} {sys.argv[1:]}\\n')  # in one piece\n"
+        'sys.stdout.write(f\'{rank} {timm.is_model("repvgg_b1g2")} {sys.argv[1:]}\\n\')  # in one piece\n'
         'torch.distributed.destroy_process_group()\n'
     )
     torchrun = Path(sys.executable).with_name('torchrun')
