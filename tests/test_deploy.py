@@ -113,6 +113,16 @@ def test_distributed_module(model, x, tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_average_of_weights(model, x):
+    """An average holds a copy of the model, so it is switched on its own."""
+    average = timm.utils.ModelEmaV3(model)
+    before = average.module(x)
+    model.switch_to_deploy()
+    assert not average.module.deploy
+    assert switch_to_deploy(average) is average
+    assert rel_diff(average.module(x), before) < 1e-12
+
+
 def test_module_without_blocks():
     with pytest.raises(ValueError, match='no RepVGG block in Linear'):
         switch_to_deploy(nn.Linear(2, 2))

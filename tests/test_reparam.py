@@ -59,7 +59,7 @@ def test_fold_uses_the_eps_of_each_branch():
 
 @pytest.mark.parametrize('dtype', EPS, ids=str)
 def test_every_tap_is_right_to_two_roundings(dtype):
-    """A product of a rounded scale is off by one ulp at most, and a sum that is rounded once by half of one."""
+    """Half precision is rounded once, at the end; elsewhere the scale is rounded, and then its product."""
     g = torch.Generator().manual_seed(0)
     kxk, point = (torch.randn(8, 4, k, k, generator=g).to(dtype) for k in (3, 1))
     bns = [random_bn(8, seed, dtype=dtype) for seed in (1, 2, 3)]
@@ -71,7 +71,8 @@ def test_every_tap_is_right_to_two_roundings(dtype):
     exact[:, :, 1:2, 1:2] += exact_point
     for channel in range(8):
         exact[channel, channel % 4, 1, 1] += scale_identity[channel]
-    assert ((kernel.double() - exact).abs() <= EPS[dtype] * exact.abs()).all()
+    roundings = 0.501 if dtype in (torch.float16, torch.bfloat16) else 1
+    assert ((kernel.double() - exact).abs() <= roundings * EPS[dtype] * exact.abs()).all()
     exact_bias = shift + shift_point + shift_identity
     assert ((bias.double() - exact_bias).abs() <= EPS[dtype] / 2 * exact_bias.abs()).all()
 
