@@ -337,7 +337,7 @@ def read_checkpoint(path: str | Path, *, use_ema: bool = True) -> StateDict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'no checkpoint file at {str(path)!r}')
-    checkpoint = _read_safetensors(path) if path.suffix == '.safetensors' else _read_torch(path)
+    checkpoint = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
     containers = (_EMA_CONTAINERS if use_ema else ()) + _CONTAINERS
     if isinstance(checkpoint, Mapping):
         checkpoint = next((checkpoint[name] for name in containers if checkpoint.get(name) is not None), checkpoint)
@@ -346,6 +346,13 @@ def read_checkpoint(path: str | Path, *, use_ema: bool = True) -> StateDict:
             f'{str(path)!r} holds no state dict, neither bare nor under one of: {", ".join(containers)}'
         )
     return dict(checkpoint)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By the suffix, or by the format: the length of a header in eight bytes, then the header in JSON."""
+    with path.open('rb') as file:
+        header_size, first = int.from_bytes(file.read(8), 'little'), file.read(1)
+    return path.suffix == '.safetensors' or (first == b'{' and header_size < path.stat().st_size)
 
 
 def _read_safetensors(path: Path) -> StateDict:
@@ -369,8 +376,10 @@ def _read_torch(path: Path) -> Any:
             f'{str(path)!r} is no torch checkpoint or holds more than tensors, and nothing else is read, since '
             'unpickling it can run any code; save its state dict alone, or as safetensors'
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(f'{str(path)!r} is truncated or no torch checkpoint ({error}); get it again') from error
+    except Exception as error:  # the unpickler raises whatever the bytes lead it to
+        raise CheckpointError(
+            f'{str(path)!r} is truncated or no torch checkpoint of tensors alone; get it again, or save its state dict'
+        ) from error
 
 
 def _few(items: Iterable[str], limit: int = 5) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.verb(args)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except args.errors as error:
         message = ' '.join(str(error).split()) or type(error).__name__
         print(f'repvgg-zoo: {message}', file=sys.stderr)
@@ -113,7 +117,7 @@ def _demo(args: argparse.Namespace) -> int:
     with Progress(console=Console(stderr=True)) as progress:
         rows = run_demo(args.out, track=progress.track, overwrite=args.overwrite)
     _print_table(
-        ('form', 'parameters', 'latency_ms per image', 'top1_pct', 'largest logit difference'),
+        ('form', 'parameters', 'latency_ms\nper image', 'top1_pct', 'largest logit\ndifference'),
         [
             (
                 row.form,
@@ -150,7 +154,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     results = verify(args.a, args.b, images=args.images)
     _print_table(
-        ('computed in', 'images', 'largest difference', 'relative to the largest logit', 'same top class'),
+        ('computed in', 'images', 'largest\ndifference', 'relative to the\nlargest logit', 'same top class'),
         [
             (
                 dtype,
@@ -179,7 +183,9 @@ def _run(args: argparse.Namespace) -> int:
 def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     from rich.console import Console
 
-    Console().print(_table(header, rows))
+    console, table = Console(), _table(header, rows)
+    console.width = max(console.width, Console(width=1000).measure(table).maximum)  # a cell is never cut
+    console.print(table)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
@@ -188,7 +194,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
 
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     for index, title in enumerate(header):
-        table.add_column(title, justify='right' if index else 'left', no_wrap=not index)
+        table.add_column(title, justify='right' if index else 'left', no_wrap=True)
     for row in rows:
         table.add_row(*row)
     return table

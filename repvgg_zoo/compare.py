@@ -90,6 +90,8 @@ def images_for(model: RepVGG, folder: str | Path | None = None) -> Iterator[Tens
         size = model.in_chans, *config['input_size'][1:]
         yield torch.randn(_RANDOM_IMAGES, *size, generator=torch.Generator().manual_seed(0))
         return
+    if model.in_chans != 3:
+        raise ValueError(f'the images have 3 channels, and the model takes {model.in_chans}; leave the images out')
     if not Path(folder).is_dir():
         raise FileNotFoundError(f'no folder of images at {str(folder)!r}')
     dataset = ImageDataset(str(folder), transform=create_transform(**config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import timm
@@ -65,8 +66,11 @@ def open_model(source: str | Path, *, variant: str | None = None, use_ema: bool 
     does not fit the given one.
     """
     path = Path(source)
-    if path.is_dir() and (path / 'config.json').is_file():
-        return timm.create_model(f'local-dir:{path}', pretrained=True)
+    if (config := path / 'config.json').is_file():
+        try:
+            return timm.create_model(f'local-dir:{path}', pretrained=True)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f'{str(config)!r} is no configuration of a timm model: {error!r}') from error
     if path.is_dir():
         path = weights_in(path)
     if _is_model_name(source):
@@ -94,6 +98,10 @@ def _is_model_name(source: str | Path) -> bool:
     name = str(source)
     if Path(source).exists() or name.endswith(_FILE_SUFFIXES):
         return False
-    if ':' not in name and '/' not in name:
+    if ':' in name:
+        return True
+    try:
         get_variant(name.split('.')[0])
-    return ':' in name or '/' not in name
+    except ValueError as error:
+        raise FileNotFoundError(f'no checkpoint file or folder at {name!r}, and {error}') from None
+    return True

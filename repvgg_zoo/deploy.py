@@ -40,8 +40,14 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
     Raises:
         FoldError: A block cannot be folded, or with `verify` the forms differ by more than rounding explains
             (1e-3 of the largest output in float32). The module is then as it was before.
-        ValueError: There is no RepVGG block in the module.
+        ValueError: There is no RepVGG block in the module, or one in a traced, scripted or exported graph.
     """
+    for path, submodule in module.named_modules():
+        if isinstance(submodule, (torch.fx.GraphModule, torch.jit.ScriptModule)) and any(_find_blocks(submodule)):
+            raise ValueError(
+                f'{path or "the module"} is a {type(submodule).__name__}, whose branches are fixed in a graph; switch '
+                'to the deploy form before tracing, scripting or exporting'
+            )
     blocks = list(_find_blocks(module))
     if not blocks:
         raise ValueError(f'no RepVGG block in {type(module).__name__}, neither of the training nor of the deploy form')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ['load_checkpoint', 'load_pretrained', 'load_state_dict', 'weights_in']
 
+_logger = logging.getLogger(__name__)
 _WEIGHT_FILES = ('model.safetensors', 'pytorch_model.bin')
 
 
@@ -54,8 +56,9 @@ def load_state_dict(model: RepVGG, state_dict: StateDict) -> None:
 def load_pretrained(model: RepVGG, cfg: PretrainedCfg, *, cache_dir: str | Path | None = None) -> None:
     """Load the weights that a pretrained configuration names into a model.
 
-    The stem is adapted to the model's input channels as timm does it, and the classifier is left as it
-    is initialised where the model has another number of classes; everything else must fit. Raises
+    The stem is adapted to the model's input channels as timm does it. Where the configuration speaks of
+    another number of classes than the model has, a classifier that does not fit is left as it is
+    initialised, which is logged. Everything else must fit. Raises
     `CheckpointError` as `load_checkpoint` does, and where no file can be had.
     """
     if cfg.state_dict is not None:
@@ -69,7 +72,11 @@ def load_pretrained(model: RepVGG, cfg: PretrainedCfg, *, cache_dir: str | Path 
     _adapt_stem(state_dict, model.in_chans, cfg.input_size[0])
     if model.num_classes != cfg.num_classes:
         for name in model.classifier_names:
-            for key in (f'{name}.weight', f'{name}.bias'):
+            weight, bias = f'{name}.weight', f'{name}.bias'
+            if weight in expected and weight in state_dict and state_dict[weight].shape == expected[weight].shape:
+                continue
+            _logger.info('%s: the weights have no classifier of %d classes; it is fresh', name, model.num_classes)
+            for key in (weight, bias):
                 state_dict.pop(key, None)
                 if key in expected:
                     state_dict[key] = expected[key]

@@ -35,8 +35,8 @@ class BNStats(NamedTuple):
     def scale_shift(self) -> tuple[Tensor, Tensor]:
         """BN(y) = y · scale + shift, both `(C,)` in float64.
 
-        scale = γ / sqrt(σ² + ε), shift = β - μ · scale. Raises `FoldError` if a variance is negative,
-        infinite or NaN.
+        scale = γ / sqrt(σ² + ε), shift = β - μ · scale. Raises `FoldError` if a variance is negative, or
+        anything infinite or NaN.
         """
         device = _float64_device(self.mean)
         mean, var = self.mean.to(device, torch.float64), self.var.to(device, torch.float64)
@@ -49,6 +49,9 @@ class BNStats(NamedTuple):
         shift = -mean * scale
         if self.bias is not None:
             shift = shift + self.bias.to(device, torch.float64)
+        if not bool((finite := scale.isfinite() & shift.isfinite()).all()):
+            bad = int((~finite).nonzero()[0])
+            raise FoldError(f'running mean, weight or bias of channel {bad} is not finite')
         return scale, shift
 
 

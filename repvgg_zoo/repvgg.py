@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import warnings
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import ClassifierHead, SEModule, calculate_drop_path_rates
+from timm.layers import ClassifierHead, SEModule, calculate_drop_path_rates, get_act_layer, get_norm_layer
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
@@ -28,7 +27,7 @@ from .blocks import ConvNorm, RepVGGBlock
 from .checkpoints import to_timm_layout, without_aux_heads
 from .manifest import DEPLOY_SUFFIX, WeightsRecord, read_manifest
 from .pretrained import load_pretrained
-from .variants import VARIANTS, Variant
+from .variants import VARIANTS, Variant, suggestion
 
 __all__ = ['AuxHead', 'RepVGG']
 
@@ -78,8 +77,8 @@ class RepVGG(nn.Module):
         output_stride: int = 32,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        act_layer: Callable[..., nn.Module] = nn.ReLU,
-        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        act_layer: str | Callable[..., nn.Module] = nn.ReLU,
+        norm_layer: str | Callable[..., nn.Module] = nn.BatchNorm2d,
         deploy: bool = False,
         aux_heads: bool = False,
         device: Any = None,
@@ -91,6 +90,8 @@ class RepVGG(nn.Module):
             output_stride: 32, or 16 or 8 to keep resolution by dilation instead of stride.
             drop_rate: Dropout before the classifier.
             drop_path_rate: Stochastic depth of the convolution branches, growing by stage.
+            act_layer: Activation, by timm's name or as a class.
+            norm_layer: Batch normalisation, by timm's name or as a class.
             deploy: Build the deploy form.
             aux_heads: Add the auxiliary heads of RepVGGplus. The model then returns
                 `(logits, [logits of each head])` in train mode; in eval mode and in the deploy form it
@@ -102,6 +103,7 @@ class RepVGG(nn.Module):
         if aux_heads and not variant.aux_heads:
             having = ', '.join(v.name for v in VARIANTS.values() if v.aux_heads)
             raise ValueError(f'{variant.name} has no auxiliary heads; these have: {having}')
+        act_layer, norm_layer = get_act_layer(act_layer), get_norm_layer(norm_layer)
         dd = {'device': device, 'dtype': dtype}
         self.variant = variant
         self.num_classes = num_classes
@@ -166,7 +168,7 @@ class RepVGG(nn.Module):
     @property
     def deploy(self) -> bool:
         """Whether the model is of the deploy form."""
-        return self.stem.reparam_conv is not None
+        return all(m.reparam_conv is not None for m in self.modules() if isinstance(m, RepVGGBlock))
 
     @property
     def device(self) -> torch.device:
@@ -412,10 +414,7 @@ def _create_repvgg(
 def _check_tag(variant: Variant, tag: str) -> None:
     tags = list(default_cfgs[variant.name].cfgs)
     if tag not in tags:
-        nearest = difflib.get_close_matches(tag, tags, n=1, cutoff=0)[0]
-        raise RuntimeError(
-            f'unknown tag {tag!r} of {variant.name}; did you mean {nearest!r}? it has: {", ".join(tags)}'
-        )
+        raise RuntimeError(f'unknown tag {tag!r} of {variant.name};{suggestion(tag, tags)} it has: {", ".join(tags)}')
 
 
 def _entrypoint(variant: Variant) -> Callable[..., nn.Module]:

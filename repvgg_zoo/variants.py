@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-__all__ = ['VARIANTS', 'SqueezeExcite', 'Variant', 'get_variant']
+__all__ = ['VARIANTS', 'SqueezeExcite', 'Variant', 'get_variant', 'suggestion']
 
 _BASE_CHANNELS = (64, 128, 256, 512)
 
@@ -104,5 +105,10 @@ def get_variant(name: str) -> Variant:
     """Look a variant up by its timm name; raises `ValueError` that names the nearest one."""
     if name in VARIANTS:
         return VARIANTS[name]
-    nearest = difflib.get_close_matches(name, VARIANTS, n=1, cutoff=0)[0]
-    raise ValueError(f'unknown variant {name!r}; did you mean {nearest!r}? `repvgg-zoo list` shows all')
+    raise ValueError(f'unknown variant {name!r};{suggestion(name, VARIANTS)} `repvgg-zoo list` shows all')
+
+
+def suggestion(name: str, options: Iterable[str]) -> str:
+    """` did you mean …?`, or nothing where no option comes near."""
+    nearest = difflib.get_close_matches(name, options, n=1)
+    return f' did you mean {nearest[0]!r}?' if nearest else ''

@@ -257,6 +257,19 @@ def test_truncated_file(state_dict, suffix, keep, tmp_path):
         fresh(pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
 
 
+@pytest.mark.parametrize('content', [b'hello world', b'', b'\x80\x04garbage', bytes(range(256))], ids=str)
+def test_file_that_is_no_checkpoint(content, tmp_path):
+    (tmp_path / 'file.pth').write_bytes(content)
+    with pytest.raises(CheckpointError, match=r'file\.pth'):
+        load_checkpoint(fresh(), tmp_path / 'file.pth')
+
+
+@pytest.mark.parametrize('name', ['file', 'file.pth', 'file.bin'])
+def test_safetensors_file_by_another_name(state_dict, name, tmp_path):
+    save_file(state_dict, tmp_path / name)
+    assert read_checkpoint(tmp_path / name).keys() == state_dict.keys()
+
+
 class Exploit:
     def __init__(self, path):
         self.path = path

@@ -34,6 +34,19 @@ def test_list():
     assert all(len(line) <= 80 for line in done.stdout.splitlines() if line.split() and line.split()[0] in VARIANTS)
 
 
+def test_list_keeps_its_cells_on_a_narrow_terminal():
+    command = [sys.executable, '-m', 'repvgg_zoo', 'list']
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {'COLUMNS': '30'})
+    assert '…' not in done.stdout
+    assert '120.39' in done.stdout
+
+
+def test_list_into_a_closed_pipe():
+    command = f'{sys.executable} -m repvgg_zoo list | head -n 1'
+    done = subprocess.run(['/bin/sh', '-c', command], capture_output=True, text=True)
+    assert done.stderr == ''
+
+
 def test_convert_and_verify(tmp_path):
     done = zoo('convert', 'test_repvgg', 'out', '--form', 'deploy', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -59,7 +72,7 @@ def test_verify_fails_on_a_difference(tmp_path):
     [
         (('convert', 'nothing.pth', 'out'), "no checkpoint file at 'nothing.pth'"),
         (('convert', 'test_repvgg', '.'), "'.' exists; choose another path or pass overwrite (--overwrite)"),
-        (('verify', 'repvgg_b4'), "unknown variant 'repvgg_b4'; did you mean 'repvgg_b"),
+        (('verify', 'repvgg_b4'), "no checkpoint file or folder at 'repvgg_b4', and unknown variant 'repvgg_b4'; did"),
         (('verify', 'test_repvgg.cifar'), "unknown tag 'cifar' of test_repvgg; did you mean 'cifar10'"),
         (('convert', 'repvgg_b1g2', 'out'), 'nobody has published weights of repvgg_b1g2.rvgg_in1k on the Hub'),
         (('demo', '--out', '.'), "'.' exists"),

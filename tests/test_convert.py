@@ -49,13 +49,38 @@ def test_training_folder_needs_no_plugin(checkpoint, tmp_path):
 
 def test_existing_target_is_kept_unless_told(checkpoint, tmp_path):
     target = tmp_path / 'out'
-    target.mkdir()
-    (target / 'precious').touch()
+    convert(checkpoint, target)
+    written = (target / 'model.safetensors').stat().st_mtime_ns
     with pytest.raises(FileExistsError, match='exists; choose another path'):
         convert(checkpoint, target)
-    assert [path.name for path in target.iterdir()] == ['precious']
-    convert(checkpoint, target, overwrite=True)
-    assert sorted(path.name for path in target.iterdir()) == ['config.json', 'model.safetensors']
+    assert (target / 'model.safetensors').stat().st_mtime_ns == written
+    convert(target, target, form='deploy', overwrite=True)
+    assert open_model(target).deploy
+
+
+def test_nothing_but_a_model_folder_is_overwritten(checkpoint, tmp_path):
+    full, link, dangling = tmp_path / 'full', tmp_path / 'link', tmp_path / 'dangling'
+    full.mkdir()
+    (full / 'thesis.txt').touch()
+    link.symlink_to(full)
+    dangling.symlink_to(tmp_path / 'nowhere')
+    for target, message in (
+        (full, "holds 'thesis.txt', which no model folder does"),
+        (link, 'is no folder'),
+        (dangling, 'is no folder'),
+        (checkpoint, 'is no folder'),
+    ):
+        with pytest.raises(FileExistsError, match=message):
+            convert(checkpoint, target, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['c.pth', 'dangling', 'full', 'link']
+    assert (full / 'thesis.txt').exists()
+
+
+@pytest.mark.parametrize('text', ['{}', '{', '[]', '{"architecture": 3}'])
+def test_folder_with_a_bad_configuration(text, tmp_path):
+    (tmp_path / 'config.json').write_text(text)
+    with pytest.raises(CheckpointError, match=r'config\.json.* is no configuration of a timm model'):
+        open_model(tmp_path)
 
 
 def test_failure_leaves_nothing(tmp_path):
@@ -96,8 +121,10 @@ def test_missing_source(source):
 
 def test_source_by_name():
     assert open_model('test_repvgg.cifar10_deploy').deploy
-    with pytest.raises(ValueError, match="unknown variant 'repvgg_b4'; did you mean"):
+    with pytest.raises(FileNotFoundError, match=r"no .* at 'repvgg_b4', and unknown variant 'repvgg_b4'; did you mean"):
         open_model('repvgg_b4')
+    with pytest.raises(FileNotFoundError, match=r"unknown variant 'nope'; `repvgg-zoo list` shows all"):
+        open_model('nope')
 
 
 # -------------------------------------------------------------------------------------------- verifying
@@ -140,6 +167,11 @@ def test_models_of_other_shapes(model):
 def test_deploy_form_alone_has_nothing_to_compare_with():
     with pytest.raises(CheckpointError, match='no other form'):
         verify('test_repvgg.cifar10_deploy')
+
+
+def test_images_have_three_channels(checkpoint):
+    with pytest.raises(ValueError, match='the model takes 4'):
+        verify(checkpoint, images=weights_dir() / 'cifar10' / 'validation' / 'cat')
 
 
 def test_missing_images():

@@ -123,6 +123,25 @@ def test_average_of_weights(model, x):
     assert rel_diff(average.module(x), before) < 1e-12
 
 
+def test_graphs_are_refused_unharmed(model, x):
+    features = timm.create_model('test_repvgg', features_only=True, feature_cls='fx').double().eval()
+    for traced in (features, torch.jit.trace(model, x), torch.jit.script(model), torch.fx.symbolic_trace(model)):
+        before = traced(x)
+        with pytest.raises(ValueError, match='before tracing, scripting or exporting'):
+            switch_to_deploy(traced)
+        after = traced(x)
+        before, after = (outputs if isinstance(outputs, list) else [outputs] for outputs in (before, after))
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_partly_switched_model_is_of_the_training_form(model, x):
+    before = model(x)
+    model.stem.switch_to_deploy()
+    assert not model.deploy
+    assert rel_diff(model.switch_to_deploy()(x), before) < 1e-12
+    assert model.deploy
+
+
 def test_module_without_blocks():
     with pytest.raises(ValueError, match='no RepVGG block in Linear'):
         switch_to_deploy(nn.Linear(2, 2))

@@ -47,6 +47,29 @@ def test_program_sees_what_it_sees_when_run_directly(target, direct, folder):
     assert 'false' in expected.stdout
 
 
+def test_folder_and_working_directory(folder):
+    app = folder / 'app'
+    app.mkdir()
+    (app / '__main__.py').write_text('import beside, sys; print(beside.value, sys.argv)')
+    (app / 'beside.py').write_text('value = 5')
+    (folder / 'scripts' / 'moves.py').write_text("import os; os.chdir('/'); print(os.path.abspath(__file__))")
+    assert (
+        run([*LAUNCHER, 'app', 'x'], folder).stdout
+        == run([sys.executable, 'app', 'x'], folder).stdout
+        == ("5 ['app', 'x']\n")
+    )
+    assert run([*LAUNCHER, 'scripts/moves.py'], folder).stdout.strip() == str(folder / 'scripts' / 'moves.py')
+
+
+def test_timm_beside_the_script_is_told(folder):
+    (folder / 'timm').mkdir()
+    (folder / 'timm' / '__init__.py').touch()
+    (folder / 'script.py').touch()
+    done = run([*LAUNCHER, folder / 'script.py'], folder / 'scripts')
+    assert done.returncode == 0
+    assert 'has a timm beside it, but runs with timm' in done.stderr
+
+
 def test_console_script(folder):
     done = run([*LAUNCHER, 'pytest', '--version'], folder)
     assert done.returncode == 0
@@ -67,6 +90,8 @@ def test_nothing_to_run(folder):
     assert done.stderr.strip() == (
         "repvgg-zoo: 'no_such_thing' is no file, no installed console script and no module that can be run"
     )
+    (folder / 'namespace').mkdir()
+    assert 'no module that can be run' in run([*LAUNCHER, 'namespace'], folder).stderr
 
 
 def test_multiprocessing_with_spawn(folder):

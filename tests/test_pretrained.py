@@ -109,6 +109,18 @@ def test_flipped_byte_is_noticed(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------- other sources
 
 
+def test_classifier_that_fits_is_loaded(tmp_path, caplog):
+    """Though the registry speaks of another number of classes than the file and the model have."""
+    source = timm.create_model('repvgg_a0', num_classes=10)
+    save_file(source.state_dict(), tmp_path / 'mine.safetensors')
+    overlay = dict(file=str(tmp_path / 'mine.safetensors'))
+    loaded = timm.create_model('repvgg_a0', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=10)
+    assert torch.equal(loaded.head.fc.weight, source.head.fc.weight)
+    with caplog.at_level('INFO', logger='repvgg_zoo'):
+        timm.create_model('repvgg_a0', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=9)
+    assert 'no classifier of 9 classes; it is fresh' in caplog.text
+
+
 def test_file_overlay_and_checkpoint_path(tmp_path):
     source = randomise(timm.create_model('test_repvgg'), px=32)
     save_file(source.state_dict(), tmp_path / 'mine.safetensors')

@@ -112,6 +112,14 @@ def test_bad_variance_is_named(value):
         fold_bn(torch.randn(4, 2, 3, 3), bn)
 
 
+@pytest.mark.parametrize('field', ['mean', 'weight', 'bias'])
+def test_other_statistics_that_are_not_finite_are_named(field):
+    bn = random_bn(4, 0)
+    getattr(bn, field)[3] = float('nan')
+    with pytest.raises(FoldError, match='running mean, weight or bias of channel 3 is not finite'):
+        fold_bn(torch.randn(4, 2, 3, 3), bn)
+
+
 def test_module_imports_nothing_but_torch():
     import ast
     import pathlib

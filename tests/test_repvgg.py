@@ -254,6 +254,12 @@ def test_drop_path_is_of_the_training_form_alone():
     assert not any('DropPath' in type(m).__name__ for m in deployed.modules())
 
 
+def test_layers_by_name():
+    model = timm.create_model('test_repvgg', act_layer='silu', norm_layer='batchnorm2d')
+    assert isinstance(model.stem.act, nn.SiLU)
+    assert isinstance(model.stem.conv_kxk.bn, nn.BatchNorm2d)
+
+
 def test_auxiliary_heads():
     model = timm.create_model('repvggplus_l2pse', aux_heads=True, num_classes=7)
     x = images(2)
