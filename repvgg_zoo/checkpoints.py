@@ -322,6 +322,9 @@ def identify_variant(state_dict: Mapping[str, Tensor]) -> Variant | None:
 
 # ------------------------------------------------------------------------------------------------ files
 
+FILE_SUFFIXES = ('.safetensors', '.pth', '.pt', '.tar', '.bin')
+"""What the names of checkpoint files end in."""
+
 _CONTAINERS = ('state_dict', 'model')
 _EMA_CONTAINERS = ('state_dict_ema', 'model_ema')
 

@@ -83,6 +83,36 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--images', metavar='FOLDER', help='real images to compare on (random ones)')
 
     sub = add(
+        _publish,
+        'publish',
+        'write both forms of a checkpoint as model folders, and upload them to the Hub',
+        'The forms are compared before anything is written. Without --push nothing is uploaded. A run that was stopped '
+        'can be started again: what is on the Hub already is not uploaded twice.',
+    )
+    which = sub.add_mutually_exclusive_group(required=True)
+    which.add_argument('name', metavar='ARCH.TAG', nargs='?', help='name of the training weights')
+    which.add_argument('--all', action='store_true', help='all weights whose source the manifest knows')
+    sub.add_argument(
+        '--from',
+        dest='source',
+        metavar='SRC',
+        help='checkpoint file of any layout, model folder, or Hub repository (what the manifest names)',
+    )
+    sub.add_argument('--owner', required=True, help='Hub account to publish under')
+    sub.add_argument('--out', metavar='DIR', help='folder for the model folders (OWNER)')
+    sub.add_argument('--push', action='store_true', help='upload, and write into the manifest where the weights are')
+    sub.add_argument('--replace', action='store_true', help='replace folders and repositories that hold other files')
+    sub.add_argument('--verify-images', metavar='FOLDER', help='real images to compare the forms on (random ones)')
+
+    sub = add(
+        _reproduce,
+        'reproduce',
+        'print the commands that reproduce the published accuracy, with the figure to expect',
+    )
+    sub.add_argument('--imagenet', metavar='FOLDER', default='imagenet', help='ImageNet-1k, as an image folder')
+    sub.add_argument('--cifar10', metavar='FOLDER', default='cifar10', help='CIFAR-10, as an image folder')
+
+    sub = add(
         _run,
         'run',
         'run a script, module or console script with the zoo registered in timm',
@@ -99,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
 def _list(args: argparse.Namespace) -> int:
     from .listing import HEADER, LEGEND, markdown_table, variant_rows
 
-    rows = [row.cells() for row in variant_rows()]
+    rows = list(variant_rows())
     if args.markdown:
         print(markdown_table(rows))
     else:
@@ -169,6 +199,44 @@ def _verify(args: argparse.Namespace) -> int:
     same = all(result.same for result in results.values())
     print('the same function' if same else 'NOT the same function')
     return 0 if same else 1
+
+
+def _publish(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .publish import build_folders, names_to_publish, push_folders
+
+    if args.all and args.source:
+        raise ValueError('--all takes every source from the manifest, so it goes without --from')
+    for name in names_to_publish(args.owner) if args.all else [args.name]:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            folders = build_folders(
+                name,
+                args.source,
+                owner=args.owner,
+                out=args.out,
+                replace_existing=args.replace,
+                images=args.verify_images,
+                track=progress.track,
+            )
+        if args.push:
+            push_folders(folders, replace_existing=args.replace)
+        for item in folders:
+            done = 'published as' if args.push else 'would publish as'
+            print(f'{item.folder}: {item.record.size_bytes / 1e6:.1f} MB, {done} {item.repo_id}')
+        check = folders[0].record.fold_check
+        print(
+            f'{name}: forms differ by {check.float64_rel_diff:.1e} in float64, {check.float32_rel_diff:.1e} in float32'
+        )
+    return 0
+
+
+def _reproduce(args: argparse.Namespace) -> int:
+    from .listing import reproduction_lines
+
+    print('\n'.join(reproduction_lines(imagenet=args.imagenet, cifar10=args.cifar10)))
+    return 0
 
 
 def _run(args: argparse.Namespace) -> int:

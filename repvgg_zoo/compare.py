@@ -15,7 +15,7 @@ from .checkpoints import CheckpointError
 from .convert import open_model
 from .repvgg import RepVGG
 
-__all__ = ['Comparison', 'compare', 'images_for', 'verify']
+__all__ = ['Comparison', 'compare', 'float64_rel_diff', 'images_for', 'verify']
 
 _RANDOM_IMAGES, _BATCH_SIZE = 8, 8
 _MAX_REL_DIFF = 1e-3
@@ -81,6 +81,23 @@ def compare(a: RepVGG, b: RepVGG, batches: Iterator[Tensor], *, dtype: torch.dty
         max_rel_diff=(max_abs_diff / largest).item() if max_abs_diff != 0 else 0.0,
         top1_agreement_pct=100 * agreeing / images,
     )
+
+
+def float64_rel_diff(model: RepVGG, x: Tensor) -> float:
+    """Largest difference between the logits of a model and of its fold, both in float64, relative to the largest logit.
+
+    `x` is `(N, C, H, W)`; the model is in eval mode. One block at a time is copied, so the memory is that of
+    a block.
+    """
+    training = deploy = x.double()
+    with torch.inference_mode():
+        for block in (model.stem, *(block for stage in model.stages for block in stage)):
+            exact = copy.deepcopy(block).double()
+            training = exact(training)
+            deploy = exact.switch_to_deploy()(deploy)
+        head = copy.deepcopy(model.head).double()
+        training, deploy = head(training), head(deploy)
+        return ((training - deploy).abs().max() / training.abs().max()).item()
 
 
 def images_for(model: RepVGG, folder: str | Path | None = None) -> Iterator[Tensor]:

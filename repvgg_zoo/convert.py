@@ -6,17 +6,24 @@ import json
 from pathlib import Path
 
 import timm
-from timm.models import save_for_hf
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
 
-from .checkpoints import CheckpointError, Form, form_of, identify_variant, read_checkpoint, to_timm_layout
-from .folders import new_folder
+from .atomic import new_folder
+from .checkpoints import (
+    FILE_SUFFIXES,
+    CheckpointError,
+    Form,
+    form_of,
+    identify_variant,
+    read_checkpoint,
+    to_timm_layout,
+)
 from .pretrained import load_state_dict, weights_in
 from .repvgg import RepVGG
 from .variants import get_variant
 
-__all__ = ['convert', 'open_model']
-
-_FILE_SUFFIXES = ('.safetensors', '.pth', '.pt', '.tar', '.bin')
+__all__ = ['convert', 'open_model', 'save_model']
 
 
 def convert(
@@ -53,8 +60,32 @@ def convert(
             )
         model.pretrained_cfg.pop('tag', None)
         model.pretrained_cfg['input_size'] = (model.in_chans, *model.pretrained_cfg['input_size'][1:])
-        save_for_hf(model, folder, model_args=model._model_args, safe_serialization=True)
+        save_model(model, folder)
     return model
+
+
+def save_model(model: RepVGG, folder: Path) -> None:
+    """Write a model's `model.safetensors` and timm's `config.json`, the same bytes each time, into a folder."""
+    weights = folder / 'model.safetensors'
+    form = 'deploy' if model.deploy else 'training'
+    save_file(model.state_dict(), weights, metadata={'format': 'pt', 'architecture': model.variant.name, 'form': form})
+    _sort_metadata(weights)
+    config = folder / 'config.json'
+    save_config_for_hf(model, str(config), model_args=model._model_args)
+    weights.chmod(config.stat().st_mode)  # as the umask has it; safetensors writes for the owner alone
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put a safetensors file's metadata into the order of its keys, which is random as the library writes it."""
+    with path.open('r+b') as file:
+        size = int.from_bytes(file.read(8), 'little')
+        header = json.loads(file.read(size))
+        header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+        content = json.dumps(header, separators=(',', ':')).encode().ljust(size)
+        if len(content) != size:
+            raise CheckpointError(f'{str(path)!r} has a header that cannot be put into order')
+        file.seek(8)
+        file.write(content)
 
 
 def open_model(source: str | Path, *, variant: str | None = None, use_ema: bool = True) -> RepVGG:
@@ -96,7 +127,7 @@ def open_model(source: str | Path, *, variant: str | None = None, use_ema: bool 
 
 def _is_model_name(source: str | Path) -> bool:
     name = str(source)
-    if Path(source).exists() or name.endswith(_FILE_SUFFIXES):
+    if Path(source).exists() or name.endswith(FILE_SUFFIXES):
         return False
     if ':' in name:
         return True

@@ -14,12 +14,12 @@ import timm
 import torch
 from timm.data import create_dataset, create_loader, resolve_model_data_config
 from timm.loss import LabelSmoothingCrossEntropy
-from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
-from .folders import new_folder
+from .atomic import new_folder
+from .convert import save_model
 from .manifest import weights_dir
 from .repvgg import RepVGG
 
@@ -54,11 +54,13 @@ def run_demo(out: str | Path, *, track: Track, overwrite: bool = False) -> list[
         _finetune(model, track)
         row, logits = _evaluate('fine-tuned, training form', model, None, track)
         rows.append(row)
-        save_for_hf(model, folder / 'training', safe_serialization=True)
+        (folder / 'training').mkdir()
+        save_model(model, folder / 'training')
 
         deployed = copy.deepcopy(model).switch_to_deploy()
         rows.append(_evaluate('fine-tuned, deploy form', deployed, logits, track)[0])
-        save_for_hf(deployed, folder / 'deploy', model_args=deployed._model_args, safe_serialization=True)
+        (folder / 'deploy').mkdir()
+        save_model(deployed, folder / 'deploy')
 
         reloaded = timm.create_model(f'local-dir:{folder / "deploy"}', pretrained=True)
         rows.append(_evaluate('deploy form, reloaded', reloaded, logits, track)[0])

@@ -1,15 +1,13 @@
-"""The table of variants, for the command line and the README."""
+"""Tables of the variants and of the weights, for the command line and for the pages."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
-from .complexity import count_gmacs, count_params
-from .manifest import DEPLOY_SUFFIX, WeightsRecord, read_manifest
-from .variants import VARIANTS, Variant
+from .manifest import DEPLOY_SUFFIX, Metrics, WeightsRecord, read_manifest
+from .variants import VARIANTS
 
-__all__ = ['HEADER', 'LEGEND', 'VariantRow', 'markdown_table', 'variant_rows']
+__all__ = ['HEADER', 'LEGEND', 'markdown_table', 'reproduction_lines', 'variant_rows', 'weights_page']
 
 HEADER = ('variant', 'train M', 'deploy M', 'GMACs', 'px', 'top-1 %', 'train', 'deploy')
 LEGEND = (
@@ -19,47 +17,48 @@ LEGEND = (
     'official release of .pth files only.'
 )
 
+_WEIGHTS_HEADER = (
+    'weights',
+    'form',
+    'where',
+    'parameters',
+    'bytes',
+    'sha256 begins',
+    'published top-1 %',
+    'measured top-1 %',
+    'forms differ by (float64 / float32)',
+    'licence',
+)
+_TEXT_COLUMNS = {'variant', 'train', 'deploy', 'weights', 'form', 'where', 'sha256 begins', 'licence'} | {
+    'published top-1 %',
+    'measured top-1 %',
+}
+_PAGE_INTRODUCTION = """\
+# The weights
 
-@dataclass(frozen=True, kw_only=True)
-class VariantRow:
-    """What there is to say about a variant."""
-
-    variant: Variant
-    params_train: int
-    params_deploy: int
-    gmacs: float
-    """Of the deploy form, at the size that the weights expect."""
-    training: WeightsRecord
-    deploy: WeightsRecord
-
-    def cells(self) -> tuple[str, ...]:
-        """One text for each column of `HEADER`; empty where nobody published a figure."""
-        published = self.training.published
-        return (
-            self.variant.name,
-            f'{self.params_train / 1e6:.2f}',
-            f'{self.params_deploy / 1e6:.2f}',
-            f'{self.gmacs:.3f}',
-            str(self.training.preprocessing.input_px),
-            f'{published[0].top1_pct:.2f}' if published else '',
-            _whereabouts(self.training),
-            _whereabouts(self.deploy),
-        )
+One line for each `arch.tag` that `timm.create_model(…, pretrained=True)` takes, from [manifest.json](manifest.json),
+which `repvgg-zoo publish` keeps up to date together with this page. Published figures are of whom the brackets name,
+on ImageNet-1k; measured ones are the project's own, on CIFAR-10. The forms' difference is that of the logits, relative
+to the largest, when the weights were published. A *fold* is made at load from the training form. How the bundled
+weights were trained: [test_repvgg.cifar10.md](test_repvgg.cifar10.md).
+"""
 
 
-def variant_rows() -> Iterator[VariantRow]:
-    """A row for each variant, with its first training weights and their fold."""
+def variant_rows() -> Iterator[tuple[str, ...]]:
+    """A row under `HEADER` for each variant; a cell is empty where nobody published a figure."""
     manifest = read_manifest()
-    for variant in VARIANTS.values():
-        training = next(r for r in manifest.values() if r.arch == variant.name and r.form == 'training')
-        classes = training.preprocessing.num_classes
-        yield VariantRow(
-            variant=variant,
-            params_train=count_params(variant, deploy=False, num_classes=classes),
-            params_deploy=count_params(variant, deploy=True, num_classes=classes),
-            gmacs=count_gmacs(variant, input_px=training.preprocessing.input_px, num_classes=classes),
-            training=training,
-            deploy=manifest[training.name + DEPLOY_SUFFIX],
+    for arch in VARIANTS:
+        training = next(r for r in manifest.values() if r.arch == arch and r.form == 'training')
+        deploy = manifest[training.name + DEPLOY_SUFFIX]
+        yield (
+            arch,
+            f'{training.params / 1e6:.2f}',
+            f'{deploy.params / 1e6:.2f}',
+            f'{deploy.gmacs:.3f}',
+            str(training.preprocessing.input_px),
+            f'{training.published[0].top1_pct:.2f}' if training.published else '',
+            _whereabouts(training),
+            _whereabouts(deploy),
         )
 
 
@@ -71,7 +70,60 @@ def _whereabouts(record: WeightsRecord) -> str:
     return '.pth' if record.upstream else 'fold'
 
 
-def markdown_table(rows: Iterable[Sequence[str]]) -> str:
-    """Rows under `HEADER` as a Markdown table."""
-    lines = [HEADER, ['---', *['---:'] * 5, '---', '---'], *rows]
+def markdown_table(rows: Iterable[Sequence[str]], header: Sequence[str] = HEADER) -> str:
+    """Rows under a header as a Markdown table, figures to the right."""
+    lines = [header, ['---' if title in _TEXT_COLUMNS else '---:' for title in header], *rows]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+
+
+def weights_page() -> str:
+    """The page of all weights, `weights/README.md`."""
+    return f'{_PAGE_INTRODUCTION}\n{markdown_table(map(_weights_row, read_manifest().values()), _WEIGHTS_HEADER)}\n'
+
+
+def reproduction_lines(*, imagenet: str, cifar10: str) -> Iterator[str]:
+    """Shell lines that evaluate the weights of every variant by timm's `validate.py`, and the accuracy to expect.
+
+    The arguments are the folders of the data sets.
+    """
+    data = {'ImageNet-1k': imagenet, 'CIFAR-10': f'{cifar10} --split test'}
+    for record in read_manifest().values():
+        if record.form != 'training':
+            continue
+        metrics = (*record.published, *record.measured)
+        yield f'# {record.name}: top-1 % {_metrics(metrics) or "nobody has published it"}'
+        if not (record.hub_id or record.file):
+            yield f'# needs {record.upstream} of the official release; the command tells how to use it'
+        data_dir = data[metrics[0].dataset if metrics else 'ImageNet-1k']
+        yield f'repvgg-zoo run validate.py --data-dir {data_dir} --model {record.name} --pretrained'
+
+
+def _weights_row(record: WeightsRecord) -> tuple[str, ...]:
+    check = record.fold_check
+    return (
+        record.name,
+        record.form,
+        _place(record),
+        f'{record.params:,}',
+        '' if record.size_bytes is None else f'{record.size_bytes:,}',
+        '' if record.sha256 is None else f'`{record.sha256[:16]}`',
+        _metrics(record.published),
+        _metrics(record.measured),
+        '' if check is None else f'{check.float64_rel_diff:.1e} / {check.float32_rel_diff:.1e}',
+        record.license,
+    )
+
+
+def _place(record: WeightsRecord) -> str:
+    hub = record.hub_id and f'[{record.hub_id}](https://huggingface.co/{record.hub_id})'
+    revision = record.revision and f'at `{record.revision[:12]}`'
+    bundled = record.file and f'[bundled]({record.file})'
+    if places := ', '.join(filter(None, (bundled, hub, revision))):
+        return places
+    if record.available is not record and record.available.hub_id:
+        return f'fold of {record.training_name}'
+    return f'nowhere yet; the official release has {record.upstream}'
+
+
+def _metrics(metrics: Sequence[Metrics]) -> str:
+    return ', '.join(f'{m.top1_pct:g} ({m.source})' for m in metrics)

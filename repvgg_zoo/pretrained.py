@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
@@ -21,15 +22,18 @@ from .checkpoints import (
     to_timm_layout,
     without_aux_heads,
 )
-from .manifest import read_manifest
+from .hub import WEIGHT_FILES, download_weights
+from .manifest import WeightsRecord, read_manifest
 
 if TYPE_CHECKING:
     from .repvgg import RepVGG
 
-__all__ = ['load_checkpoint', 'load_pretrained', 'load_state_dict', 'weights_in']
+__all__ = ['WEIGHTS_VARIABLE', 'load_checkpoint', 'load_pretrained', 'load_state_dict', 'locate', 'weights_in']
+
+WEIGHTS_VARIABLE = 'REPVGG_ZOO_WEIGHTS'
+"""Environment variable: a folder of model folders, named `arch.tag`, that go before the Hub and the bundled files."""
 
 _logger = logging.getLogger(__name__)
-_WEIGHT_FILES = ('model.safetensors', 'pytorch_model.bin')
 
 
 def load_checkpoint(model: RepVGG, path: str | Path, *, use_ema: bool = True) -> RepVGG:
@@ -64,9 +68,7 @@ def load_pretrained(model: RepVGG, cfg: PretrainedCfg, *, cache_dir: str | Path 
     if cfg.state_dict is not None:
         state_dict = cfg.state_dict
     else:
-        path = _locate(cfg, cache_dir)
-        _check_sha256(path, cfg)
-        state_dict = read_checkpoint(path)
+        state_dict = read_checkpoint(locate(cfg, cache_dir=cache_dir))
     state_dict = _to_form_of(model, to_timm_layout(state_dict))
     expected = model.state_dict()
     _adapt_stem(state_dict, model.in_chans, cfg.input_size[0])
@@ -105,50 +107,66 @@ def _adapt_stem(state_dict: StateDict, in_chans: int, source_chans: int) -> None
         state_dict[key] = adapt_input_conv(in_chans, state_dict[key])
 
 
-def _locate(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path:
-    """The local path of a configuration's weights, downloaded to the cache if need be."""
+def locate(cfg: PretrainedCfg, *, cache_dir: str | Path | None = None) -> Path:
+    """The local path of the weights that a pretrained configuration names, downloaded to the cache if need be.
+
+    A file that the manifest has the sha256 of is checked against it. Raises `CheckpointError`.
+    """
+    record = _record_of(cfg)
+    if record is not None and (path := _in_own_folder(record)):
+        return path
     if cfg.file:
         path = Path(cfg.file)
-        return weights_in(path) if path.is_dir() else path
-    if cfg.hf_hub_id:
-        return _from_hub(cfg.hf_hub_id, cfg.hf_hub_filename, cache_dir)
-    if cfg.url:
-        return _from_url(cfg.url, cache_dir)
+        path = weights_in(path) if path.is_dir() else path
+    elif cfg.hf_hub_id:
+        path = download_weights(cfg.hf_hub_id, cfg.hf_hub_filename, cache_dir=cache_dir)
+    elif cfg.url:
+        path = _from_url(cfg.url, cache_dir)
+    else:
+        raise CheckpointError(_how_to_get(cfg, record))
+    if record is not None and record.available.sha256 is not None:
+        _check_sha256(path, record.available)
+    return path
+
+
+def _record_of(cfg: PretrainedCfg) -> WeightsRecord | None:
+    """The record that a configuration stands for; None where it was told another place than the record's."""
     record = read_manifest().get(f'{cfg.architecture}.{cfg.tag}')
-    upstream = f' (there is only {record.upstream})' if record and record.upstream else ''
-    raise CheckpointError(
-        f'nobody has published weights of {cfg.architecture}.{cfg.tag} on the Hub{upstream}; use pretrained=False, or '
-        "give a file of your own with pretrained_cfg_overlay=dict(file='…')"
+    if record is None or cfg.source:
+        return None
+    file, hub_id = cfg.file or None, cfg.hf_hub_id or None
+    return record if (file, hub_id) == (record.path and str(record.path), record.available.hub_ref) else None
+
+
+def _in_own_folder(record: WeightsRecord) -> Path | None:
+    """The weights of a record, or those that it is the fold of, in the user's own folder of model folders."""
+    if not (own := os.environ.get(WEIGHTS_VARIABLE)):
+        return None
+    if not Path(own).is_dir():
+        raise CheckpointError(f'{WEIGHTS_VARIABLE} is {own!r}, which is no folder; set it to one, or unset it')
+    for name in (record.name, record.training_name):
+        if (folder := Path(own) / name).is_dir():
+            return weights_in(folder)
+    return None
+
+
+def _how_to_get(cfg: PretrainedCfg, record: WeightsRecord | None) -> str:
+    name = f'{cfg.architecture}.{cfg.tag}'
+    if record is None or record.upstream is None:
+        return f"{name} has no weights; use pretrained=False, or give a file with pretrained_cfg_overlay=dict(file='…')"
+    return (
+        f'nobody has published weights of {name} on the Hub; get {record.upstream} from the official release '
+        f'({record.origin}), run `repvgg-zoo convert {record.upstream} zoo/{record.training_name}`, and set '
+        f'{WEIGHTS_VARIABLE}=zoo'
     )
 
 
 def weights_in(folder: Path) -> Path:
     """The file of weights in a model folder; raises `CheckpointError` if there is none."""
-    for name in _WEIGHT_FILES:
+    for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return folder / name
-    raise CheckpointError(f'no weights in {str(folder)!r}: neither {" nor ".join(_WEIGHT_FILES)}')
-
-
-def _from_hub(hub_id: str, filename: str | None, cache_dir: str | Path | None) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-
-    repo_id, _, revision = hub_id.partition('@')
-    names = (filename,) if filename else _WEIGHT_FILES
-    for name in names:
-        try:
-            return Path(hf_hub_download(repo_id, name, revision=revision or None, cache_dir=cache_dir))
-        except LocalEntryNotFoundError as error:
-            raise CheckpointError(
-                f'cannot get {name} of {repo_id} from the Hub, and it is not in the cache ({_first_line(error)}); '
-                "connect and try again, or give a file with pretrained_cfg_overlay=dict(file='…')"
-            ) from error
-        except EntryNotFoundError:
-            continue
-        except HfHubHTTPError as error:
-            raise CheckpointError(f'cannot get {name} of {repo_id} from the Hub: {_first_line(error)}') from error
-    raise CheckpointError(f'{repo_id} on the Hub has no weights: neither {" nor ".join(names)}')
+    raise CheckpointError(f'no weights in {str(folder)!r}: neither {" nor ".join(WEIGHT_FILES)}')
 
 
 def _from_url(url: str, cache_dir: str | Path | None) -> Path:
@@ -160,13 +178,7 @@ def _from_url(url: str, cache_dir: str | Path | None) -> Path:
     return path
 
 
-def _check_sha256(path: Path, cfg: PretrainedCfg) -> None:
-    """Compare a file with the manifest, if it is the one that the manifest speaks of."""
-    record = read_manifest().get(f'{cfg.architecture}.{cfg.tag}')
-    if record is None or record.sha256 is None:
-        return
-    if path != record.path and (record.hub_id is None or cfg.file or cfg.hf_hub_id != record.hub_id):
-        return
+def _check_sha256(path: Path, record: WeightsRecord) -> None:
     with path.open('rb') as file:
         actual = hashlib.file_digest(file, 'sha256').hexdigest()
     if actual != record.sha256:
@@ -174,7 +186,3 @@ def _check_sha256(path: Path, cfg: PretrainedCfg) -> None:
             f'{str(path)!r} is not the file that was published as {record.name}: its sha256 is {actual}, not '
             f'{record.sha256}; delete it and get it again'
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split('\n', 1)[0]

@@ -360,7 +360,7 @@ def _pretrained_cfg(record: WeightsRecord) -> PretrainedCfg:
     pool = preprocessing.input_px // variant.total_stride
     return PretrainedCfg(
         url='',  # as in timm
-        hf_hub_id=record.hub_id or read_manifest()[record.training_name].hub_id,
+        hf_hub_id=record.available.hub_ref,
         file=str(record.path) if record.path else None,
         input_size=(3, preprocessing.input_px, preprocessing.input_px),
         pool_size=(pool, pool),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import timm
 import torch
+from hub_server import TOKEN, hub_server
+from huggingface_hub import constants
 from torch import Tensor, nn
 
 import repvgg_zoo
+from repvgg_zoo.manifest import read_manifest, weights_dir
 
 TIMM_NAMES = [name for name in repvgg_zoo.VARIANTS if hasattr(timm.models.byobnet, name)]
 LARGE = {'repvgg_b2', 'repvgg_b3', 'repvgg_b3g2', 'repvgg_b3g4', 'repvgg_d2se', 'repvggplus_l2pse'}
@@ -58,3 +63,33 @@ def images(
 def rel_diff(a: Tensor, b: Tensor) -> float:
     """Largest difference, relative to the largest value of b."""
     return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+
+
+@pytest.fixture
+def own_weights(tmp_path, monkeypatch):
+    """A manifest, with the bundled weights, that a test can write to."""
+    folder = tmp_path / 'weights'
+    folder.mkdir()
+    for path in weights_dir().iterdir():
+        if path.is_file():
+            shutil.copy(path, folder)
+    monkeypatch.setattr('repvgg_zoo.manifest.weights_dir', lambda: folder)
+    monkeypatch.setattr('repvgg_zoo.publish.weights_dir', lambda: folder)
+    read_manifest.cache_clear()
+    yield folder
+    monkeypatch.undo()
+    read_manifest.cache_clear()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub on loopback that huggingface-hub's client in this process talks to, with an empty cache."""
+    with hub_server(tmp_path / 'blobs') as server:
+        url = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+        monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', url)
+        monkeypatch.setattr(constants, 'ENDPOINT', server.url)
+        monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
+        monkeypatch.setattr('repvgg_zoo.hub._WAITS_S', (0, 0))
+        monkeypatch.setenv('HF_TOKEN', TOKEN)
+        yield server

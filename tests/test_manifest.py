@@ -1,11 +1,14 @@
 import csv
+import dataclasses
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
+from complexity import count_gmacs, count_params
 
 from repvgg_zoo import VARIANTS
-from repvgg_zoo.manifest import DEPLOY_SUFFIX, read_manifest
+from repvgg_zoo.manifest import DEPLOY_SUFFIX, WeightsRecord, read_manifest, write_manifest
 
 RECORDS = read_manifest()
 OFFICIAL = {row['name']: row for row in csv.DictReader((Path(__file__).parent / 'data' / 'variants.csv').open())}
@@ -24,7 +27,36 @@ def test_record_is_whole(record):
     assert record.license == 'mit'
     assert record.origin
     assert all(metrics.source for metrics in (*record.published, *record.measured))
-    assert (record.hub_id is None) or (record.file is None and record.upstream is None)
+    assert all(metrics.source_url for metrics in record.published)
+    published = (record.hub_id, record.revision, record.sha256, record.size_bytes, record.fold_check)
+    if record.hub_id is None:
+        assert record.revision is None
+        assert (record.sha256 is None) == (record.size_bytes is None) == (record.file is None)
+        assert record.fold_check is None
+    else:  # as timm published it, or as this project did, which knows what it published
+        assert all(published) or (record.hub_id == f'timm/{record.name}' and not any(published[1:]))
+
+
+@pytest.mark.parametrize('record', RECORDS.values(), ids=lambda record: record.name)
+def test_sizes_follow_from_the_architecture(record):
+    variant, classes = VARIANTS[record.arch], record.preprocessing.num_classes
+    assert record.params == count_params(variant, deploy=record.form == 'deploy', num_classes=classes)
+    gmacs = count_gmacs(variant, input_px=record.preprocessing.input_px, num_classes=classes)
+    assert record.gmacs == pytest.approx(gmacs, abs=5e-7)  # it is written with six decimals
+
+
+def test_fields_are_exactly_those_of_a_record(own_weights):
+    path = own_weights / 'manifest.json'
+    content = json.loads(path.read_text())
+    write_manifest(read_manifest())
+    assert json.loads(path.read_text()) == content
+    assert {f.name for f in dataclasses.fields(WeightsRecord)} == {'arch', 'tag'} | set(content['repvgg_a0.rvgg_in1k'])
+    for change in (dict(typo=1), dict(license=...)):
+        record = {k: v for k, v in (content['repvgg_a0.rvgg_in1k'] | change).items() if v is not ...}
+        path.write_text(json.dumps(content | {'repvgg_a0.rvgg_in1k': record}))
+        read_manifest.cache_clear()
+        with pytest.raises(TypeError, match=r'typo|license'):
+            read_manifest()
 
 
 @pytest.mark.parametrize('record', [r for r in RECORDS.values() if r.file], ids=lambda record: record.name)

@@ -7,8 +7,7 @@ from dataclasses import replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .repvgg import RepVGG
-from .variants import Variant
+from repvgg_zoo import RepVGG, Variant
 
 __all__ = ['count_gmacs', 'count_params']
 
