@@ -221,9 +221,7 @@ def test_no_network_and_no_cache(name, hub_cache):
 
 @pytest.mark.parametrize('name', ['repvgg_b1g2', 'repvggplus_l2pse.rvgg_in1k_deploy'])
 def test_weights_that_nobody_published(name):
-    with pytest.raises(
-        CheckpointError, match=r'nobody has published weights of .*; get RepVGG.*\.pth from'
-    ):
+    with pytest.raises(CheckpointError, match=r'nobody has published weights of .*; get RepVGG.*\.pth from'):
         timm.create_model(name, pretrained=True)
 
 
