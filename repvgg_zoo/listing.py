@@ -12,9 +12,8 @@ __all__ = ['HEADER', 'LEGEND', 'markdown_table', 'reproduction_lines', 'variant_
 HEADER = ('variant', 'train M', 'deploy M', 'GMACs', 'px', 'top-1 %', 'train', 'deploy')
 LEGEND = (
     'train M, deploy M: parameters of either form, in millions. GMACs: multiply-adds of the deploy form at px pixels. '
-    'top-1 %: as published, on ImageNet-1k. train, deploy: where the weights of either form are: on the Hub as '
-    'timm/VARIANT.rvgg_in1k, bundled (CIFAR-10), a fold that loading makes of the training weights, or in the '
-    'official release of .pth files only.'
+    'top-1 %: as published, on ImageNet-1k. train, deploy: where the weights of either form are: on the Hub, bundled '
+    '(CIFAR-10), a fold that loading makes of the training weights, or in the official release of .pth files only.'
 )
 
 _WEIGHTS_HEADER = (
