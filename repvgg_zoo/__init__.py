@@ -3,6 +3,7 @@
 from .blocks import RepVGGBlock
 from .checkpoints import CheckpointError
 from .deploy import switch_to_deploy
+from .optim import equivalent_kernel_l2, param_groups
 from .pretrained import load_checkpoint
 from .reparam import FoldError
 from .repvgg import RepVGG
@@ -16,7 +17,9 @@ __all__ = [
     'RepVGGBlock',
     'Variant',
     '__version__',
+    'equivalent_kernel_l2',
     'load_checkpoint',
+    'param_groups',
     'switch_to_deploy',
 ]
 

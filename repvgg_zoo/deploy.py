@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints import BLOCK_NAMES, BlockNames
+from .optimizer_guard import forget_folded, remember_folded
 from .reparam import BNStats, FoldError, fold_block
 
 __all__ = ['switch_to_deploy']
@@ -31,7 +32,8 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
     classifier, a segmentation network, a feature extractor, a DDP or compiled module. Blocks of the deploy
     form are left alone, so a second call changes nothing. The running statistics are folded whatever the
     mode of the module, hence the deploy form gives what `eval()` gave. Optimizers, averages and DDP
-    wrappers made before still hold the old parameters: make them anew if training goes on.
+    wrappers made before still hold the old parameters: make them anew if training goes on. The `step()` of
+    such an optimizer raises `RuntimeError`.
 
     Args:
         verify: An input of the module. If given, both forms are run on it in eval mode and the largest
@@ -102,8 +104,11 @@ class _Fold(NamedTuple):
             setattr(block, name, None)
         if isinstance(old_flag, bool):  # the official blocks keep their form in a flag
             block.deploy = True
+        present = [branch for branch in branches.values() if branch is not None]
+        remember_folded(p for branch in present for p in branch.parameters())
 
         def restore() -> None:
+            forget_folded(p for branch in present for p in branch.parameters())
             for name, branch in branches.items():
                 setattr(block, name, branch)
             if had_slot:
