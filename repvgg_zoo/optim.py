@@ -41,7 +41,7 @@ def equivalent_kernel_l2(model: nn.Module) -> Tensor:
     The sum over blocks of Σ (K3 off the centre)² + Σ (s3 K3_centre + s1 K1)² / (s3² + s1²) with
     s = γ / sqrt(σ² + ε) of each branch taken as a constant, so that it compares to plain weight decay. Add
     `weight_decay / 2` times it to the loss, with `param_groups(model, decay_kernels=False)`. An option of
-    the official code, whose README says that it makes little difference.
+    the official code, whose README calls it insignificant and deprecated.
     """
     terms = []
     for block in _training_blocks(model):
