@@ -26,12 +26,13 @@ _CITATION = """```bibtex
 ```"""
 
 
-def model_card(record: WeightsRecord, *, owner: str, in_timm: bool) -> RepoCard:
+def model_card(record: WeightsRecord, *, owner: str, source: str, in_timm: bool) -> RepoCard:
     """The card of one published file of weights.
 
     Args:
         record: With the file's sha256 and size, and the comparison of the two forms.
         owner: Hub account that both forms are published under.
+        source: What the training form was converted from.
         in_timm: Whether timm itself has the architecture.
     """
     metadata = CardData(
@@ -43,7 +44,7 @@ def model_card(record: WeightsRecord, *, owner: str, in_timm: bool) -> RepoCard:
         **{'model-index': _model_index(record)},
     )
     # not a ModelCard, which puts all figures of one data set under the first source
-    return RepoCard(f'---\n{metadata.to_yaml()}\n---\n\n{_text(record, owner, in_timm)}\n')
+    return RepoCard(f'---\n{metadata.to_yaml()}\n---\n\n{_text(record, owner, source, in_timm)}\n')
 
 
 def _model_index(record: WeightsRecord) -> list[dict] | None:
@@ -73,7 +74,7 @@ def _eval_results(metrics: Metrics) -> list[EvalResult]:
     ]
 
 
-def _text(record: WeightsRecord, owner: str, in_timm: bool) -> str:
+def _text(record: WeightsRecord, owner: str, source: str, in_timm: bool) -> str:
     repo_id = f'{owner}/{record.name}'
     deploy = record.form == 'deploy'
     sections = {
@@ -81,7 +82,7 @@ def _text(record: WeightsRecord, owner: str, in_timm: bool) -> str:
         'Figures': _figures(record),
         'Use': _use(record, repo_id, needs_plugin=deploy or not in_timm),
         'Fine-tuning': _fine_tuning(record, owner),
-        'Origin': _origin(record),
+        'Origin': _origin(record, source),
         'The two forms': _forms(record),
         'Citation': _CITATION,
     }
@@ -130,22 +131,34 @@ def _accuracy(metrics: Metrics) -> str:
 
 
 def _use(record: WeightsRecord, repo_id: str, *, needs_plugin: bool) -> str:
-    create = f"model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()"
+    create = f"timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()"
+    switch = '' if record.form == 'deploy' else '\nmodel.switch_to_deploy()  # the same outputs, faster'
+    plugin = f"""```python
+import timm
+import repvgg_zoo  # registers the zoo's models with timm
+
+model = {create}{switch}
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```"""
     plain = (
-        'Plain timm does not know this '
-        + ('form' if record.form == 'deploy' else 'variant')
-        + ': import `repvgg_zoo`, which registers it.'
+        f'Plain timm, without `repvgg_zoo`, does not know this {"form" if record.form == "deploy" else "variant"}.'
         if needs_plugin
-        else 'Plain timm loads it too, without `repvgg_zoo`; `switch_to_deploy()` is what it adds.'
+        else f"""Plain timm loads it too, without `repvgg_zoo`:
+
+```python
+import timm
+
+model = {create}
+```"""
     )
-    switch = '' if record.form == 'deploy' else 'model.switch_to_deploy()  # the same outputs, faster\n'
-    return (
-        f'```python\nimport timm, repvgg_zoo  # pip install repvgg-zoo\n\n{create}\n{switch}'
-        'transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n```\n\n'
-        f'{plain} `timm.create_model({record.name!r}, pretrained=True)` gives the same weights. With torch.hub, from a '
-        f"checkout of the zoo:\n\n```python\nmodel = torch.hub.load(CHECKOUT, {record.arch!r}, source='local', "
-        f'pretrained=True, pretrained_cfg={record.tag!r})\n```'
-    )
+    hub = f"""With torch.hub, from the folder of a checkout of the zoo, the weights that its manifest names:
+
+```python
+import torch
+
+model = torch.hub.load('repvgg_zoo', {record.arch!r}, source='local', pretrained=True, pretrained_cfg={record.tag!r})
+```"""
+    return '\n\n'.join((plugin, plain, hub))
 
 
 def _fine_tuning(record: WeightsRecord, owner: str) -> str:
@@ -157,9 +170,9 @@ def _fine_tuning(record: WeightsRecord, owner: str) -> str:
     )
 
 
-def _origin(record: WeightsRecord) -> str:
+def _origin(record: WeightsRecord, source: str) -> str:
     training = f'\n\nTraining: {record.recipe}.' if record.recipe else ''
-    return f'Weights: {record.origin}, licence {record.license.upper()}.{training}'
+    return f'Weights: {record.origin}, licence {record.license.upper()}. Converted from {source}.{training}'
 
 
 def _forms(record: WeightsRecord) -> str:

@@ -25,9 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except args.errors as error:
-        message = ' '.join(str(error).split()) or type(error).__name__
-        print(f'repvgg-zoo: {message}', file=sys.stderr)
+        _complain(error)
         return 1
+
+
+def _complain(error: Exception) -> None:
+    message = ' '.join(str(error).split()) or type(error).__name__
+    print(f'repvgg-zoo: {message}', file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = add(_list, 'list', 'list the variants, their sizes, published accuracy and weights')
-    sub.add_argument('--markdown', action='store_true', help='print the table as Markdown')
+    sub.add_argument('--markdown', action='store_true', help='print the table as Markdown, without the last columns')
 
     sub = add(
         _demo,
@@ -96,7 +100,8 @@ def _parser() -> argparse.ArgumentParser:
         '--from',
         dest='source',
         metavar='SRC',
-        help='checkpoint file of any layout, model folder, or Hub repository (what the manifest names)',
+        help='checkpoint file of any layout, model folder, or Hub repository, with the weights that the manifest '
+        'describes (what the manifest names)',
     )
     sub.add_argument('--owner', required=True, help='Hub account to publish under')
     sub.add_argument('--out', metavar='DIR', help='folder for the model folders (OWNER)')
@@ -131,7 +136,7 @@ def _list(args: argparse.Namespace) -> int:
 
     rows = list(variant_rows())
     if args.markdown:
-        print(markdown_table(rows))
+        print(markdown_table([row[:-2] for row in rows], HEADER[:-2]))  # where the weights are, changes
     else:
         _print_table(HEADER, rows)
         print(LEGEND)
@@ -205,31 +210,36 @@ def _publish(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from .publish import build_folders, names_to_publish, push_folders
+    from .publish import names_to_publish, publish
 
     if args.all and args.source:
         raise ValueError('--all takes every source from the manifest, so it goes without --from')
+    failed = 0
     for name in names_to_publish(args.owner) if args.all else [args.name]:
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            folders = build_folders(
-                name,
-                args.source,
-                owner=args.owner,
-                out=args.out,
-                replace_existing=args.replace,
-                images=args.verify_images,
-                track=progress.track,
-            )
-        if args.push:
-            push_folders(folders, replace_existing=args.replace)
-        for item in folders:
-            done = 'published as' if args.push else 'would publish as'
-            print(f'{item.folder}: {item.record.size_bytes / 1e6:.1f} MB, {done} {item.repo_id}')
-        check = folders[0].record.fold_check
-        print(
-            f'{name}: forms differ by {check.float64_rel_diff:.1e} in float64, {check.float32_rel_diff:.1e} in float32'
-        )
-    return 0
+        try:
+            with Progress(console=Console(stderr=True), transient=True) as progress:
+                done = publish(
+                    name,
+                    args.source,
+                    owner=args.owner,
+                    out=args.out,
+                    push=args.push,
+                    replace_existing=args.replace,
+                    images=args.verify_images,
+                    track=progress.track,
+                )
+        except args.errors as error:
+            if not args.all:
+                raise
+            failed += 1
+            _complain(error)
+            continue
+        for item in done:
+            verb = 'published' if args.push else 'would publish'
+            print(f'{item.folder}: {item.record.size_bytes / 1e6:.1f} MB, {verb} as {item.record.hub_id}')
+        check = done[0].record.fold_check
+        print(f'the forms differ by {check.float64_rel_diff:.1e} in float64, {check.float32_rel_diff:.1e} in float32')
+    return int(failed > 0)
 
 
 def _reproduce(args: argparse.Namespace) -> int:

@@ -15,10 +15,10 @@ from .checkpoints import CheckpointError
 from .convert import open_model
 from .repvgg import RepVGG
 
-__all__ = ['Comparison', 'compare', 'float64_rel_diff', 'images_for', 'verify']
+__all__ = ['MAX_FLOAT32_REL_DIFF', 'Comparison', 'compare', 'float64_rel_diff', 'images_for', 'rel_diff', 'verify']
 
 _RANDOM_IMAGES, _BATCH_SIZE = 8, 8
-_MAX_REL_DIFF = 1e-3
+MAX_FLOAT32_REL_DIFF = 1e-3
 """What storing both forms in float32 explains: an ulp or two a weight, amplified by some fifty layers."""
 
 
@@ -36,7 +36,7 @@ class Comparison:
     @property
     def same(self) -> bool:
         """Whether the models compute the same function, as far as float32 weights can."""
-        return self.max_rel_diff <= _MAX_REL_DIFF and self.top1_agreement_pct == 100
+        return self.max_rel_diff <= MAX_FLOAT32_REL_DIFF and self.top1_agreement_pct == 100
 
 
 def verify(a: str | Path, b: str | Path | None = None, *, images: str | Path | None = None) -> dict[str, Comparison]:
@@ -96,8 +96,13 @@ def float64_rel_diff(model: RepVGG, x: Tensor) -> float:
             training = exact(training)
             deploy = exact.switch_to_deploy()(deploy)
         head = copy.deepcopy(model.head).double()
-        training, deploy = head(training), head(deploy)
-        return ((training - deploy).abs().max() / training.abs().max()).item()
+        return rel_diff(head(training), head(deploy))
+
+
+def rel_diff(a: Tensor, b: Tensor) -> float:
+    """Largest difference of two tensors, relative to the largest value of the first; NaN if either holds one."""
+    diff = (a.double() - b.double()).abs().max()
+    return 0.0 if diff == 0 else (diff / a.double().abs().max()).item()
 
 
 def images_for(model: RepVGG, folder: str | Path | None = None) -> Iterator[Tensor]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import timm
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
@@ -68,7 +69,11 @@ def save_model(model: RepVGG, folder: Path) -> None:
     """Write a model's `model.safetensors` and timm's `config.json`, the same bytes each time, into a folder."""
     weights = folder / 'model.safetensors'
     form = 'deploy' if model.deploy else 'training'
-    save_file(model.state_dict(), weights, metadata={'format': 'pt', 'architecture': model.variant.name, 'form': form})
+    metadata = {'format': 'pt', 'architecture': model.variant.name, 'form': form}
+    try:
+        save_file(model.state_dict(), weights, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f'cannot write {str(weights)!r}: {error}') from error
     _sort_metadata(weights)
     config = folder / 'config.json'
     save_config_for_hf(model, str(config), model_args=model._model_args)

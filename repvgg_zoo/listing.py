@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 
 from .manifest import DEPLOY_SUFFIX, Metrics, WeightsRecord, read_manifest
@@ -75,17 +76,17 @@ def markdown_table(rows: Iterable[Sequence[str]], header: Sequence[str] = HEADER
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 
-def weights_page() -> str:
+def weights_page(records: Iterable[WeightsRecord]) -> str:
     """The page of all weights, `weights/README.md`."""
-    return f'{_PAGE_INTRODUCTION}\n{markdown_table(map(_weights_row, read_manifest().values()), _WEIGHTS_HEADER)}\n'
+    return f'{_PAGE_INTRODUCTION}\n{markdown_table(map(_weights_row, records), _WEIGHTS_HEADER)}\n'
 
 
 def reproduction_lines(*, imagenet: str, cifar10: str) -> Iterator[str]:
     """Shell lines that evaluate the weights of every variant by timm's `validate.py`, and the accuracy to expect.
 
-    The arguments are the folders of the data sets.
+    The arguments are the folders of the data sets. `validate.py` is in timm's repository, not in its wheel.
     """
-    data = {'ImageNet-1k': imagenet, 'CIFAR-10': f'{cifar10} --split test'}
+    data = {'ImageNet-1k': shlex.quote(imagenet), 'CIFAR-10': f'{shlex.quote(cifar10)} --split test'}
     for record in read_manifest().values():
         if record.form != 'training':
             continue

@@ -141,7 +141,7 @@ def write_manifest(records: Mapping[str, WeightsRecord]) -> None:
         name: {key: value for key, value in asdict(record).items() if key not in ('arch', 'tag')}
         for name, record in records.items()
     }
-    write_text(_path(), json.dumps(content, indent=1) + '\n')
+    write_text(_path(), json.dumps(content, indent=1, allow_nan=False) + '\n')
     read_manifest.cache_clear()
 
 

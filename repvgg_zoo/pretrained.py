@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from pathlib import Path
@@ -22,7 +21,7 @@ from .checkpoints import (
     to_timm_layout,
     without_aux_heads,
 )
-from .hub import WEIGHT_FILES, download_weights
+from .hub import WEIGHT_FILES, cached_sha256, download_weights, sha256_of
 from .manifest import WeightsRecord, read_manifest
 
 if TYPE_CHECKING:
@@ -66,9 +65,17 @@ def load_pretrained(model: RepVGG, cfg: PretrainedCfg, *, cache_dir: str | Path 
     `CheckpointError` as `load_checkpoint` does, and where no file can be had.
     """
     if cfg.state_dict is not None:
-        state_dict = cfg.state_dict
-    else:
-        state_dict = read_checkpoint(locate(cfg, cache_dir=cache_dir))
+        _load_adapted(model, cfg, cfg.state_dict)
+        return
+    path = locate(cfg, cache_dir=cache_dir)
+    state_dict = read_checkpoint(path)
+    try:
+        _load_adapted(model, cfg, state_dict)
+    except CheckpointError as error:
+        raise CheckpointError(f'{str(path)!r}: {error}') from error
+
+
+def _load_adapted(model: RepVGG, cfg: PretrainedCfg, state_dict: StateDict) -> None:
     state_dict = _to_form_of(model, to_timm_layout(state_dict))
     expected = model.state_dict()
     _adapt_stem(state_dict, model.in_chans, cfg.input_size[0])
@@ -107,13 +114,14 @@ def _adapt_stem(state_dict: StateDict, in_chans: int, source_chans: int) -> None
         state_dict[key] = adapt_input_conv(in_chans, state_dict[key])
 
 
-def locate(cfg: PretrainedCfg, *, cache_dir: str | Path | None = None) -> Path:
+def locate(cfg: PretrainedCfg, *, cache_dir: str | Path | None = None, own: bool = True) -> Path:
     """The local path of the weights that a pretrained configuration names, downloaded to the cache if need be.
 
-    A file that the manifest has the sha256 of is checked against it. Raises `CheckpointError`.
+    A file that the manifest has the sha256 of is checked against it, and a downloaded one against the Hub's.
+    With `own`, the user's own folder goes first. Raises `CheckpointError`.
     """
     record = _record_of(cfg)
-    if record is not None and (path := _in_own_folder(record)):
+    if own and record is not None and (path := _in_own_folder(record)):
         return path
     if cfg.file:
         path = Path(cfg.file)
@@ -154,8 +162,10 @@ def _how_to_get(cfg: PretrainedCfg, record: WeightsRecord | None) -> str:
     name = f'{cfg.architecture}.{cfg.tag}'
     if record is None or record.upstream is None:
         return f"{name} has no weights; use pretrained=False, or give a file with pretrained_cfg_overlay=dict(file='…')"
+    own = os.environ.get(WEIGHTS_VARIABLE)
+    missing = f' and {own!r} has no folder {record.training_name}' if own else ''
     return (
-        f'nobody has published weights of {name} on the Hub; get {record.upstream} from the official release '
+        f'nobody has published weights of {name} on the Hub{missing}; get {record.upstream} from the official release '
         f'({record.origin}), run `repvgg-zoo convert {record.upstream} zoo/{record.training_name}`, and set '
         f'{WEIGHTS_VARIABLE}=zoo'
     )
@@ -179,9 +189,9 @@ def _from_url(url: str, cache_dir: str | Path | None) -> Path:
 
 
 def _check_sha256(path: Path, record: WeightsRecord) -> None:
-    with path.open('rb') as file:
-        actual = hashlib.file_digest(file, 'sha256').hexdigest()
-    if actual != record.sha256:
+    if cached_sha256(path) == record.sha256:  # which was compared with the content
+        return
+    if (actual := sha256_of(path)) != record.sha256:
         raise CheckpointError(
             f'{str(path)!r} is not the file that was published as {record.name}: its sha256 is {actual}, not '
             f'{record.sha256}; delete it and get it again'

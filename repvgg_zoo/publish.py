@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import filecmp
-import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,27 +15,28 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub.utils import validate_repo_id
 from timm.models import byobnet
 from torch import Tensor
 
 from .atomic import locked, new_folder, write_text
 from .cards import model_card
 from .checkpoints import FILE_SUFFIXES, CheckpointError, form_of, read_checkpoint, to_timm_layout
-from .compare import float64_rel_diff, images_for
-from .convert import save_model
-from .hub import download_weights, push_folder
+from .compare import MAX_FLOAT32_REL_DIFF, float64_rel_diff, images_for, rel_diff
+from .convert import open_model, save_model
+from .hub import CARD, WEIGHT_FILES, HubError, download_weights, push_folder, sha256_of
 from .listing import weights_page
 from .manifest import DEPLOY_SUFFIX, FoldCheck, WeightsRecord, read_manifest, weights_dir, write_manifest
 from .pretrained import load_state_dict, locate, weights_in
 from .repvgg import RepVGG
 from .variants import suggestion
 
-__all__ = ['Published', 'build_folders', 'names_to_publish', 'push_folders']
+__all__ = ['Published', 'build_folders', 'names_to_publish', 'publish', 'push_folders']
 
 _logger = logging.getLogger(__name__)
 _MAX_FLOAT64_REL_DIFF = 1e-9
 """Some fifty layers of float64 rounding stay far below, and any wrong fold far above."""
-_HUB_REF = re.compile(r'(hf-hub:)?[\w.-]+/[\w.-]+(@[\w./-]+)?')
+_HUB_REF = re.compile(r'(hf-hub:)?\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?')
 
 Track = Callable[..., Iterable[Any]]
 
@@ -47,9 +48,27 @@ class Published:
     record: WeightsRecord
     folder: Path
 
-    @property
-    def repo_id(self) -> str:
-        return self.record.hub_id
+
+def publish(
+    name: str,
+    source: str | Path | None = None,
+    *,
+    owner: str,
+    out: str | Path | None = None,
+    push: bool = False,
+    replace_existing: bool = False,
+    images: str | Path | None = None,
+    track: Track = lambda batches, **_: batches,
+) -> tuple[Published, Published]:
+    """Write the model folders of both forms of a checkpoint, and upload them; see `build_folders`, `push_folders`."""
+    if push and not os.access(weights_dir(), os.W_OK):
+        raise PermissionError(f'{str(weights_dir())!r} cannot be written, so publishing could not be recorded there')
+    published = build_folders(
+        name, source, owner=owner, out=out, replace_existing=replace_existing, images=images, track=track
+    )
+    if push:
+        push_folders(published, replace_existing=replace_existing)
+    return published
 
 
 def names_to_publish(owner: str) -> list[str]:
@@ -81,8 +100,8 @@ def build_folders(
 ) -> tuple[Published, Published]:
     """Write the model folders of both forms of a checkpoint: weights, timm's configuration and a model card.
 
-    Both forms are compared before anything takes its name. A folder that holds the same files already is
-    left as it is.
+    What was written is read again and compared before anything takes its name. A folder that holds the same
+    weights and configuration already keeps its card, with what was measured then.
 
     Args:
         name: `arch.tag` of the training form.
@@ -99,22 +118,27 @@ def build_folders(
         CheckpointError: The checkpoint is of another variant or of the deploy form, or the fold is wrong.
         FileExistsError: There is another folder already.
     """
-    record = _training_record(name)
-    records = record, read_manifest()[name + DEPLOY_SUFFIX]
-    folders = [Path(out or owner) / r.name for r in records]
+    records = _training_record(name), read_manifest()[name + DEPLOY_SUFFIX]
+    for record in records:
+        validate_repo_id(f'{owner}/{record.name}')
+    folders = [Path(out or owner) / record.name for record in records]
+    path, source_name = _locate(records[0], source)
     with ExitStack() as stack:
         new = [stack.enter_context(new_folder(folder, overwrite=True)) for folder in folders]
-        model = _load(record, source)
-        save_model(model, new[0])
-        check = _fold(model, name, images, track)
-        model.pretrained_cfg['tag'] = records[1].tag
-        save_model(model, new[1])
-        described = [_describe(r, folder, owner, check) for r, folder in zip(records, new, strict=True)]
-        for r, folder in zip(described, new, strict=True):
-            card = model_card(r, owner=owner, in_timm=hasattr(byobnet, r.arch))
-            (folder / 'README.md').write_text(str(card), 'utf-8')
-        for folder, partial in zip(folders, new, strict=True):
-            _check_replaceable(folder, partial, replace_existing)
+        _write_training_form(records[0], path, new[0])
+        check = _fold(records[1], new, images, track)
+        described = [_describe(record, folder, owner, check) for record, folder in zip(records, new, strict=True)]
+        for record, folder in zip(described, new, strict=True):
+            card = model_card(
+                record,
+                owner=owner,
+                source=f'{source_name}, sha256 `{sha256_of(path)}`',
+                in_timm=hasattr(byobnet, record.arch),
+            )
+            (folder / CARD).write_text(str(card), 'utf-8')
+        if not replace_existing:
+            for folder, partial in zip(folders, new, strict=True):
+                _keep_existing(folder, partial)
     return tuple(Published(record=r, folder=folder) for r, folder in zip(described, folders, strict=True))
 
 
@@ -123,28 +147,37 @@ def push_folders(published: Iterable[Published], *, replace_existing: bool = Fal
 
     Raises `repvgg_zoo.hub.HubError`; what was uploaded before it stays, and is not uploaded again.
     """
-    if not os.access(weights_dir(), os.W_OK):
-        raise PermissionError(f'{str(weights_dir())!r} cannot be written, so publishing could not be recorded there')
     for item in published:
-        revision = push_folder(item.folder, item.repo_id, replace=replace_existing)
-        with locked(weights_dir(), wait_s=60):
-            read_manifest.cache_clear()
+        if sha256_of(item.folder / WEIGHT_FILES[0]) != item.record.sha256:
+            raise HubError(f'{str(item.folder / WEIGHT_FILES[0])!r} has changed since it was written; publish it again')
+        revision = push_folder(item.folder, item.record.hub_id, replace=replace_existing)
+        with locked(weights_dir()):
+            read_manifest.cache_clear()  # another process may have published meanwhile
             records = dict(read_manifest())
             records[item.record.name] = replace(item.record, revision=revision)
+            # the manifest last: it is what tells that nothing is left to do
+            write_text(weights_dir() / 'README.md', weights_page(records.values()))
             write_manifest(records)
-            write_text(weights_dir() / 'README.md', weights_page())
-        _logger.info('%s is on the Hub at revision %s', item.repo_id, revision)
+        _logger.info('%s is on the Hub at revision %s', item.record.hub_id, revision)
 
 
-def _load(record: WeightsRecord, source: str | Path | None) -> RepVGG:
+def _locate(record: WeightsRecord, source: str | Path | None) -> tuple[Path, str]:
+    """The file that a source stands for, and what a card may call it."""
     if source is None:
-        path = locate(timm.get_pretrained_cfg(record.name))
-    elif Path(source).is_dir():
-        path = weights_in(Path(source))
-    elif _HUB_REF.fullmatch(str(source)) and not Path(source).exists() and not str(source).endswith(FILE_SUFFIXES):
-        path = download_weights(str(source).removeprefix('hf-hub:'))
-    else:
-        path = Path(source)
+        path = locate(timm.get_pretrained_cfg(record.name), own=False)
+        return path, record.hub_ref or path.name
+    path = Path(source)
+    if str(source) and path.is_dir():
+        path = weights_in(path)
+    elif not path.exists() and _HUB_REF.fullmatch(str(source)) and not str(source).endswith(FILE_SUFFIXES):
+        hub_ref = str(source).removeprefix('hf-hub:')
+        return download_weights(hub_ref), hub_ref
+    if not path.is_file():
+        raise FileNotFoundError(f'{str(source)!r} is no checkpoint file, no model folder and no Hub repository')
+    return path, path.name
+
+
+def _write_training_form(record: WeightsRecord, path: Path, folder: Path) -> None:
     state_dict = to_timm_layout(read_checkpoint(path))
     if form_of(state_dict) == 'deploy':
         raise CheckpointError(f'{str(path)!r} is of the deploy form; both forms come from the training form alone')
@@ -152,67 +185,75 @@ def _load(record: WeightsRecord, source: str | Path | None) -> RepVGG:
         record.name,
         num_classes=record.preprocessing.num_classes,
         aux_heads=any(key.startswith('aux_heads.') for key in state_dict) or None,
-    ).eval()
+    )
     load_state_dict(model, state_dict)
     model._model_args = {}  # the auxiliary heads are in the file for whoever asks for them
-    return model
+    save_model(model, folder)
 
 
-def _fold(model: RepVGG, name: str, images: str | Path | None, track: Track) -> FoldCheck:
-    """Switch a model to the deploy form, and compare the forms; raises `CheckpointError` if they differ."""
-    exact = float64_rel_diff(model, next(images_for(model, images))[:1])
-    if not exact <= _MAX_FLOAT64_REL_DIFF:
-        raise CheckpointError(
-            f'the two forms of {name} differ by {exact:.1e} of the largest logit in float64, more than '
-            f'{_MAX_FLOAT64_REL_DIFF:.0e}, so nothing is written'
-        )
+def _fold(deploy_record: WeightsRecord, folders: Sequence[Path], images: str | Path | None, track: Track) -> FoldCheck:
+    """Write the deploy form of the training form that is in the first folder into the second, and compare them.
 
-    def logits(form: str) -> Tensor:
+    One model at a time is in memory. Raises `CheckpointError` if the forms differ.
+    """
+    name = deploy_record.training_name
+
+    def logits(model: RepVGG) -> Tensor:
+        form = 'deploy' if model.deploy else 'training'
         batches = track(images_for(model, images), description=f'{name}: {form} form', total=None)
         with torch.inference_mode():
             return torch.cat([model(batch) for batch in batches]).double()
 
-    training = logits('training')
+    model = open_model(folders[0]).eval()
+    float64 = float64_rel_diff(model, next(images_for(model, images))[:1])
+    training = logits(model)
     model.switch_to_deploy()
-    deploy = logits('deploy')
+    model.pretrained_cfg['tag'] = deploy_record.tag
+    save_model(model, folders[1])
+    del model
+    deploy = logits(open_model(folders[1]).eval())
+    float32 = rel_diff(training, deploy)
+    if not (float64 <= _MAX_FLOAT64_REL_DIFF and float32 <= MAX_FLOAT32_REL_DIFF):
+        raise CheckpointError(
+            f'the two forms of {name} differ by {float64:.1e} of the largest logit in float64 and {float32:.1e} in '
+            f'float32, more than {_MAX_FLOAT64_REL_DIFF:.0e} and {MAX_FLOAT32_REL_DIFF:.0e}, so nothing is written'
+        )
+    same_class = (training.argmax(1) == deploy.argmax(1)).double().mean().item()
     return FoldCheck(
-        float64_rel_diff=exact,
-        float32_rel_diff=((training - deploy).abs().max() / training.abs().max()).item(),
+        float64_rel_diff=float64,
+        float32_rel_diff=float32,
         images=len(training),
-        top1_agreement_pct=100 * (training.argmax(1) == deploy.argmax(1)).double().mean().item() if images else None,
+        top1_agreement_pct=100 * same_class if images else None,
     )
 
 
 def _describe(record: WeightsRecord, folder: Path, owner: str, check: FoldCheck) -> WeightsRecord:
-    weights = folder / 'model.safetensors'
-    with weights.open('rb') as file:
-        sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
+    weights = folder / WEIGHT_FILES[0]
+    sha256 = sha256_of(weights)
     if record.file and sha256 != record.sha256:
-        raise CheckpointError(
-            f'{record.name} is bundled as {record.file}, and these are other weights (sha256 {sha256})'
-        )
+        raise CheckpointError(f'{record.name} is bundled as {record.file}, and these are other weights: {sha256}')
     return replace(
         record,
         hub_id=f'{owner}/{record.name}',
         revision=None,
         sha256=sha256,
         size_bytes=weights.stat().st_size,
-        fold_check=check,
+        fold_check=record.fold_check if record.fold_check and sha256 == record.sha256 else check,
     )
 
 
-def _check_replaceable(folder: Path, new: Path, replace_existing: bool) -> None:
-    if replace_existing or not folder.exists():
+def _keep_existing(folder: Path, new: Path) -> None:
+    """Take over the card of a folder that holds the same weights; raises `FileExistsError` if it holds others."""
+    if not folder.exists() or not any(folder.iterdir()):
         return
-    names = sorted({path.name for path in (*folder.iterdir(), *new.iterdir())})
-    if different := [name for name in names if not _same_file(folder / name, new / name)]:
-        raise FileExistsError(
-            f'{str(folder)!r} holds another {different[0]}; look at it, and pass replace (--replace) to replace it'
-        )
-
-
-def _same_file(a: Path, b: Path) -> bool:
-    return a.is_file() and b.is_file() and filecmp.cmp(a, b, shallow=False)
+    for path in new.iterdir():
+        if path.name != CARD and not ((folder / path.name).is_file() and filecmp.cmp(folder / path.name, path, False)):
+            raise FileExistsError(
+                f'{str(folder)!r} holds another {path.name}, or none; look at it, and pass replace (--replace) to '
+                'replace it'
+            )
+    if (folder / CARD).is_file():
+        shutil.copyfile(folder / CARD, new / CARD)
 
 
 def _training_record(name: str) -> WeightsRecord:

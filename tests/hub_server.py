@@ -14,10 +14,13 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+import yaml
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
 TOKEN = 'hf_test'  # noqa: S105
 _CHUNK = 1 << 20
@@ -34,6 +37,10 @@ class Fault:
     """Cut the connection when so many bytes of the body have gone by."""
     drop_answer: bool = False
     """Do what was asked, then cut the connection instead of answering."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Of the answer with `status`."""
+    before: Callable[[], object] | None = None
+    """Called before anything else."""
     times: int = 1
 
 
@@ -133,9 +140,11 @@ class Handler(BaseHTTPRequestHandler):
             )
             if self.fault:
                 self.fault.times -= 1
+        if self.fault and self.fault.before:
+            self.fault.before()
         if self.fault and self.fault.status:
             self._body()
-            return self._json({'error': 'as told'}, self.fault.status)
+            return self._json({'error': 'as told'}, self.fault.status, self.fault.headers)
         open_to_all = self.command in ('GET', 'HEAD') or path.startswith('/lfs/')  # whose links the real one signs
         if not open_to_all and self.headers.get('authorization') != f'Bearer {TOKEN}':
             self._body()
@@ -148,8 +157,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def _validate_yaml(self) -> None:
         content = json.loads(self._body())['content']
-        ok = content.startswith('---\n')
-        self._json({} if ok else {'errors': [{'message': 'no metadata'}]}, 200 if ok else 400)
+        try:
+            metadata = yaml.safe_load(content.split('---\n')[1])
+            for _, results in (
+                [model_index_to_eval_results(metadata['model-index'])] if 'model-index' in metadata else []
+            ):
+                assert all(r.metric_value is not None for r in results)
+        except Exception as error:
+            return self._json({'errors': [{'message': repr(error)}]}, 400)
+        return self._json({})
 
     def _create(self) -> None:
         asked = json.loads(self._body())

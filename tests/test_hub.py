@@ -1,7 +1,6 @@
 """Weights from a Hub and folders to it, over HTTP on loopback, through the real client."""
 
-import dataclasses
-import logging
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -12,9 +11,6 @@ from safetensors.torch import save_file
 
 from repvgg_zoo import CheckpointError, load_checkpoint
 from repvgg_zoo.hub import HubError, download_weights, push_folder
-from repvgg_zoo.manifest import read_manifest, write_manifest
-from repvgg_zoo.pretrained import locate
-from repvgg_zoo.publish import build_folders, push_folders
 
 ID = 'zoo/model'
 
@@ -78,7 +74,7 @@ def test_other_files_are_replaced_only_if_told(hub, folder, name):
         ('POST', 'batch', dict(drop_answer=True)),
         ('PUT', 'lfs', dict(after_bytes=1 << 20)),
         ('PUT', 'lfs', dict(status=503)),
-        ('POST', '/commit/', dict(status=502)),
+        *(('POST', '/commit/', dict(status=status)) for status in (408, 409, 412, 429, 500, 502, 503, 504)),
         ('POST', '/commit/', dict(drop_answer=True)),
     ],
     ids=str,
@@ -92,7 +88,7 @@ def test_what_may_pass_is_tried_again(hub, folder, method, path, how):
 
 
 def test_upload_that_was_cut_off_is_not_begun_anew(hub, folder):
-    hub.fail('POST', '/commit/', status=500, times=3)
+    hub.fail('POST', '/commit/', status=500, times=3)  # as often as it is tried here
     with pytest.raises(HubError, match='cannot publish zoo/model'):
         push_folder(folder, ID)
     assert len(hub.repositories[ID].commits) == 1
@@ -102,7 +98,7 @@ def test_upload_that_was_cut_off_is_not_begun_anew(hub, folder):
 
 @pytest.mark.parametrize(
     ('status', 'message'),
-    [(401, r'does not know you; log in with `hf auth login`'), (403, 'no right to write'), (400, 'cannot publish')],
+    [(401, r'does not know you; log in with `hf auth login`'), (403, 'no right to that'), (400, 'cannot publish')],
 )
 def test_refusals_are_final(hub, folder, status, message):
     hub.fail('POST', 'create', status=status, times=9)
@@ -124,12 +120,53 @@ def test_no_server(folder, hub, monkeypatch):
         push_folder(folder, ID)
 
 
-def test_repository_that_changes_meanwhile(hub, folder, caplog):
-    hub.fail('POST', '/commit/', status=412)
-    with caplog.at_level(logging.WARNING, logger='repvgg_zoo'):
+def test_repository_that_changes_meanwhile(hub, folder):
+    """A commit of somebody else between the look at the repository and the own commit is not buried."""
+
+    def intrude():
+        repository = hub.repositories[ID]
+        repository.commit(dict(repository.commits[-1][1]) | {'config.json': hub.put(b'{}')})
+
+    hub.fail('POST', '/commit/', before=intrude)
+    with pytest.raises(HubError, match='holds other files'):
         push_folder(folder, ID)
-    assert 'next try in' in caplog.text
+    assert content_of(hub, ID) == {'config.json': b'{}'}
+
+
+def test_card_alone_is_replaced_only_if_told(hub, folder):
+    revision = push_folder(folder, ID)
+    (folder / 'README.md').write_text('---\nlicense: mit\n---\nOther figures.\n')
+    assert push_folder(folder, ID) == revision
+    assert push_folder(folder, ID, replace=True) != revision
     assert content_of(hub, ID) == files_of(folder)
+
+
+def test_server_says_how_long_to_wait(hub, folder, monkeypatch):
+    waits = []
+    monkeypatch.setattr('repvgg_zoo.hub.time', SimpleNamespace(sleep=waits.append))
+    hub.fail('POST', '/commit/', status=429, headers={'Retry-After': '17'})
+    hub.fail('POST', '/commit/', status=503, headers={'Retry-After': '86400'})
+    push_folder(folder, ID)
+    assert waits == [17, 300]
+
+
+def test_offline_is_not_tried_again(hub, folder, monkeypatch, caplog):
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    reset_sessions()
+    try:
+        with pytest.raises(HubError, match=r'offline mode'):
+            push_folder(folder, ID)
+    finally:
+        monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+        reset_sessions()
+    assert 'next try' not in caplog.text
+
+
+def reset_sessions():
+    """huggingface-hub decides when it makes its HTTP session whether it is offline."""
+    from huggingface_hub.utils import close_session
+
+    close_session()
 
 
 # --------------------------------------------------------------------------------------------- downloads
@@ -184,13 +221,43 @@ def test_nothing_there(hub, folder):
         download_weights(ID)
 
 
-@pytest.mark.parametrize('status', [401, 500])
-def test_refused_download(hub, folder, status, monkeypatch):
+@pytest.mark.parametrize(
+    ('status', 'message'),
+    [
+        (401, r'cannot get model\.safetensors of zoo/model .*log in with `hf auth login`'),
+        (403, r'cannot get model\.safetensors of zoo/model .*no right'),
+        (429, r'cannot get model\.safetensors of zoo/model .*too many requests'),
+        (500, r'cannot get model\.safetensors of zoo/model .*500'),
+    ],
+)
+@pytest.mark.parametrize('method', ['HEAD', 'GET'])
+def test_refused_download(hub, folder, method, status, message, monkeypatch):
     push_folder(folder, ID)
-    hub.fail('HEAD', 'resolve', status=status, times=99)
+    hub.fail(method, 'resolve', status=status, times=99)
     monkeypatch.setattr('time.sleep', lambda seconds: None)
-    with pytest.raises(CheckpointError, match=r'cannot get|no repository'):
+    with pytest.raises(CheckpointError, match=message):
         download_weights(ID)
+
+
+def test_download_that_is_cut_for_ever(hub, folder, monkeypatch):
+    push_folder(folder, ID)
+    hub.fail('GET', 'resolve', after_bytes=1, times=99)
+    monkeypatch.setattr('time.sleep', lambda seconds: None)
+    with pytest.raises(CheckpointError, match=r'cannot get model\.safetensors of zoo/model'):
+        download_weights(ID)
+
+
+@pytest.mark.parametrize('suffix', ['', '@'])
+def test_flipped_byte_in_the_cache_is_named(hub, folder, suffix):
+    revision = push_folder(folder, ID)
+    name = f'hf-hub:{ID}{suffix}{revision if suffix else ""}'
+    timm.create_model(name, pretrained=True)
+    path = download_weights(ID)
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.resolve().write_bytes(content)
+    with pytest.raises(CheckpointError, match=r'model\.safetensors.* is not the file that the Hub has'):
+        timm.create_model(name, pretrained=True)
 
 
 def test_offline(hub, folder, monkeypatch):
@@ -210,20 +277,3 @@ def test_hub_name_in_timm(hub, folder):
     expected = load_checkpoint(timm.create_model('test_repvgg'), folder / 'model.safetensors').eval()(x)
     for name in (f'hf-hub:{ID}', f'hf-hub:{ID}@{revision}'):
         assert torch.equal(timm.create_model(name, pretrained=True).eval()(x), expected)
-
-
-def test_flipped_byte_is_named(hub, own_weights, tmp_path):
-    """In the file that a published tag names, on the Hub or in the cache."""
-    (training, deploy) = build_folders('test_repvgg.cifar10', owner='zoo', out=tmp_path / 'out')
-    push_folders([training, deploy])
-    record = read_manifest()['test_repvgg.cifar10']
-    cfg = timm.get_pretrained_cfg('test_repvgg.cifar10')
-    cfg.file, cfg.hf_hub_id = None, record.hub_ref
-    write_manifest(dict(read_manifest()) | {record.name: dataclasses.replace(record, file=None)})
-    path = locate(cfg)
-    assert path.stat().st_size == record.size_bytes
-    content = bytearray(path.read_bytes())
-    content[-100] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf'{path}.* is not the file that was published as test_repvgg\.cifar10'):
-        locate(cfg)

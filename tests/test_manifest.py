@@ -2,10 +2,14 @@ import csv
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 from complexity import count_gmacs, count_params
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from repvgg_zoo import VARIANTS
 from repvgg_zoo.manifest import DEPLOY_SUFFIX, WeightsRecord, read_manifest, write_manifest
@@ -22,12 +26,29 @@ def test_every_variant_has_weights_of_both_forms():
         assert record.training_name + DEPLOY_SUFFIX in RECORDS
 
 
+def allowed(hint):
+    """The types of an annotation, as `isinstance` takes them."""
+    if get_origin(hint) in (Union, UnionType):
+        return tuple(part for option in get_args(hint) for part in allowed(option))
+    if get_origin(hint) is Literal:
+        return (str,)
+    return (get_origin(hint) or hint, int) if hint is float else (get_origin(hint) or hint,)
+
+
 @pytest.mark.parametrize('record', RECORDS.values(), ids=lambda record: record.name)
 def test_record_is_whole(record):
     assert record.license == 'mit'
     assert record.origin
     assert all(metrics.source for metrics in (*record.published, *record.measured))
-    assert all(metrics.source_url for metrics in record.published)
+    assert all(metrics.source_url.startswith('https://') for metrics in record.published)
+    assert all(
+        0 < value <= 100 for m in (*record.published, *record.measured) for value in (m.top1_pct, m.top5_pct or 1)
+    )
+    for part in (record, record.preprocessing, *record.published, *record.measured):
+        for name, hint in get_type_hints(type(part)).items():
+            assert isinstance(getattr(part, name), allowed(hint)), name
+    for value, digits in ((record.sha256, 64), (record.revision, 40)):
+        assert value is None or re.fullmatch(f'[0-9a-f]{{{digits}}}', value)
     published = (record.hub_id, record.revision, record.sha256, record.size_bytes, record.fold_check)
     if record.hub_id is None:
         assert record.revision is None
@@ -47,9 +68,10 @@ def test_sizes_follow_from_the_architecture(record):
 
 def test_fields_are_exactly_those_of_a_record(own_weights):
     path = own_weights / 'manifest.json'
-    content = json.loads(path.read_text())
+    written = path.read_text()
+    content = json.loads(written)
     write_manifest(read_manifest())
-    assert json.loads(path.read_text()) == content
+    assert path.read_text() == written
     assert {f.name for f in dataclasses.fields(WeightsRecord)} == {'arch', 'tag'} | set(content['repvgg_a0.rvgg_in1k'])
     for change in (dict(typo=1), dict(license=...)):
         record = {k: v for k, v in (content['repvgg_a0.rvgg_in1k'] | change).items() if v is not ...}
@@ -76,7 +98,12 @@ def test_official_records_say_what_was_published(name):
         assert record.preprocessing.interpolation == row['eval_interpolation']
         expected = [float(row[key]) for key in ('top1_paper_or_readme', 'top1_timm') if row[key]]
         assert [metrics.top1_pct for metrics in record.published] == expected
+        assert [m.top5_pct for m in record.published if m.top5_pct] == [float(t) for t in [row['top5_timm']] if t]
+        assert (record.preprocessing.mean, record.preprocessing.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        assert record.origin == 'https://github.com/DingXiaoH/RepVGG'
         assert record.measured == ()
     training = RECORDS[f'{name}.rvgg_in1k']
-    assert training.hub_id == (row['upstream_train_weights'] if 'timm/' in row['upstream_train_weights'] else None)
-    assert bool(training.upstream) != bool(training.hub_id)
+    in_timm = row['upstream_train_weights'].startswith('timm/')
+    assert (training.upstream is None) == in_timm
+    if training.revision is None:  # else this project has published it
+        assert training.hub_id == (row['upstream_train_weights'] if in_timm else None)

@@ -1,5 +1,6 @@
 """From a checkpoint to two model folders, and to two repositories: the folders, and the whole way through the Hub."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,19 +17,23 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from conftest import images, randomise, rel_diff
+from conftest import TIMM_NAMES, images, randomise, rel_diff
 from hub_server import hub_server
 from huggingface_hub import RepoCard
 from safetensors import safe_open
+from safetensors.torch import save_file
 from test_official import logits, official
 
+import repvgg_zoo
 from repvgg_zoo import VARIANTS, CheckpointError
 from repvgg_zoo.cards import model_card
 from repvgg_zoo.convert import convert
-from repvgg_zoo.hub import HubError
+from repvgg_zoo.hub import HubError, push_folder
 from repvgg_zoo.listing import weights_page
-from repvgg_zoo.manifest import FoldCheck, read_manifest, weights_dir
-from repvgg_zoo.publish import build_folders, names_to_publish, push_folders
+from repvgg_zoo.manifest import FoldCheck, read_manifest, weights_dir, write_manifest
+from repvgg_zoo.pretrained import locate
+from repvgg_zoo.publish import build_folders, names_to_publish, publish, push_folders
+from repvgg_zoo.repvgg import _pretrained_cfg
 
 ROOT = Path(__file__).parents[1]
 NAME = 'test_repvgg.cifar10'
@@ -73,15 +78,23 @@ def test_bundled_files_are_what_is_published(own_weights, tmp_path):
 
 def test_other_folder_is_replaced_only_if_told(own_weights, tmp_path):
     build_folders(NAME, owner='zoo', out=tmp_path)
-    card = tmp_path / f'{NAME}_deploy' / 'README.md'
-    whole = card.read_text()
-    card.write_text('mine')
+    whole = tree(tmp_path)
+    (tmp_path / f'{NAME}_deploy' / 'config.json').write_text('{}')
     before = tree(tmp_path)
-    with pytest.raises(FileExistsError, match=r'_deploy.* holds another README\.md; .*--replace'):
+    with pytest.raises(FileExistsError, match=r'_deploy.* holds another config\.json, or none; .*--replace'):
         build_folders(NAME, owner='zoo', out=tmp_path)
     assert tree(tmp_path) == before
     build_folders(NAME, owner='zoo', out=tmp_path, replace_existing=True)
-    assert card.read_text() == whole
+    assert tree(tmp_path) == whole
+
+
+def test_card_of_the_same_weights_is_kept(own_weights, tmp_path):
+    """Its figures depend on the machine and on the images that the forms were compared on."""
+    (tmp_path / NAME).mkdir()  # an empty folder is as good as none
+    build_folders(NAME, owner='zoo', out=tmp_path)
+    before = tree(tmp_path)
+    build_folders(NAME, owner='zoo', out=tmp_path, images=weights_dir() / 'cifar10' / 'validation' / 'cat')
+    assert tree(tmp_path) == before
 
 
 def test_real_images_are_compared(own_weights, tmp_path):
@@ -100,9 +113,24 @@ def test_real_images_are_compared(own_weights, tmp_path):
 
 
 def test_wrong_fold_writes_nothing(own_weights, tmp_path, monkeypatch):
-    monkeypatch.setattr('repvgg_zoo.publish.float64_rel_diff', lambda model, x: 2e-9)
-    with pytest.raises(CheckpointError, match=r'differ by 2\.0e-09 .* in float64, more than 1e-09'):
-        build_folders(NAME, owner='zoo', out=tmp_path / 'out')
+    switch = repvgg_zoo.RepVGG.switch_to_deploy
+
+    def wrong(model):
+        switch(model).head.fc.bias.data += 1
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr('repvgg_zoo.publish.float64_rel_diff', lambda model, x: 2e-9)
+        with pytest.raises(CheckpointError, match=r'differ by 2\.0e-09 .* in float64'):
+            build_folders(NAME, owner='zoo', out=tmp_path / 'out')
+    with monkeypatch.context() as patch:
+        patch.setattr(repvgg_zoo.RepVGG, 'switch_to_deploy', wrong)
+        with pytest.raises(CheckpointError, match=r'e-\d\d in float32, more than'):
+            build_folders(NAME, owner='zoo', out=tmp_path / 'out')
+    with monkeypatch.context() as patch:
+        patch.setattr('repvgg_zoo.publish.rel_diff', lambda a, b: float('nan'))
+        with pytest.raises(CheckpointError, match=r'nan in float32'):
+            build_folders(NAME, owner='zoo', out=tmp_path / 'out')
     assert tree(tmp_path / 'out') == {}
 
 
@@ -112,15 +140,40 @@ def test_what_cannot_be_published(own_weights, tmp_path):
     for name, source, error, message in (
         ('repvgg_b4.rvgg_in1k', None, ValueError, r"unknown weights 'repvgg_b4\.rvgg_in1k'; did you mean"),
         (f'{NAME}_deploy', None, ValueError, r"'test_repvgg\.cifar10' publishes both"),
-        (NAME, tmp_path / 'none.pth', FileNotFoundError, r'no checkpoint file'),
+        (
+            NAME,
+            tmp_path / 'none.pth',
+            FileNotFoundError,
+            r'none\.pth.* is no checkpoint file, no model folder and no Hub',
+        ),
+        (NAME, '', FileNotFoundError, r"'' is no checkpoint file"),
+        (NAME, './none', FileNotFoundError, r"'\./none' is no checkpoint file"),
         (NAME, tmp_path / 'deploy.pth', CheckpointError, r'is of the deploy form'),
         (NAME, tmp_path / 'other.pth', CheckpointError, r'is bundled as .* other weights'),
         ('repvgg_a0.rvgg_in1k', tmp_path / 'other.pth', CheckpointError, r'does not fit repvgg_a0'),
-        ('repvgg_b1g2.rvgg_in1k', None, CheckpointError, r'get RepVGG-B1g2-train\.pth'),
     ):
         with pytest.raises(error, match=message):
             build_folders(name, source, owner='zoo', out=tmp_path / 'out')
+    for owner in ('', '..', 'a/b', 'a b'):
+        with pytest.raises(ValueError, match=r'[Rr]epo'):
+            build_folders(NAME, owner=owner, out=tmp_path / 'out')
     assert tree(tmp_path / 'out') == {}
+
+
+def test_source_is_never_the_users_own_folder(own_weights, tmp_path, monkeypatch):
+    monkeypatch.setenv('REPVGG_ZOO_WEIGHTS', str(tmp_path))
+    (tmp_path / NAME).mkdir()
+    build_folders(NAME, owner='zoo', out=tmp_path / 'out')
+
+
+@pytest.mark.parametrize('revision', [False, True])
+def test_source_on_the_hub(hub, own_weights, tmp_path, revision):
+    (training, _) = build_folders(NAME, owner='zoo', out=tmp_path / 'a')
+    commit = push_folder(training.folder, 'somebody/weights')
+    source = f'somebody/weights@{commit}' if revision else 'hf-hub:somebody/weights'
+    (again, _) = build_folders(NAME, source, owner='zoo', out=tmp_path / 'b')
+    assert again.record.sha256 == training.record.sha256
+    assert f'Converted from {source.removeprefix("hf-hub:")}, sha256' in (again.folder / 'README.md').read_text()
 
 
 # ------------------------------------------------------------------------------------------------- cards
@@ -131,7 +184,7 @@ def test_card_says_what_the_manifest_knows(name):
     record = read_manifest()[name]
     check = FoldCheck(float64_rel_diff=1e-15, float32_rel_diff=2e-7, images=8, top1_agreement_pct=None)
     record = dataclasses.replace(record, sha256='0' * 64, size_bytes=1234, fold_check=check)
-    card = RepoCard(str(model_card(record, owner='zoo', in_timm=True)))
+    card = RepoCard(str(model_card(record, owner='zoo', source='a file', in_timm=record.arch in TIMM_NAMES)))
     assert (card.data.license, card.data.library_name) == ('mit', 'timm')
     index = card.data.get('model-index') or []
     values = {
@@ -147,15 +200,34 @@ def test_card_says_what_the_manifest_knows(name):
         if value is not None
     }
     assert values == expected
-    for text in (f'hf-hub:zoo/{name}', '1,234 bytes', '0' * 64, f'{record.params:,}', '1.0e-15', record.recipe or ''):
+    plain = record.arch in TIMM_NAMES and record.form == 'training'
+    assert ('Plain timm loads it too' in card.text) == plain
+    assert ('does not know this' in card.text) != plain
+    assert f'Training: {record.recipe}' in card.text or record.recipe is None
+    for text in (f'hf-hub:zoo/{name}', '1,234 bytes', '0' * 64, f'{record.params:,}', '1.0e-15'):
         assert text in card.text
     for metrics in (*record.published, *record.measured):
         assert f'{metrics.top1_pct:g} %' in card.text
         assert metrics.source in card.text
 
 
+@pytest.mark.parametrize('form', ['training', 'deploy'])
+def test_code_in_a_card_runs(hub, own_weights, tmp_path, form):
+    published = build_folders(NAME, owner='zoo', out=tmp_path / 'out')
+    push_folders(published)
+    card = (published[form == 'deploy'].folder / 'README.md').read_text()
+    (tmp_path / 'repvgg_zoo').symlink_to(ROOT)
+    blocks = re.findall(r'```python\n(.*?)```', card, re.DOTALL)
+    for code in blocks:
+        namespace = {}
+        with contextlib.chdir(tmp_path):
+            exec(code, namespace)  # noqa: S102
+        assert isinstance(namespace['model'], torch.nn.Module)
+    assert len(blocks) == 2
+
+
 def test_weights_page_is_the_current_one():
-    assert (ROOT / 'weights' / 'README.md').read_text('utf-8') == weights_page()
+    assert (ROOT / 'weights' / 'README.md').read_text('utf-8') == weights_page(read_manifest().values())
 
 
 # ------------------------------------------------------------------------------------------- to the Hub
@@ -166,11 +238,11 @@ def test_publishing_is_recorded(hub, own_weights, tmp_path):
     push_folders(published)
     for item in published:
         record = read_manifest()[item.record.name]
-        assert record.hub_id == item.repo_id == f'zoo/{item.record.name}'
-        assert record.revision == hub.repositories[item.repo_id].commits[-1][0]
+        assert record.hub_id == item.record.hub_id == f'zoo/{item.record.name}'
+        assert record.revision == hub.repositories[item.record.hub_id].commits[-1][0]
         assert record.sha256 == item.record.sha256
         assert record.fold_check == item.record.fold_check
-        assert f'[{item.repo_id}](' in (own_weights / 'README.md').read_text()
+        assert f'[{item.record.hub_id}](' in (own_weights / 'README.md').read_text()
     assert NAME not in names_to_publish('zoo')
     assert NAME in names_to_publish('other')
     pages = tree(own_weights)
@@ -185,6 +257,68 @@ def test_failed_publishing_is_not_recorded(hub, own_weights, tmp_path):
     with pytest.raises(HubError, match='no right'):
         push_folders(published)
     assert tree(own_weights) == before
+
+
+def test_folder_that_changed_is_not_uploaded(hub, own_weights, tmp_path):
+    published = build_folders(NAME, owner='zoo', out=tmp_path / 'out')
+    weights = published[0].folder / 'model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:-1] + b'\x7f')
+    with pytest.raises(HubError, match='has changed since it was written'):
+        push_folders(published)
+    assert hub.state() == {}
+
+
+def test_record_of_another_process_is_kept(hub, own_weights, tmp_path):
+    published = build_folders(NAME, owner='zoo', out=tmp_path / 'out')
+    path = own_weights / 'manifest.json'
+    content = json.loads(path.read_text())
+    content['repvgg_a0.rvgg_in1k']['revision'] = 'meanwhile'
+    path.write_text(json.dumps(content))
+    push_folders(published)
+    assert read_manifest()['repvgg_a0.rvgg_in1k'].revision == 'meanwhile'
+
+
+def test_page_is_written_before_the_manifest(hub, own_weights, tmp_path, monkeypatch):
+    """Whoever is killed between the two finds the record not written, and writes both again."""
+    monkeypatch.setattr('repvgg_zoo.publish.write_manifest', lambda records: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        push_folders(build_folders(NAME, owner='zoo', out=tmp_path / 'out'))
+    assert f'[zoo/{NAME}](' in (own_weights / 'README.md').read_text()
+    assert read_manifest()[NAME].revision is None
+
+
+def test_manifest_that_cannot_be_written(own_weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'access', lambda path, mode: False)
+    with pytest.raises(PermissionError, match='publishing could not be recorded'):
+        publish(NAME, owner='zoo', out=tmp_path / 'out', push=True)
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.fixture
+def published_a0(hub, own_weights, tmp_path):
+    """A tag whose weights are on the Hub alone, published in both forms."""
+    torch.save(randomise(timm.create_model('repvgg_a0')).state_dict(), tmp_path / 'a0.pth')
+    publish('repvgg_a0.rvgg_in1k', tmp_path / 'a0.pth', owner='zoo', out=tmp_path / 'out', push=True)
+    return {record.name: _pretrained_cfg(record) for record in read_manifest().values() if record.arch == 'repvgg_a0'}
+
+
+@pytest.mark.parametrize('suffix', ['', '_deploy'])
+def test_published_tag_is_pinned_and_checked(published_a0, hub, own_weights, suffix):
+    record = read_manifest()[f'repvgg_a0.rvgg_in1k{suffix}']
+    cfg = dataclasses.replace(published_a0[record.name], architecture=record.arch, tag=record.tag)
+    assert cfg.hf_hub_id == f'zoo/{record.name}@{record.revision}'
+    path = locate(cfg)
+    assert record.revision in path.parts
+    assert path.stat().st_size == record.size_bytes
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.resolve().write_bytes(content)
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+        locate(cfg)
+    path.resolve().write_bytes(bytes(content[:-100]) + bytes([content[-100] ^ 1]) + bytes(content[-99:]))
+    write_manifest(dict(read_manifest()) | {record.name: dataclasses.replace(record, sha256='0' * 64)})
+    with pytest.raises(CheckpointError, match=f'is not the file that was published as {re.escape(record.name)}'):
+        locate(cfg)
 
 
 # -------------------------------------------------------------------------------- new processes, whole way
@@ -257,13 +391,39 @@ def test_command_publishes_and_a_new_process_loads(checkout, tmp_path):
             assert rel_diff(y, expected) < 1e-5
 
 
+def test_two_at_once_do_not_mix(checkout, tmp_path):
+    for seed in (1, 2):
+        torch.save(randomise(timm.create_model('repvgg_a0'), seed=seed).state_dict(), tmp_path / f'{seed}.pth')
+        (tmp_path / f'tmp{seed}').mkdir()
+    with hub_server(tmp_path / 'blobs') as server:
+        processes = [
+            start(
+                checkout,
+                server,
+                tmp_path / 'home',
+                *(*PUBLISH, 'repvgg_a0.rvgg_in1k', '--owner', 'zoo', '--from', tmp_path / f'{seed}.pth'),
+                cwd=tmp_path,
+                TMPDIR=str(tmp_path / f'tmp{seed}'),
+            )
+            for seed in (1, 2)
+        ]
+        errors = [process.communicate()[1] for process in processes]
+    (loser,) = [error for process, error in zip(processes, errors, strict=True) if process.returncode]
+    assert 'another process is writing' in loser or 'holds another model.safetensors' in loser
+    assert 'Traceback' not in loser
+    x = images(px=64)
+    folders = [f'local-dir:{tmp_path}/zoo/repvgg_a0.rvgg_in1k{suffix}' for suffix in ('', '_deploy')]
+    training, deploy = (timm.create_model(folder, pretrained=True).eval()(x) for folder in folders)
+    assert rel_diff(training, deploy) < 1e-4
+
+
 @pytest.mark.slow
 def test_mirror_serves_what_was_published(own_weights, checkout, tmp_path):
     """Another implementation of the Hub, a mirror of git repositories, and both forms from it by their Hub names."""
     olah = shutil.which('olah-cli', path=Path(sys.executable).parent)
     published = build_folders(NAME, owner='zoo', out=tmp_path / 'out')
     for item in published:
-        repository = tmp_path / 'mirror' / 'models' / item.repo_id
+        repository = tmp_path / 'mirror' / 'models' / item.record.hub_id
         shutil.copytree(item.folder, repository)
         for command in ('init -q -b main', 'add .', '-c user.name=zoo -c user.email=zoo@localhost commit -q -m first'):
             subprocess.run(['git', *command.split()], cwd=repository, check=True)  # noqa: S607
@@ -281,7 +441,7 @@ def test_mirror_serves_what_was_published(own_weights, checkout, tmp_path):
             wait_for(port)
             x = images(2, px=32)
             expected = timm.create_model(NAME, pretrained=True).eval()(x)
-            names = [f'hf-hub:{item.repo_id}' for item in published]
+            names = [f'hf-hub:{item.record.hub_id}' for item in published]
             endpoint = SimpleNamespace(
                 env=lambda home: {'HF_ENDPOINT': f'http://127.0.0.1:{port}', 'HF_HOME': str(home)}
             )
@@ -349,7 +509,6 @@ status = main()
 print(f'peak_kb={resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}')
 sys.exit(status)
 """
-TIMM_NAMES = {name for name in VARIANTS if hasattr(timm.models.byobnet, name)}
 
 
 @pytest.mark.slow
@@ -384,6 +543,8 @@ def test_official_checkpoint_to_the_hub_and_back(arch, checkout, tmp_path):
 
 def test_how_to_get_official_weights_is_a_way(tmp_path):
     """The command in the error, run, makes the tag work."""
+    if read_manifest()['repvgg_b1g2.rvgg_in1k'].hub_id:
+        pytest.skip('published')
     with pytest.raises(CheckpointError) as caught:
         timm.create_model('repvgg_b1g2', pretrained=True)
     message = str(caught.value)
@@ -416,6 +577,11 @@ def test_own_folder_goes_first(tmp_path, monkeypatch):
     overlay = dict(file=bundled)
     explicit = timm.create_model('test_repvgg', pretrained=True, deploy=True, pretrained_cfg_overlay=overlay).eval()
     assert rel_diff(explicit(x), source(x)) > 0.1
+    save_file(timm.create_model('repvgg_a0').state_dict(), tmp_path / 'own' / NAME / 'model.safetensors')
+    with pytest.raises(CheckpointError, match=rf'{tmp_path}/own/.*does not fit test_repvgg'):
+        timm.create_model('test_repvgg', pretrained=True)
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}/own' has no folder repvgg_b1g2\.rvgg_in1k"):
+        timm.create_model('repvgg_b1g2', pretrained=True)
     monkeypatch.setenv('REPVGG_ZOO_WEIGHTS', str(tmp_path / 'nowhere'))
     with pytest.raises(CheckpointError, match=r"REPVGG_ZOO_WEIGHTS is '.*nowhere', which is no folder"):
         timm.create_model('test_repvgg', pretrained=True)
