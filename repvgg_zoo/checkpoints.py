@@ -7,12 +7,13 @@ package's own; foreign names stand in the tables below and nowhere else.
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, BinaryIO, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -351,6 +352,20 @@ def read_checkpoint(path: str | Path, *, use_ema: bool = True) -> StateDict:
     return dict(checkpoint)
 
 
+_SAFETENSORS_DTYPES = {
+    'F64': torch.float64,
+    'F32': torch.float32,
+    'F16': torch.float16,
+    'BF16': torch.bfloat16,
+    'I64': torch.int64,
+    'I32': torch.int32,
+    'I16': torch.int16,
+    'I8': torch.int8,
+    'U8': torch.uint8,
+    'BOOL': torch.bool,
+}
+
+
 def _is_safetensors(path: Path) -> bool:
     """By the suffix, or by the format: the length of a header in eight bytes, then the header in JSON."""
     with path.open('rb') as file:
@@ -359,13 +374,27 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _read_safetensors(path: Path) -> StateDict:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    """Read into memory that the tensors own: the library's reader maps the file, and needs as much again to copy it."""
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        with safe_open(path, 'pt'):  # the library checks the header
+            pass
+        with path.open('rb') as file:
+            size = int.from_bytes(file.read(8), 'little')
+            header = json.loads(file.read(size))
+            header.pop('__metadata__', None)
+            entries = sorted(header.items(), key=lambda item: item[1]['data_offsets'])
+            return {name: _read_tensor(file, 8 + size, entry) for name, entry in entries}
+    except (SafetensorError, KeyError) as error:
         raise CheckpointError(f'{str(path)!r} is truncated or no safetensors file ({error}); get it again') from error
+
+
+def _read_tensor(file: BinaryIO, data_start: int, entry: Mapping[str, Any]) -> Tensor:
+    tensor = torch.empty(entry['shape'], dtype=_SAFETENSORS_DTYPES[entry['dtype']], device='cpu')
+    file.seek(data_start + entry['data_offsets'][0])
+    file.readinto(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor
 
 
 def _read_torch(path: Path) -> Any:

@@ -125,6 +125,7 @@ def open_model(source: str | Path, *, variant: str | None = None, use_ema: bool 
         num_classes=0 if classifier is None else classifier.shape[0],
         in_chans=state_dict[stem].shape[1] if stem in state_dict else 3,
         deploy=deploy,
+        device='meta',
     )
     load_state_dict(model, state_dict)
     return model

@@ -10,6 +10,7 @@ from urllib.parse import urlparse
 
 import torch
 from timm.models import PretrainedCfg, adapt_input_conv
+from torch import Tensor, nn
 
 from .checkpoints import (
     CheckpointError,
@@ -50,10 +51,17 @@ def load_checkpoint(model: RepVGG, path: str | Path, *, use_ema: bool = True) ->
 
 
 def load_state_dict(model: RepVGG, state_dict: StateDict) -> None:
-    """Load a state dict in timm's layout and either form strictly; a misfit leaves the model unchanged."""
+    """Load a state dict in timm's layout and either form strictly; a misfit leaves the model unchanged.
+
+    A model on the meta device takes the tensors as its own, without a copy.
+    """
     state_dict = _to_form_of(model, state_dict)
-    check_fit(state_dict, model.state_dict(), what=model.variant.name)
-    model.load_state_dict(state_dict)
+    expected = model.state_dict()
+    check_fit(state_dict, expected, what=model.variant.name)
+    if model.device.type != 'meta':
+        model.load_state_dict(state_dict)
+        return
+    model.load_state_dict({key: _owned(value, expected[key]) for key, value in state_dict.items()}, assign=True)
 
 
 def load_pretrained(model: RepVGG, cfg: PretrainedCfg, *, cache_dir: str | Path | None = None) -> None:
@@ -65,7 +73,7 @@ def load_pretrained(model: RepVGG, cfg: PretrainedCfg, *, cache_dir: str | Path 
     `CheckpointError` as `load_checkpoint` does, and where no file can be had.
     """
     if cfg.state_dict is not None:
-        _load_adapted(model, cfg, cfg.state_dict)
+        _load_adapted(model, cfg, {key: value.clone() for key, value in cfg.state_dict.items()})
         return
     path = locate(cfg, cache_dir=cache_dir)
     state_dict = read_checkpoint(path)
@@ -77,20 +85,32 @@ def load_pretrained(model: RepVGG, cfg: PretrainedCfg, *, cache_dir: str | Path 
 
 def _load_adapted(model: RepVGG, cfg: PretrainedCfg, state_dict: StateDict) -> None:
     state_dict = _to_form_of(model, to_timm_layout(state_dict))
-    expected = model.state_dict()
     _adapt_stem(state_dict, model.in_chans, cfg.input_size[0])
     if model.num_classes != cfg.num_classes:
         for name in model.classifier_names:
-            weight, bias = f'{name}.weight', f'{name}.bias'
-            if weight in expected and weight in state_dict and state_dict[weight].shape == expected[weight].shape:
-                continue
-            _logger.info('%s: the weights have no classifier of %d classes; it is fresh', name, model.num_classes)
-            for key in (weight, bias):
-                state_dict.pop(key, None)
-                if key in expected:
-                    state_dict[key] = expected[key]
-    check_fit(state_dict, expected, what=model.variant.name)
-    model.load_state_dict(state_dict)
+            _keep_classifier_that_fits(model, name, state_dict)
+    load_state_dict(model, state_dict)
+
+
+def _keep_classifier_that_fits(model: RepVGG, name: str, state_dict: StateDict) -> None:
+    """Replace weights of another number of classes than the model has by the model's own, fresh ones."""
+    linear = model.get_submodule(name)
+    weight, bias = f'{name}.weight', f'{name}.bias'
+    if isinstance(linear, nn.Linear) and weight in state_dict and state_dict[weight].shape == linear.weight.shape:
+        return
+    _logger.info('%s: the weights have no classifier of %d classes; it is fresh', name, model.num_classes)
+    for key in (weight, bias):
+        state_dict.pop(key, None)
+    if isinstance(linear, nn.Linear):
+        if linear.weight.is_meta:
+            linear.to_empty(device='cpu').reset_parameters()
+        state_dict |= {weight: linear.weight.detach(), bias: linear.bias.detach()}
+
+
+def _owned(value: Tensor, like: Tensor) -> Tensor:
+    """A tensor as a parameter of its own: of the model's dtype, contiguous, and with no other in its storage."""
+    value = value.detach().to(like.dtype).contiguous()
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
 def _to_form_of(model: RepVGG, state_dict: StateDict) -> StateDict:

@@ -185,6 +185,7 @@ def _write_training_form(record: WeightsRecord, path: Path, folder: Path) -> Non
         record.name,
         num_classes=record.preprocessing.num_classes,
         aux_heads=any(key.startswith('aux_heads.') for key in state_dict) or None,
+        device='meta',
     )
     load_state_dict(model, state_dict)
     model._model_args = {}  # the auxiliary heads are in the file for whoever asks for them

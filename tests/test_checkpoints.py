@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from conftest import images, randomise, rel_diff
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import repvgg_zoo
 from repvgg_zoo import CheckpointError, load_checkpoint
@@ -268,6 +268,39 @@ def test_file_that_is_no_checkpoint(content, tmp_path):
 def test_safetensors_file_by_another_name(state_dict, name, tmp_path):
     save_file(state_dict, tmp_path / name)
     assert read_checkpoint(tmp_path / name).keys() == state_dict.keys()
+
+
+def test_safetensors_are_read_as_the_library_reads_them(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    dtypes = (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.uint8,
+        torch.bool,
+    )
+    tensors = {
+        f'{dtype}.{shape}': (torch.randn(shape, generator=generator) * 9).to(dtype)
+        for dtype in dtypes
+        for shape in ((), (0,), (3,), (2, 3, 1, 1))
+    }
+    save_file(tensors, tmp_path / 'all.safetensors', metadata={'format': 'pt'})
+    expected, read = load_file(tmp_path / 'all.safetensors'), read_checkpoint(tmp_path / 'all.safetensors')
+    assert read.keys() == expected.keys()
+    for name, value in expected.items():
+        assert read[name].dtype == value.dtype
+        assert torch.equal(read[name], value)
+
+
+def test_tensors_outlive_their_file(state_dict, tmp_path):
+    path = tmp_path / 'x.safetensors'
+    save_file(state_dict, path)
+    read = read_checkpoint(path)
+    path.write_bytes(bytes(path.stat().st_size))
+    assert all(torch.equal(value, state_dict[key]) for key, value in read.items())
 
 
 class Exploit:

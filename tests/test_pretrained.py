@@ -1,5 +1,6 @@
 """`pretrained=True` by every way that timm has, and what happens where no weights can be had."""
 
+import copy
 import json
 import shutil
 
@@ -56,6 +57,46 @@ def test_bundled_weights_are_of_the_form_of_their_tag(model, x):
     assert all(torch.equal(folded.state_dict()[key], value) for key, value in deployed.state_dict().items())
 
 
+@pytest.mark.parametrize('name', ['test_repvgg.cifar10', 'test_repvgg.cifar10_deploy'])
+def test_weights_are_the_models_own(name, tmp_path):
+    model = timm.create_model(name, pretrained=True, num_classes=7)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in model.parameters())
+    assert all(t.device.type == 'cpu' and t.is_contiguous() for t in tensors)
+    assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
+    save_file(model.state_dict(), tmp_path / 'whole.safetensors')
+
+
+def test_layers_that_no_file_has_are_still_made(model, x):
+    class Norm(torch.nn.BatchNorm2d):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.register_buffer('one', torch.ones((), device=kwargs.get('device')), persistent=False)
+
+        def forward(self, x):
+            return super().forward(x) * self.one
+
+    other = timm.create_model('test_repvgg', pretrained=True, norm_layer=Norm).eval()
+    assert torch.equal(other(x), model(x))
+
+
+def test_default_device_and_dtype_are_kept(model, x):
+    half = timm.create_model('test_repvgg', pretrained=True, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    with torch.device('meta'):
+        assert timm.create_model('test_repvgg', pretrained=True).device.type == 'meta'
+
+
+def test_memory_format_of_a_checkpoint_does_not_leak(model, x, tmp_path):
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    torch.save(last.state_dict(), tmp_path / 'x.pth')
+    loaded = timm.create_model(
+        'test_repvgg', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'x.pth'))
+    )
+    assert all(parameter.is_contiguous() for parameter in loaded.parameters())
+    assert torch.equal(loaded.eval()(x), model(x))
+
+
 def test_deploy_tag_into_the_training_form():
     with pytest.raises(CheckpointError, match='deploy=True'):
         timm.create_model('test_repvgg.cifar10_deploy', pretrained=True, deploy=False)
@@ -91,7 +132,7 @@ def test_features_only(model, x, deploy, feature_cls):
     expected = model.forward_intermediates(x, indices=(1, 4), intermediates_only=True)
     for a, b in zip(features(x), expected, strict=True):
         assert rel_diff(a, b) < 1e-5
-    assert features.feature_info.channels() == [64, 96]
+    assert features.feature_info.channels() == [48, 96]
 
 
 def test_flipped_byte_is_noticed(tmp_path, monkeypatch):
@@ -139,6 +180,9 @@ def test_state_dict_overlay(x):
     overlay = dict(state_dict=source.state_dict(), file=None)
     loaded = timm.create_model('test_repvgg', pretrained=True, pretrained_cfg_overlay=overlay)
     assert torch.equal(loaded.eval()(x), source(x))
+    with torch.no_grad():
+        loaded.head.fc.bias += 1
+    assert not torch.equal(loaded(x), source(x))
 
 
 def test_url(tmp_path, x):
