@@ -109,7 +109,8 @@ def _keep_classifier_that_fits(model: RepVGG, name: str, state_dict: StateDict) 
 
 def _owned(value: Tensor, like: Tensor) -> Tensor:
     """A tensor as a parameter of its own: of the model's dtype, contiguous, and with no other in its storage."""
-    value = value.detach().to(like.dtype).contiguous()
+    # flat in between, since a 1x1 kernel is contiguous in channels_last too
+    value = value.detach().to(like.dtype).contiguous().view(-1).view(value.shape)
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 

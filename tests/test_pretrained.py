@@ -80,11 +80,8 @@ def test_layers_that_no_file_has_are_still_made(model, x):
     assert torch.equal(other(x), model(x))
 
 
-def test_default_device_and_dtype_are_kept(model, x):
-    half = timm.create_model('test_repvgg', pretrained=True, dtype=torch.bfloat16)
-    assert half.dtype == torch.bfloat16
-    with torch.device('meta'):
-        assert timm.create_model('test_repvgg', pretrained=True).device.type == 'meta'
+def test_dtype_is_kept():
+    assert timm.create_model('test_repvgg', pretrained=True, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_memory_format_of_a_checkpoint_does_not_leak(model, x, tmp_path):
@@ -93,7 +90,8 @@ def test_memory_format_of_a_checkpoint_does_not_leak(model, x, tmp_path):
     loaded = timm.create_model(
         'test_repvgg', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'x.pth'))
     )
-    assert all(parameter.is_contiguous() for parameter in loaded.parameters())
+    for key, value in model.state_dict().items():
+        assert loaded.state_dict()[key].stride() == value.stride()
     assert torch.equal(loaded.eval()(x), model(x))
 
 
