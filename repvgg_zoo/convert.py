@@ -76,7 +76,7 @@ def save_model(model: RepVGG, folder: Path) -> None:
         raise OSError(f'cannot write {str(weights)!r}: {error}') from error
     _sort_metadata(weights)
     config = folder / 'config.json'
-    save_config_for_hf(model, str(config), model_args=model._model_args)
+    save_config_for_hf(model, config, model_args=model._model_args)
     weights.chmod(config.stat().st_mode)  # as the umask has it; safetensors writes for the owner alone
 
 
