@@ -27,6 +27,7 @@ from test_official import logits, official
 import repvgg_zoo
 from repvgg_zoo import VARIANTS, CheckpointError
 from repvgg_zoo.cards import model_card
+from repvgg_zoo.cli import main
 from repvgg_zoo.convert import convert
 from repvgg_zoo.hub import HubError, push_folder
 from repvgg_zoo.listing import weights_page
@@ -249,6 +250,20 @@ def test_publishing_is_recorded(hub, own_weights, tmp_path):
     push_folders(build_folders(NAME, owner='zoo', out=tmp_path / 'out'))
     assert tree(own_weights) == pages
     assert hub.count('POST', '/commit/') == 2
+
+
+def test_all_goes_on_after_a_failure(hub, own_weights, tmp_path, capsys):
+    """The Hub here has none of timm's repositories, so the bundled weights alone can be published."""
+    command = ['publish', '--all', '--owner', 'zoo', '--out', str(tmp_path / 'out'), '--push']
+    assert main(command) == 1
+    said = capsys.readouterr()
+    assert f'published as zoo/{NAME}' in said.out
+    complaints = re.findall(r'^repvgg-zoo: there is no repository (\S+)', said.err, re.MULTILINE)
+    assert complaints == [r.hub_id for r in read_manifest().values() if (r.hub_id or '').startswith('timm/')]
+    before = len(hub.requests)
+    assert main(command) == 1
+    assert ('POST', f'/api/models/zoo/{NAME}/commit/main') not in hub.requests[before:]
+    assert 'published as' not in capsys.readouterr().out
 
 
 def test_failed_publishing_is_not_recorded(hub, own_weights, tmp_path):
