@@ -166,7 +166,8 @@ def _fine_tuning(record: WeightsRecord, owner: str) -> str:
         return f'Fine-tune the training form, {owner}/{record.training_name}, and fold the result.'
     return (
         "In timm's own `train.py`, with the zoo registered:\n\n```console\n"
-        f'repvgg-zoo run train.py --data-dir DATA --model hf-hub:{owner}/{record.name} --pretrained --num-classes 10\n```'
+        f'repvgg-zoo run train.py --data-dir DATA --model hf-hub:{owner}/{record.name} \\\n'
+        '    --pretrained --num-classes 10\n```'
     )
 
 
