@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import groupby
 
 from huggingface_hub import CardData, EvalResult, RepoCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
+from .listing import markdown_table
 from .manifest import Metrics, WeightsRecord
 
 __all__ = ['model_card']
@@ -121,7 +121,7 @@ def _figures(record: WeightsRecord) -> str:
         *((f'top-1, {m.dataset}, published', _accuracy(m)) for m in record.published),
         *((f'top-1, {m.dataset}, measured', _accuracy(m)) for m in record.measured),
     ]
-    return _table(('', ''), rows)
+    return markdown_table(rows, ('', ''))
 
 
 def _accuracy(metrics: Metrics) -> str:
@@ -188,7 +188,3 @@ def _forms(record: WeightsRecord) -> str:
         f'published: {check.float64_rel_diff:.1e} computed in float64, {check.float32_rel_diff:.1e} in float32 on '
         f'{agreement}. Compare in `eval()` mode: in train mode the training form normalises by the batch.'
     )
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return '\n'.join(f'| {" | ".join(cells)} |' for cells in (header, ['---'] * len(header), *rows))

@@ -23,6 +23,7 @@ from .variants import VARIANTS, Variant
 
 __all__ = [
     'BLOCK_NAMES',
+    'FILE_SUFFIXES',
     'BlockNames',
     'CheckpointError',
     'Form',
@@ -32,6 +33,7 @@ __all__ = [
     'form_of',
     'identify_variant',
     'read_checkpoint',
+    'read_safetensors_header',
     'to_timm_layout',
     'without_aux_heads',
 ]
@@ -381,13 +383,18 @@ def _read_safetensors(path: Path) -> StateDict:
         with safe_open(path, 'pt'):  # the library checks the header
             pass
         with path.open('rb') as file:
-            size = int.from_bytes(file.read(8), 'little')
-            header = json.loads(file.read(size))
+            header = read_safetensors_header(file)
+            data_start = file.tell()
             header.pop('__metadata__', None)
             entries = sorted(header.items(), key=lambda item: item[1]['data_offsets'])
-            return {name: _read_tensor(file, 8 + size, entry) for name, entry in entries}
+            return {name: _read_tensor(file, data_start, entry) for name, entry in entries}
     except (SafetensorError, KeyError) as error:
         raise CheckpointError(f'{str(path)!r} is truncated or no safetensors file ({error}); get it again') from error
+
+
+def read_safetensors_header(file: BinaryIO) -> dict[str, Any]:
+    """The header of an open safetensors file, which is then at the end of it: its length in eight bytes, and JSON."""
+    return json.loads(file.read(int.from_bytes(file.read(8), 'little')))
 
 
 def _read_tensor(file: BinaryIO, data_start: int, entry: Mapping[str, Any]) -> Tensor:

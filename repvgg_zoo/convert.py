@@ -18,6 +18,7 @@ from .checkpoints import (
     form_of,
     identify_variant,
     read_checkpoint,
+    read_safetensors_header,
     to_timm_layout,
 )
 from .pretrained import load_state_dict, weights_in
@@ -83,8 +84,8 @@ def save_model(model: RepVGG, folder: Path) -> None:
 def _sort_metadata(path: Path) -> None:
     """Put a safetensors file's metadata into the order of its keys, which is random as the library writes it."""
     with path.open('r+b') as file:
-        size = int.from_bytes(file.read(8), 'little')
-        header = json.loads(file.read(size))
+        header = read_safetensors_header(file)
+        size = file.tell() - 8
         header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
         content = json.dumps(header, separators=(',', ':')).encode().ljust(size)
         if len(content) != size:

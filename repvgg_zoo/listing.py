@@ -29,7 +29,7 @@ _WEIGHTS_HEADER = (
     'forms differ by (float64 / float32)',
     'licence',
 )
-_TEXT_COLUMNS = {'variant', 'train', 'deploy', 'weights', 'form', 'where', 'sha256 begins', 'licence'} | {
+_TEXT_COLUMNS = {'', 'variant', 'train', 'deploy', 'weights', 'form', 'where', 'sha256 begins', 'licence'} | {
     'published top-1 %',
     'measured top-1 %',
 }

@@ -123,18 +123,14 @@ def build_folders(
         validate_repo_id(f'{owner}/{record.name}')
     folders = [Path(out or owner) / record.name for record in records]
     path, source_name = _locate(records[0], source)
+    origin = f'{source_name}, sha256 `{sha256_of(path)}`'
     with ExitStack() as stack:
         new = [stack.enter_context(new_folder(folder, overwrite=True)) for folder in folders]
         _write_training_form(records[0], path, new[0])
         check = _fold(records[1], new, images, track)
         described = [_describe(record, folder, owner, check) for record, folder in zip(records, new, strict=True)]
         for record, folder in zip(described, new, strict=True):
-            card = model_card(
-                record,
-                owner=owner,
-                source=f'{source_name}, sha256 `{sha256_of(path)}`',
-                in_timm=hasattr(byobnet, record.arch),
-            )
+            card = model_card(record, owner=owner, source=origin, in_timm=hasattr(byobnet, record.arch))
             (folder / CARD).write_text(str(card), 'utf-8')
         if not replace_existing:
             for folder, partial in zip(folders, new, strict=True):
