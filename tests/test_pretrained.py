@@ -95,6 +95,17 @@ def test_memory_format_of_a_checkpoint_does_not_leak(model, x, tmp_path):
     assert torch.equal(loaded.eval()(x), model(x))
 
 
+def test_tensors_that_share_memory_in_a_checkpoint_are_taken_apart(model, tmp_path):
+    flat = torch.cat([value.flatten().float() for value in model.state_dict().values()])
+    values = flat.split([value.numel() for value in model.state_dict().values()])
+    shared = {k: v.view(like.shape) for v, (k, like) in zip(values, model.state_dict().items(), strict=True)}
+    torch.save(shared, tmp_path / 'x.pth')
+    overlay = dict(file=str(tmp_path / 'x.pth'))
+    loaded = timm.create_model('test_repvgg', pretrained=True, pretrained_cfg_overlay=overlay)
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in loaded.state_dict().values())
+    assert all(torch.equal(t, model.state_dict()[key]) for key, t in loaded.state_dict().items())
+
+
 def test_deploy_tag_into_the_training_form():
     with pytest.raises(CheckpointError, match='deploy=True'):
         timm.create_model('test_repvgg.cifar10_deploy', pretrained=True, deploy=False)

@@ -161,7 +161,7 @@ def test_what_cannot_be_published(own_weights, tmp_path):
     assert tree(tmp_path / 'out') == {}
 
 
-def test_source_is_never_the_users_own_folder(own_weights, tmp_path, monkeypatch):
+def test_source_is_never_the_users_own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv('REPVGG_ZOO_WEIGHTS', str(tmp_path))
     (tmp_path / NAME).mkdir()
     build_folders(NAME, owner='zoo', out=tmp_path / 'out')
