@@ -1,7 +1,5 @@
 """The RepVGG block in both forms."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -60,6 +58,7 @@ class RepVGGBlock(nn.Module):
         act_layer: Callable[..., nn.Module] = nn.ReLU,
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         drop_path_rate: float = 0.0,
+        drop_block: Callable[[], nn.Module] | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -79,6 +78,7 @@ class RepVGGBlock(nn.Module):
         self.conv_kxk = None if deploy else ConvNorm(in_chs, out_chs, 3, **kxk, **training)
         self.conv_1x1 = None if deploy else ConvNorm(in_chs, out_chs, 1, groups=groups, **training)
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate and identity and not deploy else nn.Identity()
+        self.drop_block = nn.Identity() if drop_block is None or deploy else drop_block()
         self.attn = nn.Identity() if attn_layer is None else attn_layer(out_chs, **dd)
         self.attn_last = attn_last
         self.act = act_layer(inplace=True)
@@ -90,7 +90,8 @@ class RepVGGBlock(nn.Module):
             # A strided 1x1 convolution reads every stride-th pixel. Doing that first is the same, and spares
             # the backward pass of a strided 1x1 convolution over three channels_last channels, which corrupts
             # memory in PyTorch 2.14 on some x86 CPUs.
-            y = self.conv_1x1(x if self.stride == 1 else x[:, :, :: self.stride, :: self.stride]) + self.conv_kxk(x)
+            y = self.conv_1x1(x if self.stride == 1 else x[:, :, :: self.stride, :: self.stride])
+            y = y + self.drop_block(self.conv_kxk(x))
             if self.identity is not None:
                 y = self.drop_path(y)
                 y += self.identity(x)
@@ -99,12 +100,12 @@ class RepVGGBlock(nn.Module):
         return self.act(self.attn(y))
 
     @torch.jit.ignore
-    def switch_to_deploy(self, *, verify: Tensor | None = None) -> RepVGGBlock:
+    def switch_to_deploy(self, *, verify: Tensor | None = None) -> 'RepVGGBlock':
         """Fold the branches into one convolution, in place; see `repvgg_zoo.switch_to_deploy`."""
         return _deploy.switch_to_deploy(self, verify=verify)
 
     @torch.jit.ignore
-    def reparameterize(self) -> RepVGGBlock:
+    def reparameterize(self) -> 'RepVGGBlock':
         """`switch_to_deploy()` by timm's name."""
         return self.switch_to_deploy()
 

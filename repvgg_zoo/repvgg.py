@@ -1,7 +1,5 @@
 """RepVGG with timm's model interface, then its default configurations and entrypoints."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import warnings
@@ -20,6 +18,7 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 from timm.models._features import feature_take_indices
+from timm.models.byobnet import drop_blocks
 from torch import Tensor, nn
 
 from . import deploy as _deploy
@@ -75,8 +74,11 @@ class RepVGG(nn.Module):
         in_chans: int = 3,
         global_pool: str = 'avg',
         output_stride: int = 32,
+        img_size: int | tuple[int, int] | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        drop_block_rate: float = 0.0,
+        drop_block_size: int = 3,
         act_layer: str | Callable[..., nn.Module] = nn.ReLU,
         norm_layer: str | Callable[..., nn.Module] = nn.BatchNorm2d,
         deploy: bool = False,
@@ -88,8 +90,11 @@ class RepVGG(nn.Module):
 
         Args:
             output_stride: 32, or 16 or 8 to keep resolution by dilation instead of stride.
+            img_size: No effect: images of any size are taken. timm passes it to every model.
             drop_rate: Dropout before the classifier.
             drop_path_rate: Stochastic depth of the convolution branches, growing by stage.
+            drop_block_rate: DropBlock (arXiv 1810.12890) of the 3x3 branches in the last two stages, as in timm.
+            drop_block_size: Side of the dropped squares in the last stage, in pixels of the feature map.
             act_layer: Activation, by timm's name or as a class.
             norm_layer: Batch normalisation, by timm's name or as a class.
             deploy: Build the deploy form.
@@ -125,6 +130,7 @@ class RepVGG(nn.Module):
         self.stem = block(in_chans, chs, stride=total_stride)
         self.feature_info = [dict(num_chs=chs, reduction=total_stride, module='stem', stage=0)]
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(variant.depths), stagewise=True)
+        stage_drop_blocks = drop_blocks(drop_block_rate, drop_block_size, len(variant.depths))
         stages, block_index = [], 1
         for stage, (depth, out_chs) in enumerate(zip(variant.depths, variant.stage_channels, strict=True)):
             stride, first_dilation = variant.strides[stage + 1], dilation
@@ -144,6 +150,7 @@ class RepVGG(nn.Module):
                         groups=variant.groups if block_index % 2 == 0 else 1,
                         identity=False if first and dilated else None,
                         drop_path_rate=drop_path_rates[stage][index],
+                        drop_block=stage_drop_blocks[stage],
                     )
                 )
                 chs, block_index = out_chs, block_index + 1
@@ -152,6 +159,7 @@ class RepVGG(nn.Module):
                 dict(num_chs=chs, reduction=total_stride, module=f'stages.{stage}', stage=stage + 1)
             )
         self.stages = nn.Sequential(*stages)
+        self.stage_ends = [info['stage'] for info in self.feature_info]
         self.output_stride = total_stride
         self.num_features = chs
         self.head = ClassifierHead(chs, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
@@ -199,12 +207,12 @@ class RepVGG(nn.Module):
         self._creation_args = {name: value for name, value in args.items() if name != 'deploy'}
 
     @torch.jit.ignore
-    def switch_to_deploy(self, *, verify: Tensor | None = None) -> RepVGG:
+    def switch_to_deploy(self, *, verify: Tensor | None = None) -> 'RepVGG':
         """Fold every block into one convolution, in place; see `repvgg_zoo.switch_to_deploy`."""
         return _deploy.switch_to_deploy(self, verify=verify)
 
     @torch.jit.ignore
-    def reparameterize(self) -> RepVGG:
+    def reparameterize(self) -> 'RepVGG':
         """`switch_to_deploy()` by timm's name."""
         return self.switch_to_deploy()
 
@@ -242,12 +250,14 @@ class RepVGG(nn.Module):
         """Replace the classifiers by fresh ones; `num_classes=0` removes the classifier."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
+        self.head.to(self.device, self.dtype).train(self.training)  # which a head without a classifier does not know
         if global_pool is not None:
             self.global_pool = global_pool
         if num_classes == 0:
             self.aux_heads = None
         for aux in self.aux_heads or ():
             aux.fc = nn.Linear(aux.fc.in_features, num_classes, device=self.device, dtype=self.dtype)
+            aux.fc.train(self.training)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """`(N, in_chans, H, W)` to `(N, num_features, H / output_stride, W / output_stride)`."""
@@ -300,28 +310,32 @@ class RepVGG(nn.Module):
             intermediates_only: Return the list alone.
         """
         if output_fmt != 'NCHW':
-            raise ValueError(f"output_fmt is {output_fmt!r}; it can be 'NCHW'")
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+            raise ValueError(f"output_fmt is '{output_fmt}'; it can be 'NCHW'")
+        take_indices, max_index = feature_take_indices(len(self.stage_ends), indices)
         intermediates = []
         x = self.stem(x)
         if 0 in take_indices:
             intermediates.append(x)
-        for index, stage in enumerate(self.stages, start=1):
-            if stop_early and index > max_index:
-                break
+        if torch.jit.is_scripting() or not stop_early:
+            stages = self.stages
+        else:
+            stages = self.stages[:max_index]
+        for index, stage in enumerate(stages, start=1):
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint_seq(stage, x)
             else:
                 x = stage(x)
             if index in take_indices:
                 intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the stages behind the last feature map asked for, and the head that sits on them."""
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        take_indices, max_index = feature_take_indices(len(self.stage_ends), indices)
         pruned = max_index < len(self.stages)
         self.stages = self.stages[:max_index]
         if pruned:
@@ -395,7 +409,7 @@ def _create_repvgg(
         deploy = (cfg.tag or '').endswith(DEPLOY_SUFFIX)
     cfg = dataclasses.replace(cfg, first_conv=_first_conv(deploy=deploy))
 
-    def build(**model_kwargs: Any) -> RepVGG:
+    def build(**model_kwargs: Any) -> 'RepVGG':
         if pretrained and model_kwargs.get('device') is None and torch.get_default_device().type == 'cpu':
             # neither memory nor time for weights that are replaced at once
             model = RepVGG(variant, deploy=deploy, **(model_kwargs | {'device': 'meta'}))
@@ -412,7 +426,7 @@ def _create_repvgg(
         variant.name,
         pretrained=False,
         pretrained_cfg=dataclasses.replace(cfg, state_dict=None),
-        feature_cfg=dict(flatten_sequential=True),
+        feature_cfg=dict(flatten_sequential=True) | kwargs.pop('feature_cfg', {}),
         **kwargs,
     )
 
