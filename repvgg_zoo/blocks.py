@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
@@ -89,8 +90,9 @@ class RepVGGBlock(nn.Module):
         else:
             # A strided 1x1 convolution reads every stride-th pixel. Doing that first is the same, and spares
             # the backward pass of a strided 1x1 convolution over three channels_last channels, which corrupts
-            # memory in PyTorch 2.14 on some x86 CPUs.
-            y = self.conv_1x1(x if self.stride == 1 else x[:, :, :: self.stride, :: self.stride])
+            # memory in PyTorch 2.14 on some x86 CPUs. A pool of one pixel, unlike a slice, gets its size from
+            # the convolution's formula, without which torch.export cannot tell that the branches fit together.
+            y = self.conv_1x1(x if self.stride == 1 else F.avg_pool2d(x, 1, self.stride))
             y = y + self.drop_block(self.conv_kxk(x))
             if self.identity is not None:
                 y = self.drop_path(y)

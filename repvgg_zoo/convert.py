@@ -78,6 +78,9 @@ def save_model(model: RepVGG, folder: Path) -> None:
     _sort_metadata(weights)
     config = folder / 'config.json'
     save_config_for_hf(model, config, model_args=model._model_args)
+    content = json.loads(config.read_text())
+    content.get('model_args', {}).pop('num_classes', None)  # it stands above too, and transformers trips over this one
+    config.write_text(json.dumps(content, indent=2))
     weights.chmod(config.stat().st_mode)  # as the umask has it; safetensors writes for the owner alone
 
 

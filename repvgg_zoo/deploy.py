@@ -45,7 +45,8 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
         ValueError: There is no RepVGG block in the module, or one in a traced, scripted or exported graph.
     """
     for path, submodule in module.named_modules():
-        if isinstance(submodule, (torch.fx.GraphModule, torch.jit.ScriptModule)) and any(_find_blocks(submodule)):
+        in_graph = isinstance(submodule, (torch.fx.GraphModule, torch.jit.ScriptModule))
+        if in_graph and not all(_is_deploy(block, names) for _, block, names in _find_blocks(submodule)):
             raise ValueError(
                 f'{path or "the module"} is a {type(submodule).__name__}, whose branches are fixed in a graph; switch '
                 'to the deploy form before tracing, scripting or exporting'
@@ -96,27 +97,25 @@ class _Fold(NamedTuple):
     def apply(self) -> Callable[[], None]:
         """Put the folded convolution in the place of the branches; the result undoes it."""
         block, names = self.block, self.names
-        branches = {name: getattr(block, name, None) for name in (names.conv_kxk, names.conv_1x1, names.identity)}
-        had_slot = hasattr(block, names.reparam_conv)
-        old_flag = getattr(block, 'deploy', None)
-        setattr(block, names.reparam_conv, _folded_conv(block, names))
-        for name in branches:
+        modules, attributes = dict(block._modules), dict(block.__dict__)
+        branches = [getattr(block, name, None) for name in (names.conv_kxk, names.conv_1x1, names.identity)]
+        folded = _folded_conv(block, names)
+        for name in (names.conv_kxk, names.conv_1x1, names.identity):
+            if hasattr(block, name):
+                delattr(block, name)  # or None would stay among the modules, where libraries trip over it
             setattr(block, name, None)
-        if isinstance(old_flag, bool):  # the official blocks keep their form in a flag
+        setattr(block, names.reparam_conv, folded)
+        if isinstance(getattr(block, 'deploy', None), bool):  # the official blocks keep their form in a flag
             block.deploy = True
-        present = [branch for branch in branches.values() if branch is not None]
-        remember_folded(p for branch in present for p in branch.parameters())
+        parameters = [p for branch in branches if branch is not None for p in branch.parameters()]
+        remember_folded(parameters)
 
         def restore() -> None:
-            forget_folded(p for branch in present for p in branch.parameters())
-            for name, branch in branches.items():
-                setattr(block, name, branch)
-            if had_slot:
-                setattr(block, names.reparam_conv, None)
-            else:
-                delattr(block, names.reparam_conv)
-            if isinstance(old_flag, bool):
-                block.deploy = old_flag
+            forget_folded(parameters)
+            block.__dict__.clear()
+            block.__dict__.update(attributes)
+            block._modules.clear()
+            block._modules.update(modules)
 
         return restore
 
@@ -158,6 +157,8 @@ def _bn_stats(norm: nn.Module) -> BNStats:
     mean = getattr(norm, 'running_mean', None)
     if mean is None:
         raise FoldError(f'{norm} keeps no running statistics, so its output depends on the batch')
+    if not hasattr(norm, 'eps'):
+        raise FoldError(f'{norm} does not tell its eps; set it as an attribute')
     act = getattr(norm, 'act', None)
     if act is not None and not isinstance(act, nn.Identity):
         raise FoldError(f'{norm} has an activation, which is not linear')

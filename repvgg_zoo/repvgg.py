@@ -218,10 +218,15 @@ class RepVGG(nn.Module):
 
     @torch.jit.ignore
     def _on_switch_to_deploy(self) -> None:
-        self.aux_heads = None
+        self._remove_aux_heads()
         for description in ('pretrained_cfg', '_traits'):  # timm's, of the model and of its inputs
             if hasattr(self, description):
                 getattr(self, description)['first_conv'] = _first_conv(deploy=True)
+
+    @torch.jit.ignore
+    def _remove_aux_heads(self) -> None:
+        del self.aux_heads  # or None would stay among the modules
+        self.aux_heads = None
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -254,7 +259,7 @@ class RepVGG(nn.Module):
         if global_pool is not None:
             self.global_pool = global_pool
         if num_classes == 0:
-            self.aux_heads = None
+            self._remove_aux_heads()
         for aux in self.aux_heads or ():
             aux.fc = nn.Linear(aux.fc.in_features, num_classes, device=self.device, dtype=self.dtype)
             aux.fc.train(self.training)

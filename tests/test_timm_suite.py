@@ -60,7 +60,7 @@ def outcomes(suite: Path, models: list[str], *options: str, tests: set[str] = fr
     done = subprocess.run([*command, 'test_models.py'], cwd=suite, env=environment, capture_output=True, text=True)
     assert done.returncode in (0, 1), done.stdout + done.stderr
     found = defaultdict(dict)
-    for case in ElementTree.parse(report).iter('testcase'):
+    for case in ElementTree.parse(report).iter('testcase'):  # noqa: S314
         about = {p.get('name'): p.get('value') for p in case.iter('property')}
         bad = [child.get('message') or child.tag for child in case if child.tag in ('failure', 'error', 'skipped')]
         by_model = found[about['test']]
