@@ -85,18 +85,23 @@ class RepVGGBlock(nn.Module):
         self.act = act_layer(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.reparam_conv is not None:
-            y = self.reparam_conv(x)
+        # Read before it is known whether they are needed: a switch in another thread puts the convolution in before
+        # it takes the branches out, so one of the two is whole.
+        conv_kxk = self.conv_kxk
+        conv_1x1 = self.conv_1x1
+        identity = self.identity
+        reparam_conv = self.reparam_conv
+        if reparam_conv is not None:
+            y = reparam_conv(x)
         else:
             # A strided 1x1 convolution reads every stride-th pixel. Doing that first is the same, and spares
             # the backward pass of a strided 1x1 convolution over three channels_last channels, which corrupts
             # memory in PyTorch 2.14 on some x86 CPUs. A pool of one pixel, unlike a slice, gets its size from
             # the convolution's formula, without which torch.export cannot tell that the branches fit together.
-            y = self.conv_1x1(x if self.stride == 1 else F.avg_pool2d(x, 1, self.stride))
-            y = y + self.drop_block(self.conv_kxk(x))
-            if self.identity is not None:
+            y = conv_1x1(x if self.stride == 1 else F.avg_pool2d(x, 1, self.stride)) + self.drop_block(conv_kxk(x))
+            if identity is not None:
                 y = self.drop_path(y)
-                y += self.identity(x)
+                y += identity(x)
         if self.attn_last:
             return self.attn(self.act(y))
         return self.act(self.attn(y))

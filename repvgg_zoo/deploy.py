@@ -33,7 +33,8 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
     form are left alone, so a second call changes nothing. The running statistics are folded whatever the
     mode of the module, hence the deploy form gives what `eval()` gave. Optimizers, averages and DDP
     wrappers made before still hold the old parameters: make them anew if training goes on. The `step()` of
-    such an optimizer raises `RuntimeError`.
+    such an optimizer raises `RuntimeError`. Threads that run a model of this package in eval mode meanwhile get
+    the same outputs, up to rounding; `verify` switches the mode, so it is not for such a model.
 
     Args:
         verify: An input of the module. If given, both forms are run on it in eval mode and the largest
@@ -99,12 +100,13 @@ class _Fold(NamedTuple):
         block, names = self.block, self.names
         modules, attributes = dict(block._modules), dict(block.__dict__)
         branches = [getattr(block, name, None) for name in (names.conv_kxk, names.conv_1x1, names.identity)]
-        folded = _folded_conv(block, names)
+        # One whole form at any moment, for a thread that runs the block meanwhile. `None` as a module of the block,
+        # which setattr would leave of a branch, is what libraries trip over.
+        block._modules[names.reparam_conv] = _folded_conv(block, names)
+        block.__dict__.pop(names.reparam_conv, None)
         for name in (names.conv_kxk, names.conv_1x1, names.identity):
-            if hasattr(block, name):
-                delattr(block, name)  # or None would stay among the modules, where libraries trip over it
-            setattr(block, name, None)
-        setattr(block, names.reparam_conv, folded)
+            block.__dict__[name] = None
+            block._modules.pop(name, None)
         if isinstance(getattr(block, 'deploy', None), bool):  # the official blocks keep their form in a flag
             block.deploy = True
         parameters = [p for branch in branches if branch is not None for p in branch.parameters()]
@@ -158,7 +160,7 @@ def _bn_stats(norm: nn.Module) -> BNStats:
     if mean is None:
         raise FoldError(f'{norm} keeps no running statistics, so its output depends on the batch')
     if not hasattr(norm, 'eps'):
-        raise FoldError(f'{norm} does not tell its eps; set it as an attribute')
+        raise FoldError(f'its {type(norm).__name__} does not tell its eps; set it as an attribute')
     act = getattr(norm, 'act', None)
     if act is not None and not isinstance(act, nn.Identity):
         raise FoldError(f'{norm} has an activation, which is not linear')

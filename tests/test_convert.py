@@ -44,7 +44,10 @@ def test_training_folder_needs_no_plugin(checkpoint, tmp_path):
     code = f"import timm; print(type(timm.create_model('local-dir:{tmp_path / 'out'}', pretrained=True)).__name__)"
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout.strip() == 'ByobNet', done.stderr
-    assert 'tag' not in json.loads((tmp_path / 'out' / 'config.json').read_text())['pretrained_cfg']
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert 'tag' not in config['pretrained_cfg']
+    assert 'num_classes' in config
+    assert 'num_classes' not in config.get('model_args', {})  # transformers passes the other one too
 
 
 def test_existing_target_is_kept_unless_told(checkpoint, tmp_path):

@@ -52,6 +52,22 @@ def test_block_as_the_root_module(x):
     assert rel_diff(block(x), before) < 1e-12
 
 
+@pytest.mark.parametrize('wrap', [lambda m: m, lambda m: byobnet.repvgg_a0()], ids=['ours', 'timm'])
+def test_switched_module_has_no_empty_places(model, wrap):
+    """As one that is built in the deploy form: libraries that walk over modules trip over None."""
+    module = switch_to_deploy(wrap(model))
+    assert None not in (child for m in module.modules() for child in m._modules.values())
+
+
+def test_undone_switch_leaves_modules_as_they_were(model, x, monkeypatch):
+    before = [name for name, _ in model.named_modules()]
+    monkeypatch.setattr(deploy_room, '_MAX_RELATIVE_DIFF', {torch.float64: -1})
+    with pytest.raises(FoldError):
+        model.switch_to_deploy(verify=x)
+    assert [name for name, _ in model.named_modules()] == before
+    assert model.stem.__dict__.keys() == RepVGGBlock(3, 48).__dict__.keys()
+
+
 class Segmenter(nn.Module):
     def __init__(self, encoder):
         super().__init__()
@@ -203,6 +219,17 @@ def test_batch_statistics_cannot_be_folded():
     with pytest.raises(FoldError, match='keeps no running statistics'):
         block.switch_to_deploy()
     assert block.reparam_conv is None
+
+
+def test_norm_that_hides_its_eps_cannot_be_folded():
+    class Frozen(nn.BatchNorm2d):
+        pass
+
+    block = RepVGGBlock(4, 4)
+    block.identity.__class__ = Frozen
+    del block.identity.eps
+    with pytest.raises(FoldError, match='does not tell its eps; set it as an attribute'):
+        block.switch_to_deploy()
 
 
 def test_norm_with_an_activation_cannot_be_folded():
