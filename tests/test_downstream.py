@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from conftest import images, rel_diff
+from timm.optim import create_optimizer_v2
 from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -135,7 +136,7 @@ def test_lightning(tmp_path):
             return nn.functional.cross_entropy(self.net(x), target)
 
         def configure_optimizers(self):
-            return timm.optim.create_optimizer_v2(self, 'sgd', lr=0.01)
+            return create_optimizer_v2(self, 'sgd', lr=0.01)
 
     data = torch.utils.data.TensorDataset(images(8, px=32), torch.arange(8))
     loader = torch.utils.data.DataLoader(data, batch_size=4)

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from conftest import images, randomise, rel_diff
+from timm.optim import create_optimizer_v2
 from timm.utils.model import freeze, freeze_batch_norm_2d
 from torch import nn
 
@@ -132,7 +133,7 @@ def test_frozen_stages_stay_as_they_are():
     model = timm.create_model('test_repvgg', pretrained=True).train()
     freeze(model, ['stem', 'stages.0', 'stages.1'])
     before = copy.deepcopy(model.state_dict())
-    optimizer = timm.optim.create_optimizer_v2(model, 'sgd', lr=0.1)
+    optimizer = create_optimizer_v2(model, 'sgd', lr=0.1)
     train_step(model, images(4, px=32))
     optimizer.step()
     for key, value in model.state_dict().items():
