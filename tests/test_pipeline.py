@@ -28,6 +28,7 @@ def loader(model, split, *, training):
         is_training=training,
         use_prefetcher=False,
         num_workers=0,
+        persistent_workers=False,
         device=torch.device('cpu'),
         **{key: config[key] for key in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')},
         **augmentation,
