@@ -86,7 +86,7 @@ class RepVGGBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Read before it is known whether they are needed: a switch in another thread puts the convolution in before
-        # it takes the branches out, so one of the two is whole.
+        # it takes the branches out, so a block never computes a part of its branches.
         conv_kxk = self.conv_kxk
         conv_1x1 = self.conv_1x1
         identity = self.identity

@@ -77,7 +77,9 @@ def save_model(model: RepVGG, folder: Path) -> None:
         raise OSError(f'cannot write {str(weights)!r}: {error}') from error
     _sort_metadata(weights)
     config = folder / 'config.json'
-    save_config_for_hf(model, config, model_args=model._model_args)
+    model_args = model._model_args
+    model_args.pop('num_classes', None)  # out of date if the classifier was replaced
+    save_config_for_hf(model, config, model_args=model_args)
     content = json.loads(config.read_text())
     content.get('model_args', {}).pop('num_classes', None)  # it stands above too, and transformers trips over this one
     config.write_text(json.dumps(content, indent=2))

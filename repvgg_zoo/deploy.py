@@ -33,8 +33,8 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
     form are left alone, so a second call changes nothing. The running statistics are folded whatever the
     mode of the module, hence the deploy form gives what `eval()` gave. Optimizers, averages and DDP
     wrappers made before still hold the old parameters: make them anew if training goes on. The `step()` of
-    such an optimizer raises `RuntimeError`. Threads that run a model of this package in eval mode meanwhile get
-    the same outputs, up to rounding; `verify` switches the mode, so it is not for such a model.
+    such an optimizer raises `RuntimeError`. A thread that runs a model of this package in eval mode meanwhile
+    gets the same outputs, up to rounding, or an `AttributeError`; to serve without a gap, switch a copy.
 
     Args:
         verify: An input of the module. If given, both forms are run on it in eval mode and the largest
@@ -100,8 +100,8 @@ class _Fold(NamedTuple):
         block, names = self.block, self.names
         modules, attributes = dict(block._modules), dict(block.__dict__)
         branches = [getattr(block, name, None) for name in (names.conv_kxk, names.conv_1x1, names.identity)]
-        # One whole form at any moment, for a thread that runs the block meanwhile. `None` as a module of the block,
-        # which setattr would leave of a branch, is what libraries trip over.
+        # First in, then out: RepVGGBlock.forward relies on it. `None` as a module of the block, which setattr would
+        # leave of a branch, is what libraries trip over.
         block._modules[names.reparam_conv] = _folded_conv(block, names)
         block.__dict__.pop(names.reparam_conv, None)
         for name in (names.conv_kxk, names.conv_1x1, names.identity):

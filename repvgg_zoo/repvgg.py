@@ -225,8 +225,9 @@ class RepVGG(nn.Module):
 
     @torch.jit.ignore
     def _remove_aux_heads(self) -> None:
-        del self.aux_heads  # or None would stay among the modules
-        self.aux_heads = None
+        if self.aux_heads is not None:
+            del self.aux_heads  # or None would stay among the modules
+            self.aux_heads = None
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -254,15 +255,15 @@ class RepVGG(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifiers by fresh ones; `num_classes=0` removes the classifier."""
         self.num_classes = num_classes
+        like = next(self.head.parameters(), next(self.parameters()))  # a head without a classifier has no dtype
         self.head.reset(num_classes, global_pool)
-        self.head.to(self.device, self.dtype).train(self.training)  # which a head without a classifier does not know
+        self.head.to(like.device, like.dtype).train(self.training)
         if global_pool is not None:
             self.global_pool = global_pool
         if num_classes == 0:
             self._remove_aux_heads()
         for aux in self.aux_heads or ():
             aux.fc = nn.Linear(aux.fc.in_features, num_classes, device=self.device, dtype=self.dtype)
-            aux.fc.train(self.training)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """`(N, in_chans, H, W)` to `(N, num_features, H / output_stride, W / output_stride)`."""

@@ -5,7 +5,7 @@ from conftest import images, randomise, rel_diff
 
 from repvgg_zoo import CheckpointError
 from repvgg_zoo.compare import compare, images_for, verify
-from repvgg_zoo.convert import convert, open_model
+from repvgg_zoo.convert import convert, open_model, save_model
 from repvgg_zoo.manifest import weights_dir
 
 
@@ -180,3 +180,10 @@ def test_images_have_three_channels(checkpoint):
 def test_missing_images():
     with pytest.raises(FileNotFoundError, match='no folder of images'):
         verify('test_repvgg', images='nowhere')
+
+
+def test_folder_of_a_model_whose_classifier_was_replaced(tmp_path):
+    model = timm.create_model('test_repvgg', num_classes=7)
+    model.reset_classifier(4)
+    save_model(model, tmp_path)
+    assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True).num_classes == 4

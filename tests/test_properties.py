@@ -43,7 +43,9 @@ def blocks(draw, dtypes=tuple(ULP)):
         device=draw(st.sampled_from(DEVICES)),
     )
     dtype = draw(st.sampled_from(dtypes))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    seed = draw(st.integers(0, 2**32 - 1))
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     largest = draw(st.sampled_from([-12.0, 0.0, 8.0]))
     with torch.no_grad():
         for norm in (m for m in block.modules() if isinstance(m, nn.BatchNorm2d)):
@@ -138,6 +140,7 @@ def test_fold_of_a_state_dict_is_the_switch(block, prefix):
 @st.composite
 def models(draw):
     """A small network of random depths, widths, groups and squeeze-excites."""
+    torch.manual_seed(draw(st.integers(0, 2**32 - 1)))
     variant = replace(
         VARIANTS['test_repvgg'],
         depths=tuple(draw(st.integers(1, 3)) for _ in range(4)),

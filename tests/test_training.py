@@ -82,6 +82,7 @@ def test_synchronised_norms_are_folded(convert):
 
 @FORMS
 def test_mixed_precision(deploy):
+    torch.manual_seed(0)
     model = timm.create_model('test_repvgg', deploy=deploy)
     x = images(4, px=32)
     exact = train_step(copy.deepcopy(model), x)
@@ -186,3 +187,11 @@ def test_new_classifier_has_the_models_dtype_and_mode(deploy):
     model.reset_classifier(3)
     assert model(images(1, px=32, dtype=torch.float64)).shape == (1, 3)
     assert not any(m.training for m in model.modules())
+
+
+def test_new_classifier_is_like_the_old_one():
+    """A classifier in float32 on a backbone in bfloat16 stays one."""
+    model = timm.create_model('test_repvgg').to(torch.bfloat16)
+    model.head.float()
+    model.reset_classifier(3)
+    assert model.head.fc.weight.dtype == torch.float32
