@@ -90,7 +90,7 @@ class RepVGG(nn.Module):
 
         Args:
             output_stride: 32, or 16 or 8 to keep resolution by dilation instead of stride.
-            img_size: No effect: images of any size are taken. timm passes it to every model.
+            img_size: No effect, as in timm's RepVGG: images of any size are taken.
             drop_rate: Dropout before the classifier.
             drop_path_rate: Stochastic depth of the convolution branches, growing by stage.
             drop_block_rate: DropBlock (arXiv 1810.12890) of the 3x3 branches in the last two stages, as in timm.
@@ -415,7 +415,7 @@ def _create_repvgg(
         deploy = (cfg.tag or '').endswith(DEPLOY_SUFFIX)
     cfg = dataclasses.replace(cfg, first_conv=_first_conv(deploy=deploy))
 
-    def build(**model_kwargs: Any) -> 'RepVGG':
+    def build(**model_kwargs: Any) -> RepVGG:
         if pretrained and model_kwargs.get('device') is None and torch.get_default_device().type == 'cpu':
             # neither memory nor time for weights that are replaced at once
             model = RepVGG(variant, deploy=deploy, **(model_kwargs | {'device': 'meta'}))

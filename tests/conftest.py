@@ -17,6 +17,7 @@ from repvgg_zoo.manifest import read_manifest, weights_dir
 TIMM_NAMES = [name for name in repvgg_zoo.VARIANTS if hasattr(timm.models.byobnet, name)]
 LARGE = {'repvgg_b2', 'repvgg_b3', 'repvgg_b3g2', 'repvgg_b3g4', 'repvgg_d2se', 'repvggplus_l2pse'}
 """Variants whose tests take many seconds."""
+FORMS = pytest.mark.parametrize('deploy', [False, True], ids=['training', 'deploy'])
 
 
 def params(names: list[str]) -> list:

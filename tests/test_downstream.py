@@ -5,7 +5,7 @@ import inspect
 import pytest
 import timm
 import torch
-from conftest import images, rel_diff
+from conftest import FORMS, images, rel_diff
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
@@ -13,8 +13,6 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 from repvgg_zoo import switch_to_deploy
-
-FORMS = pytest.mark.parametrize('deploy', [False, True], ids=['training', 'deploy'])
 
 
 def pretrained_stem():

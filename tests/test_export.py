@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import images, randomise, rel_diff
+from conftest import FORMS, images, randomise, rel_diff
 
-FORMS = pytest.mark.parametrize('deploy', [False, True], ids=['training', 'deploy'])
 ROUNDING = 1e-4
 """Relative; a runtime adds up in another order in float32, which some ten layers amplify."""
 

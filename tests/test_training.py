@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import images, randomise, rel_diff
+from conftest import FORMS, images, randomise, rel_diff
 from timm.optim import create_optimizer_v2
 from timm.utils.model import freeze, freeze_batch_norm_2d
 from torch import nn
 
 import repvgg_zoo
-
-FORMS = pytest.mark.parametrize('deploy', [False, True], ids=['training', 'deploy'])
 
 
 def train_step(model, x, dtype=None):
