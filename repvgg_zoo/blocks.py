@@ -1,37 +1,17 @@
 """The RepVGG block in both forms."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from . import deploy as _deploy
+from .branches import ConvNorm, subsample, sum_branches
 from .checkpoints import CheckpointError, fold_state_dict
 
-__all__ = ['ConvNorm', 'RepVGGBlock']
-
-
-class ConvNorm(nn.Sequential):
-    """A convolution without bias, then normalisation: `(N, C_in, H, W)` to `(N, C_out, H', W')`."""
-
-    def __init__(
-        self,
-        in_chs: int,
-        out_chs: int,
-        kernel_size: int,
-        *,
-        norm_layer: Callable[..., nn.Module],
-        device: Any = None,
-        dtype: Any = None,
-        **conv_kwargs: Any,
-    ) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        conv = nn.Conv2d(in_chs, out_chs, kernel_size, bias=False, **conv_kwargs, **dd)
-        super().__init__(OrderedDict(conv=conv, bn=norm_layer(out_chs, **dd)))
+__all__ = ['RepVGGBlock']
 
 
 class RepVGGBlock(nn.Module):
@@ -91,14 +71,13 @@ class RepVGGBlock(nn.Module):
         conv_1x1 = self.conv_1x1
         identity = self.identity
         reparam_conv = self.reparam_conv
+        y: Tensor | None = None
         if reparam_conv is not None:
             y = reparam_conv(x)
-        else:
-            # A strided 1x1 convolution reads every stride-th pixel. Doing that first is the same, and spares
-            # the backward pass of a strided 1x1 convolution over three channels_last channels, which corrupts
-            # memory in PyTorch 2.14 on some x86 CPUs. A pool of one pixel, unlike a slice, gets its size from
-            # the convolution's formula, without which torch.export cannot tell that the branches fit together.
-            y = conv_1x1(x if self.stride == 1 else F.avg_pool2d(x, 1, self.stride)) + self.drop_block(conv_kxk(x))
+        elif not torch.jit.is_scripting():
+            y = sum_branches(x, conv_kxk, conv_1x1, identity, drops=(self.drop_block, self.drop_path))
+        if y is None:
+            y = conv_1x1(subsample(x, self.stride)) + self.drop_block(conv_kxk(x))
             if identity is not None:
                 y = self.drop_path(y)
                 y += identity(x)

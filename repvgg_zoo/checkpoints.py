@@ -10,8 +10,11 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, TypeAlias
 
@@ -222,20 +225,25 @@ def form_of(state_dict: Iterable[str]) -> Form:
     return 'training' if training else 'deploy'
 
 
-def fold_state_dict(state_dict: Mapping[str, Tensor], *, eps: float = BNStats._field_defaults['eps']) -> StateDict:
+def fold_state_dict(
+    state_dict: Mapping[str, Tensor], *, eps: float = BNStats._field_defaults['eps'], in_place: bool = False
+) -> StateDict:
     """The deploy form of a training-form state dict in timm's layout, as `reparam.fold_block` makes it.
 
     Auxiliary heads, which only training uses, are left out. The blocks may stand at any prefix, so the
     state dict of a larger network, or of a single block, works too. `eps` is that of the batch
-    normalisation that the weights were trained with; state dicts do not hold it.
+    normalisation that the weights were trained with; state dicts do not hold it. `in_place` puts the folded
+    kernels into the memory of the 3x3 kernels, except where these share it with another tensor.
     """
     prefixes = [key.removesuffix(_KXK) for key in state_dict if key.endswith(_KXK)]
     branches = {prefix + branch for prefix in prefixes for branch in _BRANCHES}
+    holders = Counter(value.untyped_storage().data_ptr() for value in state_dict.values()) if in_place else {}
     folded = {}
     for key, value in state_dict.items():
         if key.endswith(_KXK):
             prefix = key.removesuffix(_KXK)
-            weight, bias = _fold_one(state_dict, prefix, eps)
+            out = value if in_place and holders[value.untyped_storage().data_ptr()] == 1 else None
+            weight, bias = _fold_one(state_dict, prefix, eps, out)
             folded[f'{prefix}{_TIMM.reparam_conv}.weight'], folded[f'{prefix}{_TIMM.reparam_conv}.bias'] = weight, bias
         elif _branch_prefix(key) not in branches:
             folded[key] = value
@@ -256,11 +264,13 @@ def _branch_prefix(key: str) -> str | None:
     return None
 
 
-def _fold_one(state_dict: Mapping[str, Tensor], prefix: str, eps: float) -> tuple[Tensor, Tensor]:
+def _fold_one(state_dict: Mapping[str, Tensor], prefix: str, eps: float, out: Tensor | None) -> tuple[Tensor, Tensor]:
     def stats(norm: str) -> BNStats:
         mean, var = (state_dict[f'{prefix}{norm}.running_{name}'] for name in ('mean', 'var'))
         weight, bias = (state_dict.get(f'{prefix}{norm}.{name}') for name in ('weight', 'bias'))
-        return BNStats(mean, var, weight, bias, eps)
+        bn = BNStats(mean, var, weight, bias, eps)
+        bn.check()
+        return bn
 
     try:
         return fold_block(
@@ -269,6 +279,7 @@ def _fold_one(state_dict: Mapping[str, Tensor], prefix: str, eps: float) -> tupl
             state_dict[f'{prefix}{_TIMM.conv_1x1}.conv.weight'],
             stats(f'{_TIMM.conv_1x1}.{_TIMM.norm}'),
             stats(_TIMM.identity) if f'{prefix}{_TIMM.identity}.running_var' in state_dict else None,
+            out=out,
         )
     except KeyError as error:
         raise CheckpointError(f'cannot fold block {prefix.rstrip(".")!r}: {error.args[0]} is missing') from None
@@ -385,9 +396,20 @@ def _read_safetensors(path: Path) -> StateDict:
         with path.open('rb') as file:
             header = read_safetensors_header(file)
             data_start = file.tell()
-            header.pop('__metadata__', None)
-            entries = sorted(header.items(), key=lambda item: item[1]['data_offsets'])
-            return {name: _read_tensor(file, data_start, entry) for name, entry in entries}
+        header.pop('__metadata__', None)
+        tensors = {
+            name: torch.empty(entry['shape'], dtype=_SAFETENSORS_DTYPES[entry['dtype']], device='cpu')
+            for name, entry in sorted(header.items(), key=lambda item: item[1]['data_offsets'])
+        }
+        by_size = sorted(tensors, key=lambda name: tensors[name].nbytes)
+        workers = torch.get_num_threads()  # a thread spends its time with the kernel's copies and page faults
+        shares = [
+            [(data_start + header[name]['data_offsets'][0], tensors[name]) for name in by_size[worker::workers]]
+            for worker in range(workers)
+        ]
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(_read_into, repeat(path), shares))
+        return tensors
     except (SafetensorError, KeyError) as error:
         raise CheckpointError(f'{str(path)!r} is truncated or no safetensors file ({error}); get it again') from error
 
@@ -397,11 +419,12 @@ def read_safetensors_header(file: BinaryIO) -> dict[str, Any]:
     return json.loads(file.read(int.from_bytes(file.read(8), 'little')))
 
 
-def _read_tensor(file: BinaryIO, data_start: int, entry: Mapping[str, Any]) -> Tensor:
-    tensor = torch.empty(entry['shape'], dtype=_SAFETENSORS_DTYPES[entry['dtype']], device='cpu')
-    file.seek(data_start + entry['data_offsets'][0])
-    file.readinto(tensor.view(-1).view(torch.uint8).numpy())
-    return tensor
+def _read_into(path: Path, tensors: Iterable[tuple[int, Tensor]]) -> None:
+    """Fill each tensor with the bytes that begin at its offset in a file."""
+    with path.open('rb') as file:
+        for offset, tensor in tensors:
+            file.seek(offset)
+            file.readinto(tensor.view(-1).view(torch.uint8).numpy())
 
 
 def _read_torch(path: Path) -> Any:

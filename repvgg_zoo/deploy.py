@@ -149,7 +149,7 @@ def _plan(path: str, block: nn.Module, names: BlockNames) -> _Fold:
             raise FoldError(f'its point convolution is {point.conv}, beside {conv}')
         for norm in (getattr(kxk, names.norm), getattr(point, names.norm), getattr(block, names.identity, None)):
             if norm is not None:
-                _bn_stats(norm).scale_shift()
+                _bn_stats(norm).check()
     except FoldError as error:
         raise FoldError(f'cannot fold block {path!r}: {error}; nothing was changed') from None
     return _Fold(block, names)

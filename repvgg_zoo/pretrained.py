@@ -53,7 +53,8 @@ def load_checkpoint(model: RepVGG, path: str | Path, *, use_ema: bool = True) ->
 def load_state_dict(model: RepVGG, state_dict: StateDict) -> None:
     """Load a state dict in timm's layout and either form strictly; a misfit leaves the model unchanged.
 
-    A model on the meta device takes the tensors as its own, without a copy.
+    A model on the meta device takes the tensors as its own, without a copy, and training weights are folded for
+    a deploy model in their own memory: the state dict is used up.
     """
     state_dict = _to_form_of(model, state_dict)
     expected = model.state_dict()
@@ -117,7 +118,7 @@ def _owned(value: Tensor, like: Tensor) -> Tensor:
 def _to_form_of(model: RepVGG, state_dict: StateDict) -> StateDict:
     form = form_of(state_dict)
     if model.deploy and form == 'training':
-        return fold_state_dict(state_dict, eps=model.stem.norm_eps)
+        return fold_state_dict(state_dict, eps=model.stem.norm_eps, in_place=True)
     if not model.deploy and form == 'deploy':
         raise CheckpointError(
             f'the checkpoint holds {model.variant.name} in the deploy form, whose branches are summed for good; create '

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ['BNStats', 'FoldError', 'fold_block', 'fold_bn']
+__all__ = ['BNStats', 'FoldError', 'fold_block']
 
 
 class FoldError(ValueError):
@@ -33,38 +33,27 @@ class BNStats(NamedTuple):
     eps: float = 1e-5
 
     def scale_shift(self) -> tuple[Tensor, Tensor]:
-        """BN(y) = y · scale + shift, both `(C,)` in float64.
-
-        scale = γ / sqrt(σ² + ε), shift = β - μ · scale. Raises `FoldError` if a variance is negative, or
-        anything infinite or NaN.
-        """
+        """BN(y) = y · scale + shift, both `(C,)` in float64: scale = γ / sqrt(σ² + ε), shift = β - μ · scale."""
         device = _float64_device(self.mean)
-        mean, var = self.mean.to(device, torch.float64), self.var.to(device, torch.float64)
-        if not bool(((var >= 0) & var.isfinite()).all()):
-            bad = int((~((var >= 0) & var.isfinite())).nonzero()[0])
-            raise FoldError(f'running variance {var[bad].item()} in channel {bad}; it must be finite and not negative')
-        scale = (var + self.eps).rsqrt()
+        scale = (self.var.to(device, torch.float64) + self.eps).rsqrt()
         if self.weight is not None:
             scale = scale * self.weight.to(device, torch.float64)
-        shift = -mean * scale
+        shift = -self.mean.to(device, torch.float64) * scale
         if self.bias is not None:
             shift = shift + self.bias.to(device, torch.float64)
+        return scale, shift
+
+    def check(self) -> None:
+        """Raise `FoldError` if a variance is negative, or anything infinite or NaN."""
+        if not bool((good := (self.var >= 0) & self.var.isfinite()).all()):
+            bad = int((~good).nonzero()[0])
+            raise FoldError(
+                f'running variance {self.var[bad].item()} in channel {bad}; it must be finite and not negative'
+            )
+        scale, shift = self.scale_shift()
         if not bool((finite := scale.isfinite() & shift.isfinite()).all()):
             bad = int((~finite).nonzero()[0])
             raise FoldError(f'running mean, weight or bias of channel {bad} is not finite')
-        return scale, shift
-
-
-def fold_bn(kernel: Tensor, bn: BNStats, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """W' = W · γ / sqrt(σ² + ε) and b' = β + (b - μ) · γ / sqrt(σ² + ε).
-
-    `kernel` is `(C_out, C_in / groups, k, k)`, `bias` `(C_out,)`; the results have the same shapes, in
-    float64.
-    """
-    scale, shift = bn.scale_shift()
-    if bias is not None:
-        shift = shift + bias.to(scale) * scale
-    return kernel.to(scale) * scale.view(-1, 1, 1, 1), shift
 
 
 def fold_block(
@@ -76,6 +65,7 @@ def fold_block(
     *,
     bias_kxk: Tensor | None = None,
     bias_1x1: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """W' = W_kxk · s_kxk + pad(W_1x1 · s_1x1 + I · s_id), b' = the sum of the three shifts.
 
@@ -88,25 +78,29 @@ def fold_block(
 
     Scales are computed in float64. Away from the centre tap the kernel is one product, rounded twice; the
     centre tap sums three terms that may cancel, and is summed in float64. Half-precision kernels are
-    folded in float32 and rounded last.
+    folded in float32 and rounded last. `out` takes the kernel; it may be `kernel_kxk` itself.
     """
     dtype = kernel_kxk.dtype
     scale, shift = bn_kxk.scale_shift()
     if bias_kxk is not None:
         shift = shift + bias_kxk.to(scale) * scale
-    wide = torch.promote_types(dtype, torch.float32)
-    kernel = (kernel_kxk.to(wide) * scale.to(kernel_kxk.device, wide).view(-1, 1, 1, 1)).to(dtype)
-
-    row, column = kernel_kxk.shape[2] // 2, kernel_kxk.shape[3] // 2
-    point, shift_1x1 = fold_bn(kernel_1x1, bn_1x1, bias_1x1)
-    centre = kernel_kxk[:, :, row, column].to(scale) * scale[:, None] + point[:, :, 0, 0]
+    scale_1x1, shift_1x1 = bn_1x1.scale_shift()
+    if bias_1x1 is not None:
+        shift_1x1 = shift_1x1 + bias_1x1.to(scale) * scale_1x1
     shift = shift + shift_1x1
+
+    # each pass over a kernel counts: reading the centre tap alone takes half as long as scaling all nine
+    row, column = kernel_kxk.shape[2] // 2, kernel_kxk.shape[3] // 2
+    centre = kernel_kxk[:, :, row, column].to(scale) * scale[:, None]
+    centre = centre.addcmul_(kernel_1x1[:, :, 0, 0].to(scale), scale_1x1[:, None])
     if bn_identity is not None:
         scale_identity, shift_identity = bn_identity.scale_shift()
         channels = torch.arange(centre.shape[0], device=centre.device)
         centre[channels, channels % centre.shape[1]] += scale_identity
         shift = shift + shift_identity
-    kernel[:, :, row, column] = centre.to(kernel)
+    wide = torch.promote_types(dtype, torch.float32)
+    kernel = torch.mul(kernel_kxk, scale.to(kernel_kxk.device, wide).view(-1, 1, 1, 1), out=out).to(dtype)
+    kernel[:, :, row, column] = centre.to(kernel.device)
     return kernel, shift.to(kernel)
 
 

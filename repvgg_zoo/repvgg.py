@@ -22,7 +22,8 @@ from timm.models.byobnet import drop_blocks
 from torch import Tensor, nn
 
 from . import deploy as _deploy
-from .blocks import ConvNorm, RepVGGBlock
+from .blocks import RepVGGBlock
+from .branches import ConvNorm
 from .checkpoints import to_timm_layout, without_aux_heads
 from .manifest import DEPLOY_SUFFIX, WeightsRecord, read_manifest
 from .pretrained import load_pretrained

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from repvgg_zoo.reparam import BNStats, FoldError, fold_block, fold_bn
+from repvgg_zoo.reparam import BNStats, FoldError, fold_block
 
 EPS = {torch.float64: 2.3e-16, torch.float32: 1.2e-7, torch.float16: 9.8e-4, torch.bfloat16: 7.9e-3}
 
@@ -66,23 +66,36 @@ def test_every_tap_is_right_to_two_roundings(dtype):
     kernel, bias = fold_block(kxk, bns[0], point, bns[1], bns[2])
     assert kernel.dtype == bias.dtype == dtype
 
-    (exact, shift), (exact_point, shift_point) = fold_bn(kxk, bns[0]), fold_bn(point, bns[1])
-    scale_identity, shift_identity = bns[2].scale_shift()
-    exact[:, :, 1:2, 1:2] += exact_point
+    (scale, shift), (scale_1x1, shift_1x1), (scale_identity, shift_identity) = (bn.scale_shift() for bn in bns)
+    terms = torch.zeros(3, 8, 4, 3, 3, dtype=torch.float64)
+    terms[0] = kxk.double() * scale.view(-1, 1, 1, 1)
+    terms[1, :, :, 1:2, 1:2] = point.double() * scale_1x1.view(-1, 1, 1, 1)
     for channel in range(8):
-        exact[channel, channel % 4, 1, 1] += scale_identity[channel]
-    roundings = 0.501 if dtype in (torch.float16, torch.bfloat16) else 1
-    assert ((kernel.double() - exact).abs() <= roundings * EPS[dtype] * exact.abs()).all()
-    exact_bias = shift + shift_point + shift_identity
+        terms[2, channel, channel % 4, 1, 1] = scale_identity[channel]
+    # float64 has no wider type to sum in: fold and reference both round three times, relative to terms that may cancel
+    roundings = {torch.float64: 3, torch.float32: 1}.get(dtype, 0.501)
+    size = terms.abs().sum(0) if dtype == torch.float64 else terms.sum(0).abs()
+    assert ((kernel.double() - terms.sum(0)).abs() <= roundings * EPS[dtype] * size).all()
+    exact_bias = shift + shift_1x1 + shift_identity
     assert ((bias.double() - exact_bias).abs() <= EPS[dtype] / 2 * exact_bias.abs()).all()
 
 
 def test_convolution_biases_are_folded():
-    kernel, bn, bias = torch.randn(4, 2, 3, 3).double(), random_bn(4, 0), torch.randn(4).double()
-    weight, shift = fold_bn(kernel, bn, bias)
+    kxk, point, biases = torch.randn(4, 2, 3, 3).double(), torch.randn(4, 2, 1, 1).double(), torch.randn(2, 4).double()
+    bns = random_bn(4, 0), random_bn(4, 1)
+    kernel, bias = fold_block(kxk, bns[0], point, bns[1], bias_kxk=biases[0], bias_1x1=biases[1])
     x = torch.randn(1, 2, 5, 5).double()
-    expected = apply(bn, nn.functional.conv2d(x, kernel, bias))
-    torch.testing.assert_close(nn.functional.conv2d(x, weight, shift), expected)
+    expected = apply(bns[0], nn.functional.conv2d(x, kxk, biases[0], padding=1))
+    expected += apply(bns[1], nn.functional.conv2d(x, point, biases[1]))
+    torch.testing.assert_close(nn.functional.conv2d(x, kernel, bias, padding=1), expected)
+
+
+def test_fold_into_the_memory_of_the_kernel():
+    kxk, point, bn = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 1, 1), random_bn(4, 0)
+    expected, _ = fold_block(kxk, bn, point, bn, bn)
+    kernel, _ = fold_block(kxk, bn, point, bn, bn, out=kxk)
+    assert kernel.data_ptr() == kxk.data_ptr()
+    assert torch.equal(kernel, expected)
 
 
 def test_fold_keeps_memory_format_and_inputs():
@@ -109,7 +122,7 @@ def test_bad_variance_is_named(value):
     bn = random_bn(4, 0)
     bn.var[2] = value
     with pytest.raises(FoldError, match=r'running variance .* in channel 2'):
-        fold_bn(torch.randn(4, 2, 3, 3), bn)
+        bn.check()
 
 
 @pytest.mark.parametrize('field', ['mean', 'weight', 'bias'])
@@ -117,7 +130,7 @@ def test_other_statistics_that_are_not_finite_are_named(field):
     bn = random_bn(4, 0)
     getattr(bn, field)[3] = float('nan')
     with pytest.raises(FoldError, match='running mean, weight or bias of channel 3 is not finite'):
-        fold_bn(torch.randn(4, 2, 3, 3), bn)
+        bn.check()
 
 
 def test_module_imports_nothing_but_torch():

@@ -1,0 +1,143 @@
+"""The branches of a block, and faster ways to sum them where nothing can tell the difference.
+
+Two of them, in eager mode on CPUs:
+
+- With fixed statistics and without gradients the branches are folded for this one call (arXiv 2101.03697,
+  section 3.3), which costs some per cent of a batch. Nothing is remembered, so nothing can be out of date.
+- With the statistics of the batch, `train_branches` computes the 1x1 branch again in the backward pass.
+
+Whatever else there is, takes the branches themselves: hooks on them, stochastic depth, frozen or synchronised
+statistics and mixed precision in training, scripting, tracing, export, compilation, functional transforms.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+
+from .recompute import train_branches
+from .reparam import BNStats, fold_block
+
+__all__ = ['ConvNorm', 'subsample', 'sum_branches']
+
+_MIN_PIXELS_TO_FOLD = 512
+"""Pixels of the output, over the batch, from which on folding takes less time than what it spares.
+
+Both grow with the product of input and output channels, so one number holds for every block.
+"""
+
+
+class ConvNorm(nn.Sequential):
+    """A convolution without bias, then normalisation: `(N, C_in, H, W)` to `(N, C_out, H', W')`."""
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int,
+        *,
+        norm_layer: Callable[..., nn.Module],
+        device: Any = None,
+        dtype: Any = None,
+        **conv_kwargs: Any,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        conv = nn.Conv2d(in_chs, out_chs, kernel_size, bias=False, **conv_kwargs, **dd)
+        super().__init__(OrderedDict(conv=conv, bn=norm_layer(out_chs, **dd)))
+
+
+def subsample(x: Tensor, stride: int) -> Tensor:
+    """Every stride-th pixel, which is all that a strided 1x1 convolution reads.
+
+    Reading them first spares the backward pass of a strided 1x1 convolution over three channels_last channels,
+    which corrupts memory in PyTorch 2.14 on some x86 CPUs. A pool of one pixel, unlike a slice, gets its size
+    from the convolution's formula, without which torch.export cannot tell that the branches fit together.
+    """
+    return x if stride == 1 else F.avg_pool2d(x, 1, stride)
+
+
+def sum_branches(
+    x: Tensor,
+    conv_kxk: nn.Module,
+    conv_1x1: nn.Module,
+    identity: nn.Module | None,
+    drops: Collection[nn.Module],
+) -> Tensor | None:
+    """The sum of a block's branches up to rounding, or None where they must be run one by one.
+
+    `(N, C_in, H, W)` to `(N, C_out, H / stride, W / stride)`, rounded up. `drops` are the modules of stochastic
+    depth and DropBlock. Gradients and running statistics come out as with the branches.
+    """
+    if type(x) is not Tensor or x.device.type != 'cpu' or x.dim() != 4 or not _is_plain_eager():
+        return None
+    if type(conv_kxk) is not ConvNorm or type(conv_1x1) is not ConvNorm:
+        return None
+    convs = [conv_kxk.conv, conv_1x1.conv]
+    norms = [conv_kxk.bn, conv_1x1.bn] + ([] if identity is None else [identity])
+    if any(map(_is_changed, (conv_kxk, conv_1x1, *convs, *norms, *drops))):
+        return None
+    if not all(type(conv) is nn.Conv2d and type(conv.weight) is nn.Parameter and conv.bias is None for conv in convs):
+        return None
+    if not all(type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and norm.track_running_stats for norm in norms):
+        return None
+
+    stride = conv_kxk.conv.stride
+    pixels = x.shape[0] * -(-x.shape[2] // stride[0]) * -(-x.shape[3] // stride[1])
+    modes = {norm.training for norm in norms}
+    if modes == {False} and pixels >= _MIN_PIXELS_TO_FOLD and not _records(x, convs, norms):
+        stats = [BNStats(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps) for bn in norms]
+        kernel, bias = fold_block(convs[0].weight, stats[0], convs[1].weight, *stats[1:])
+        return convs[0]._conv_forward(x, kernel, bias)
+    if modes == {True} and pixels > 1 and _trains_plainly(x, convs, norms, drops):
+        return train_branches(x, convs[0], convs[1], norms)
+    return None
+
+
+def _records(x: Tensor, convs: Iterable[nn.Conv2d], norms: Iterable[nn.BatchNorm2d]) -> bool:
+    """Whether autograd would record the branches."""
+    parameters = (parameter for module in (*convs, *norms) for parameter in module.parameters())
+    return torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in parameters))
+
+
+def _trains_plainly(
+    x: Tensor, convs: Iterable[nn.Conv2d], norms: Iterable[nn.BatchNorm2d], drops: Iterable[nn.Module]
+) -> bool:
+    """Whether `train_branches` does what the branches would do."""
+    return (
+        all(type(norm) is nn.BatchNorm2d and norm.affine and norm.momentum is not None for norm in norms)
+        and all(type(drop) is nn.Identity or not drop.training for drop in drops)
+        and all(conv.padding_mode == 'zeros' for conv in convs)
+        and not torch.is_autocast_enabled('cpu')
+        and x.dtype in (torch.float32, torch.float64)
+        and all(module.weight.dtype == x.dtype for module in (*convs, *norms))
+    )
+
+
+def _is_plain_eager() -> bool:
+    """Whether operations are run as they come, with no hook on all modules."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether a module does anything but what its class says."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or 'forward' in module.__dict__
+    )
