@@ -25,7 +25,7 @@ from .reparam import BNStats, fold_block
 
 __all__ = ['ConvNorm', 'subsample', 'sum_branches']
 
-_MIN_PIXELS_TO_FOLD = 512
+_MIN_PIXELS_TO_FOLD = 1024
 """Pixels of the output, over the batch, from which on folding takes less time than what it spares.
 
 Both grow with the product of input and output channels, so one number holds for every block.

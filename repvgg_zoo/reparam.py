@@ -19,6 +19,10 @@ from torch import Tensor
 __all__ = ['BNStats', 'FoldError', 'fold_block']
 
 
+_CHUNK = 2**16
+"""Kernels of one tap that are folded at a time: their nine taps stay in a core's cache, and temporaries small."""
+
+
 class FoldError(ValueError):
     """The branches cannot be folded; the message says which value stands in the way."""
 
@@ -89,18 +93,23 @@ def fold_block(
         shift_1x1 = shift_1x1 + bias_1x1.to(scale) * scale_1x1
     shift = shift + shift_1x1
 
-    # each pass over a kernel counts: reading the centre tap alone takes half as long as scaling all nine
-    row, column = kernel_kxk.shape[2] // 2, kernel_kxk.shape[3] // 2
-    centre = kernel_kxk[:, :, row, column].to(scale) * scale[:, None]
-    centre = centre.addcmul_(kernel_1x1[:, :, 0, 0].to(scale), scale_1x1[:, None])
     if bn_identity is not None:
         scale_identity, shift_identity = bn_identity.scale_shift()
-        channels = torch.arange(centre.shape[0], device=centre.device)
-        centre[channels, channels % centre.shape[1]] += scale_identity
         shift = shift + shift_identity
-    wide = torch.promote_types(dtype, torch.float32)
-    kernel = torch.mul(kernel_kxk, scale.to(kernel_kxk.device, wide).view(-1, 1, 1, 1), out=out).to(dtype)
-    kernel[:, :, row, column] = centre.to(kernel.device)
+
+    c_out, c_in = kernel_kxk.shape[:2]
+    row, column = kernel_kxk.shape[2] // 2, kernel_kxk.shape[3] // 2
+    wide_scale = scale.to(kernel_kxk.device, torch.promote_types(dtype, torch.float32)).view(-1, 1, 1, 1)
+    kernel = torch.empty_like(kernel_kxk) if out is None else out
+    for first in range(0, c_out, rows := max(1, _CHUNK // c_in)):
+        chunk = slice(first, first + rows)
+        centre = kernel_kxk[chunk, :, row, column].to(scale) * scale[chunk, None]
+        centre.addcmul_(kernel_1x1[chunk, :, 0, 0].to(scale), scale_1x1[chunk, None])
+        if bn_identity is not None:
+            channels = torch.arange(first, first + len(centre), device=centre.device)
+            centre[channels - first, channels % c_in] += scale_identity[chunk]
+        kernel[chunk].copy_(kernel_kxk[chunk]).mul_(wide_scale[chunk])
+        kernel[chunk, :, row, column] = centre.to(kernel.device)
     return kernel, shift.to(kernel)
 
 
