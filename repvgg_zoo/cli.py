@@ -13,6 +13,18 @@ if TYPE_CHECKING:
 
 __all__ = ['main']
 
+_RUNTIMES = (
+    'eager',
+    'compile',
+    'compile-freezing',
+    'torchscript',
+    'onnxruntime',
+    'openvino',
+    'ncnn',
+    'ncnn-no-winograd',
+)
+"""Of `benchmark.RUNTIMES`, which is not imported to parse other verbs' arguments."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
@@ -116,6 +128,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument('--imagenet', metavar='FOLDER', default='imagenet', help='ImageNet-1k, as an image folder')
     sub.add_argument('--cifar10', metavar='FOLDER', default='cifar10', help='CIFAR-10, as an image folder')
+
+    sub = add(
+        _benchmark,
+        'benchmark',
+        'measure speed and memory beside rivals, on this machine',
+        'Everything is timed in interleaved rounds in one process. Models are those of the zoo, timm:NAME or '
+        'torchvision:NAME; the default are the models of the paper and of its related work.',
+    )
+    sub.add_argument('models', metavar='MODEL', nargs='*', help='models to measure (those of the paper)')
+    sub.add_argument('--quick', action='store_true', help='some models, all runtimes, few rounds: three minutes')
+    sub.add_argument('--work', nargs='+', choices=('infer', 'train', 'load', 'fold'), default=['infer'])
+    sub.add_argument('--forms', nargs='+', choices=('training', 'deploy'), default=['training', 'deploy'])
+    sub.add_argument('--runtimes', nargs='+', choices=_RUNTIMES, help='(eager)')
+    sub.add_argument('--batch-sizes', nargs='+', type=int, metavar='N', default=[1])
+    sub.add_argument('--dtypes', nargs='+', choices=('float32', 'bfloat16'), default=['float32'])
+    sub.add_argument('--layouts', nargs='+', choices=('contiguous', 'channels_last'), default=['contiguous'])
+    sub.add_argument(
+        '--rival',
+        default='timm',
+        metavar='MODEL',
+        help="what ratios compare with, in eager PyTorch (timm's own RepVGG)",
+    )
+    sub.add_argument('--rounds', type=int, metavar='N', help='turns of each case (10)')
+    sub.add_argument('--threads', type=int, metavar='N', help='threads of every runtime (what PyTorch takes)')
+    sub.add_argument('--no-memory', action='store_true', help='skip the peak memory, which takes a process a case')
+    sub.add_argument('--out', default='repvgg-benchmark', help='folder for tables and plots (%(default)s)')
+    sub.add_argument('--overwrite', action='store_true', help='replace that folder if it exists')
 
     sub = add(
         _run,
@@ -246,6 +285,42 @@ def _reproduce(args: argparse.Namespace) -> int:
     from .listing import reproduction_lines
 
     print('\n'.join(reproduction_lines(imagenet=args.imagenet, cifar10=args.cifar10)))
+    return 0
+
+
+def _benchmark(args: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from . import benchmark
+    from .atomic import new_folder
+
+    defaults = benchmark.QUICK if args.quick else benchmark.FULL
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    cases = benchmark.plan(
+        args.models or defaults.models,
+        forms=args.forms,
+        work=args.work,
+        runtimes=args.runtimes or defaults.runtimes,
+        batches=args.batch_sizes,
+        dtypes=args.dtypes,
+        layouts=args.layouts,
+    )
+    with new_folder(args.out, overwrite=args.overwrite) as folder:
+        with Progress(console=Console(stderr=True)) as progress:
+            results = benchmark.run_benchmark(
+                cases,
+                rival=args.rival,
+                rounds=args.rounds or defaults.rounds,
+                memory=defaults.memory and not args.no_memory,
+                track=progress.track,
+            )
+        left_out = benchmark.write_results(results, folder)
+    _print_table(*results.table())
+    for line in (results.constants(), *results.skipped, *left_out, f'tables and plots are in {args.out}'):
+        print(line)
     return 0
 
 

@@ -1,0 +1,119 @@
+"""Results: rows of figures, and the table, CSV and JSON that they are written as."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from statistics import median, quantiles
+from typing import Any
+
+from ..listing import markdown_table
+
+__all__ = ['Results', 'Row', 'latency_quantiles_ms']
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The figures of one case."""
+
+    model: str
+    form: str
+    work: str
+    runtime: str
+    batch: int
+    dtype: str
+    layout: str
+    px: int
+    latency_ms: float
+    """Median of the interleaved rounds, as are the tenth and the ninetieth percentile."""
+    latency_p10_ms: float
+    latency_p90_ms: float
+    images_per_s: float | None
+    gmacs: float | None
+    """Multiply-adds of one image, in 1e9, as the form does them."""
+    gmacs_per_s: float | None
+    peak_share_pct: float | None
+    """Of the machine's matrix products in this dtype. Winograd's algorithm may exceed them: it needs fewer products."""
+    peak_memory_mb: float | None
+    saved_mb: float | None
+    """What autograd keeps of one image for the backward pass, in 1e6 bytes."""
+    top1_pct: float | None
+    rival: str | None
+    ratio: float | None
+    """The rival's median latency by this one's: above one, this case is faster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """All rows of one run, and where and when they were measured."""
+
+    machine: dict[str, Any]
+    rows: list[Row]
+    skipped: list[str] = field(default_factory=list)
+
+    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Header and rows for reading: no column that is empty or says the same everywhere."""
+        columns = [f.name for f in fields(Row) if f.name not in ('latency_p10_ms', 'latency_p90_ms', 'gmacs')]
+        cells = {name: [_cell(name, getattr(row, name)) for row in self.rows] for name in columns}
+        cells['latency_ms'] = [
+            f'{row.latency_ms:.1f} ({row.latency_p10_ms:.1f} to {row.latency_p90_ms:.1f})' for row in self.rows
+        ]
+        kept = [
+            name
+            for name in columns
+            if name in ('model', 'latency_ms') or len(set(cells[name])) > 1 or self._few(cells[name])
+        ]
+        return tuple(_TITLES.get(name, name) for name in kept), list(zip(*(cells[name] for name in kept), strict=True))
+
+    def _few(self, cells: Sequence[str]) -> bool:
+        return len(self.rows) == 1 and cells[0] != ''
+
+    def constants(self) -> str:
+        """What is the same in all rows, which the table leaves out."""
+        names = ('form', 'work', 'runtime', 'batch', 'dtype', 'layout', 'px')
+        values = {name: {getattr(row, name) for row in self.rows} for name in names}
+        return ', '.join(f'{name} {found.pop()}' for name, found in values.items() if len(found) == 1)
+
+    def markdown(self) -> str:
+        header, rows = self.table()
+        machine = '; '.join(f'{key} {value}' for key, value in self.machine.items())
+        skipped = ''.join(f'\n- not measured: {line}' for line in self.skipped)
+        return f'{markdown_table(rows, header)}\n\nIn all rows: {self.constants()}. {machine}.\n{skipped}'
+
+    def csv(self) -> str:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [f.name for f in fields(Row)], lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in self.rows)
+        return text.getvalue()
+
+    def json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + '\n'
+
+
+_TITLES = {
+    'latency_ms': 'latency_ms (p10 to p90)',
+    'peak_share_pct': 'share of peak %',
+    'peak_memory_mb': 'peak memory MB',
+    'saved_mb': 'saved MB',
+    'top1_pct': 'top-1 %',
+}
+
+
+def latency_quantiles_ms(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """Median, tenth and ninetieth percentile."""
+    if len(seconds) == 1:
+        return (1e3 * seconds[0],) * 3
+    deciles = quantiles(seconds, n=10, method='inclusive')
+    return 1e3 * median(seconds), 1e3 * deciles[0], 1e3 * deciles[-1]
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return ''
+    if isinstance(value, float):
+        return f'{value:.2f}' if name in ('ratio', 'top1_pct') else f'{value:.1f}'
+    return str(value)

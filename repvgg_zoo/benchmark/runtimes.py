@@ -1,0 +1,157 @@
+"""Ways to run a model: each takes a module and a batch, and gives a function that runs that batch."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ['RUNTIMES', 'Runtime']
+
+Run: TypeAlias = Callable[[], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """How a runtime is prepared, and what it can do."""
+
+    prepare: Callable[[nn.Module, Tensor, str], Run]
+    """From a float32 module in eval mode, a batch `(N, C, H, W)` and a dtype to a function that runs the batch."""
+    packages: tuple[str, ...] = ()
+    """What it imports, beside torch."""
+    extra: str = ''
+    """The optional dependency of this package that brings them."""
+    dtypes: tuple[str, ...] = ('float32',)
+    layouts: tuple[str, ...] = ('contiguous',)
+    max_batch: int | None = None
+
+    @property
+    def missing(self) -> list[str]:
+        return [package for package in self.packages if importlib.util.find_spec(package) is None]
+
+    def takes(self, *, batch: int, dtype: str, layout: str) -> bool:
+        return dtype in self.dtypes and layout in self.layouts and (self.max_batch is None or batch <= self.max_batch)
+
+
+def _cast(model: nn.Module, x: Tensor, dtype: str) -> tuple[nn.Module, Tensor]:
+    """In the layout of the batch, too."""
+    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    return model.to(getattr(torch, dtype), memory_format=layout), x.to(getattr(torch, dtype))
+
+
+def _eager(model: nn.Module, x: Tensor, dtype: str) -> Run:
+    model, x = _cast(model, x, dtype)
+    return lambda: model(x)
+
+
+def _compiled(model: nn.Module, x: Tensor, dtype: str, *, freezing: bool) -> Run:
+    model, x = _cast(model, x, dtype)
+    torch.compiler.reset()
+    compiled = torch.compile(model, options={'freezing': freezing})
+    return lambda: compiled(x)
+
+
+def _torchscript(model: nn.Module, x: Tensor, dtype: str) -> Run:
+    model, x = _cast(model, x, dtype)
+    frozen = torch.jit.freeze(torch.jit.trace(model, x))
+    return lambda: frozen(x)
+
+
+def _onnxruntime(model: nn.Module, x: Tensor, dtype: str) -> Run:
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'model.onnx'
+        torch.onnx.export(model, (x,), path, dynamo=True, external_data=False, verbose=False, input_names=['x'])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    inputs = {'x': x.numpy()}
+    return lambda: session.run(None, inputs)[0]
+
+
+def _openvino(model: nn.Module, x: Tensor, dtype: str) -> Run:
+    import openvino
+
+    settings = {
+        'INFERENCE_PRECISION_HINT': {'float32': 'f32', 'bfloat16': 'bf16'}[dtype],
+        'INFERENCE_NUM_THREADS': torch.get_num_threads(),
+        'PERFORMANCE_HINT': 'LATENCY',
+    }
+    exported = openvino.convert_model(model, example_input=x, input=tuple(x.shape))
+    compiled, inputs = openvino.Core().compile_model(exported, 'CPU', settings), x.numpy()
+    return lambda: compiled(inputs)[0]
+
+
+def _ncnn(model: nn.Module, x: Tensor, dtype: str, *, winograd: bool) -> Run:
+    import ncnn
+    import pnnx
+
+    net = ncnn.Net()
+    net.opt.num_threads = torch.get_num_threads()
+    net.opt.use_winograd_convolution = winograd
+    for half in ('fp16_packed', 'fp16_storage', 'fp16_arithmetic', 'bf16_storage'):
+        setattr(net.opt, f'use_{half}', False)
+    with tempfile.TemporaryDirectory() as folder:
+        stem = f'{folder}/model'
+        files = dict(ptpath=f'{stem}.pt', ncnnparam=f'{stem}.ncnn.param', ncnnbin=f'{stem}.ncnn.bin')
+        files |= dict(pnnxparam=f'{stem}.pnnx.param', pnnxbin=f'{stem}.pnnx.bin', pnnxonnx=f'{stem}.pnnx.onnx')
+        files |= dict(pnnxpy=f'{stem}_pnnx.py', ncnnpy=f'{stem}_ncnn.py')
+        with _silenced():
+            pnnx.export(model, inputs=(x,), fp16=False, **files)
+        net.load_param(files['ncnnparam'])
+        net.load_model(files['ncnnbin'])
+    image = ncnn.Mat(x[0].numpy()).clone()
+
+    def run() -> Any:
+        extractor = net.create_extractor()
+        extractor.input('in0', image)
+        return extractor.extract('out0')[1].numpy()[None]
+
+    return run
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """No output, not even of the programs that a library starts."""
+    sys.stdout.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    kept = {stream: os.dup(stream) for stream in (1, 2)}
+    for stream in kept:
+        os.dup2(nowhere, stream)
+    try:
+        yield
+    finally:
+        for stream, copy in kept.items():
+            os.dup2(copy, stream)
+            os.close(copy)
+        os.close(nowhere)
+
+
+def _with(prepare: Callable[..., Run], **options: Any) -> Callable[[nn.Module, Tensor, str], Run]:
+    return lambda model, x, dtype: prepare(model, x, dtype, **options)
+
+
+_TORCH = dict(dtypes=('float32', 'bfloat16'), layouts=('contiguous', 'channels_last'))
+_NCNN = dict(packages=('ncnn', 'pnnx'), extra='ncnn', max_batch=1)
+
+RUNTIMES = {
+    'eager': Runtime(prepare=_eager, **_TORCH),
+    'compile': Runtime(prepare=_with(_compiled, freezing=False), **_TORCH),
+    'compile-freezing': Runtime(prepare=_with(_compiled, freezing=True), **_TORCH),
+    'torchscript': Runtime(prepare=_torchscript, **_TORCH),
+    'onnxruntime': Runtime(prepare=_onnxruntime, packages=('onnx', 'onnxscript', 'onnxruntime'), extra='onnxruntime'),
+    'openvino': Runtime(prepare=_openvino, packages=('openvino',), extra='openvino', dtypes=('float32', 'bfloat16')),
+    'ncnn': Runtime(prepare=_with(_ncnn, winograd=True), **_NCNN),
+    'ncnn-no-winograd': Runtime(prepare=_with(_ncnn, winograd=False), **_NCNN),
+}
+"""By name. The runtimes beside torch compute on contiguous images."""
