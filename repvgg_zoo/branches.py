@@ -11,7 +11,9 @@ statistics and mixed precision in training, scripting, tracing, export, compilat
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -23,7 +25,9 @@ from torch.nn.modules import module as nn_module
 from .recompute import train_branches
 from .reparam import BNStats, fold_block
 
-__all__ = ['ConvNorm', 'subsample', 'sum_branches']
+__all__ = ['ConvNorm', 'one_by_one', 'subsample', 'sum_branches']
+
+_one_by_one = ContextVar('one_by_one', default=False)
 
 _MIN_PIXELS_TO_FOLD = 1024
 """Pixels of the output, over the batch, from which on folding takes less time than what it spares.
@@ -49,6 +53,16 @@ class ConvNorm(nn.Sequential):
         dd = {'device': device, 'dtype': dtype}
         conv = nn.Conv2d(in_chs, out_chs, kernel_size, bias=False, **conv_kwargs, **dd)
         super().__init__(OrderedDict(conv=conv, bn=norm_layer(out_chs, **dd)))
+
+
+@contextmanager
+def one_by_one() -> Iterator[None]:
+    """Run the branches themselves meanwhile, in this thread: for comparisons of the two forms, above all."""
+    token = _one_by_one.set(True)
+    try:
+        yield
+    finally:
+        _one_by_one.reset(token)
 
 
 def subsample(x: Tensor, stride: int) -> Tensor:
@@ -121,7 +135,8 @@ def _trains_plainly(
 def _is_plain_eager() -> bool:
     """Whether operations are run as they come, with no hook on all modules."""
     return not (
-        torch.compiler.is_compiling()
+        _one_by_one.get()
+        or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0

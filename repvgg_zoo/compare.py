@@ -11,6 +11,7 @@ import torch
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
 from torch import Tensor
 
+from .branches import one_by_one
 from .checkpoints import CheckpointError
 from .convert import open_model
 from .repvgg import RepVGG
@@ -68,7 +69,7 @@ def compare(a: RepVGG, b: RepVGG, batches: Iterator[Tensor], *, dtype: torch.dty
     a, b = (copy.deepcopy(model).to(dtype).eval() for model in (a, b))
     images = agreeing = 0
     max_abs_diff = largest = torch.zeros((), dtype=torch.float64)
-    with torch.inference_mode():
+    with torch.inference_mode(), one_by_one():
         for batch in batches:
             logits_a, logits_b = a(batch.to(dtype)).double(), b(batch.to(dtype)).double()
             images += len(batch)
@@ -90,7 +91,7 @@ def float64_rel_diff(model: RepVGG, x: Tensor) -> float:
     a block.
     """
     training = deploy = x.double()
-    with torch.inference_mode():
+    with torch.inference_mode(), one_by_one():
         for block in (model.stem, *(block for stage in model.stages for block in stage)):
             exact = copy.deepcopy(block).double()
             training = exact(training)

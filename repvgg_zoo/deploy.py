@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .branches import one_by_one
 from .checkpoints import BLOCK_NAMES, BlockNames
 from .optimizer_guard import forget_folded, remember_folded
 from .reparam import BNStats, FoldError, fold_block
@@ -203,7 +204,8 @@ def _eval_outputs(module: nn.Module, batch: Any) -> list[Tensor]:
     modes = {submodule: submodule.training for submodule in module.modules()}
     module.eval()
     try:
-        return [output.detach().clone() for output in _tensors(module(batch))]
+        with one_by_one():
+            return [output.detach().clone() for output in _tensors(module(batch))]
     finally:
         for submodule in module.modules():
             submodule.training = modes.get(submodule, module.training)

@@ -29,10 +29,14 @@ _WEIGHTS_HEADER = (
     'forms differ by (float64 / float32)',
     'licence',
 )
-_TEXT_COLUMNS = {'', 'variant', 'train', 'deploy', 'weights', 'form', 'where', 'sha256 begins', 'licence'} | {
-    'published top-1 %',
-    'measured top-1 %',
-}
+_TEXT_COLUMNS = (
+    {'', 'variant', 'train', 'deploy', 'weights', 'form', 'where', 'sha256 begins', 'licence'}
+    | {
+        'published top-1 %',
+        'measured top-1 %',
+    }
+    | {'model', 'work', 'runtime', 'dtype', 'layout', 'rival'}
+)
 _PAGE_INTRODUCTION = """\
 # The weights
 

@@ -20,6 +20,7 @@ from timm.models import byobnet
 from torch import Tensor
 
 from .atomic import locked, new_folder, write_text
+from .branches import one_by_one
 from .cards import model_card
 from .checkpoints import FILE_SUFFIXES, CheckpointError, form_of, read_checkpoint, to_timm_layout
 from .compare import MAX_FLOAT32_REL_DIFF, float64_rel_diff, images_for, rel_diff
@@ -198,7 +199,7 @@ def _fold(deploy_record: WeightsRecord, folders: Sequence[Path], images: str | P
     def logits(model: RepVGG) -> Tensor:
         form = 'deploy' if model.deploy else 'training'
         batches = track(images_for(model, images), description=f'{name}: {form} form', total=None)
-        with torch.inference_mode():
+        with torch.inference_mode(), one_by_one():
             return torch.cat([model(batch) for batch in batches]).double()
 
     model = open_model(folders[0]).eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,9 +59,9 @@ class Case:
         """
         if self.work == 'load':
             return _nothing, lambda _: self.model.build(self.form, weights=str(weights))
-        model = self.model.build(self.form)
         if self.work == 'fold':
-            return lambda: copy.deepcopy(model), _fold_of(self.model)
+            return lambda: self.model.build('training'), _fold_of(self.model)
+        model = self.model.build(self.form)
         x = self.batch_of_images()
         if self.work == 'train':
             return _nothing, _training_step(model, x)
