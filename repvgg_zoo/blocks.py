@@ -79,8 +79,7 @@ class RepVGGBlock(nn.Module):
         if y is None:
             y = conv_1x1(subsample(x, self.stride)) + self.drop_block(conv_kxk(x))
             if identity is not None:
-                y = self.drop_path(y)
-                y += identity(x)
+                y = self.drop_path(y) + identity(x)
         if self.attn_last:
             return self.attn(self.act(y))
         return self.act(self.attn(y))

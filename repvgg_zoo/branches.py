@@ -105,7 +105,8 @@ def sum_branches(
     modes = {norm.training for norm in norms}
     if modes == {False} and pixels >= _MIN_PIXELS_TO_FOLD and not _records(x, convs, norms):
         stats = [BNStats(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps) for bn in norms]
-        kernel, bias = fold_block(convs[0].weight, stats[0], convs[1].weight, *stats[1:])
+        wide = torch.promote_types(convs[0].weight.dtype, torch.float32)  # as the branches are summed in
+        kernel, bias = fold_block(convs[0].weight, stats[0], convs[1].weight, *stats[1:], sum_dtype=wide)
         return convs[0]._conv_forward(x, kernel, bias)
     if modes == {True} and pixels > 1 and _trains_plainly(x, convs, norms, drops):
         return train_branches(x, convs[0], convs[1], norms)
@@ -135,8 +136,8 @@ def _trains_plainly(
 def _is_plain_eager() -> bool:
     """Whether operations are run as they come, with no hook on all modules."""
     return not (
-        _one_by_one.get()
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
+        or _one_by_one.get()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0

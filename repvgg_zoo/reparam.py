@@ -36,15 +36,17 @@ class BNStats(NamedTuple):
     bias: Tensor | None = None
     eps: float = 1e-5
 
-    def scale_shift(self) -> tuple[Tensor, Tensor]:
-        """BN(y) = y · scale + shift, both `(C,)` in float64: scale = γ / sqrt(σ² + ε), shift = β - μ · scale."""
-        device = _float64_device(self.mean)
-        scale = (self.var.to(device, torch.float64) + self.eps).rsqrt()
+    def scale_shift(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """BN(y) = y · scale + shift, both `(C,)`: scale = γ / sqrt(σ² + ε), shift = β - μ · scale."""
+        device = self.mean.device
+        if device.type == 'mps' and dtype == torch.float64:  # it has none
+            device = torch.device('cpu')
+        scale = (self.var.to(device, dtype) + self.eps).rsqrt()
         if self.weight is not None:
-            scale = scale * self.weight.to(device, torch.float64)
-        shift = -self.mean.to(device, torch.float64) * scale
+            scale = scale * self.weight.to(device, dtype)
+        shift = -self.mean.to(device, dtype) * scale
         if self.bias is not None:
-            shift = shift + self.bias.to(device, torch.float64)
+            shift = shift + self.bias.to(device, dtype)
         return scale, shift
 
     def check(self) -> None:
@@ -70,6 +72,7 @@ def fold_block(
     bias_kxk: Tensor | None = None,
     bias_1x1: Tensor | None = None,
     out: Tensor | None = None,
+    sum_dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """W' = W_kxk · s_kxk + pad(W_1x1 · s_1x1 + I · s_id), b' = the sum of the three shifts.
 
@@ -80,21 +83,21 @@ def fold_block(
     `(C_out, C_in / groups, 1, 1)`; returns a kernel like `kernel_kxk` (its dtype, device and memory
     format) and a bias `(C_out,)`.
 
-    Scales are computed in float64. Away from the centre tap the kernel is one product, rounded twice; the
-    centre tap sums three terms that may cancel, and is summed in float64. Half-precision kernels are
+    Scales are computed in `sum_dtype`. Away from the centre tap the kernel is one product, rounded twice; the
+    centre tap sums three terms that may cancel, and is summed in `sum_dtype`. Half-precision kernels are
     folded in float32 and rounded last. `out` takes the kernel; it may be `kernel_kxk` itself.
     """
     dtype = kernel_kxk.dtype
-    scale, shift = bn_kxk.scale_shift()
+    scale, shift = bn_kxk.scale_shift(sum_dtype)
     if bias_kxk is not None:
         shift = shift + bias_kxk.to(scale) * scale
-    scale_1x1, shift_1x1 = bn_1x1.scale_shift()
+    scale_1x1, shift_1x1 = bn_1x1.scale_shift(sum_dtype)
     if bias_1x1 is not None:
         shift_1x1 = shift_1x1 + bias_1x1.to(scale) * scale_1x1
     shift = shift + shift_1x1
 
     if bn_identity is not None:
-        scale_identity, shift_identity = bn_identity.scale_shift()
+        scale_identity, shift_identity = bn_identity.scale_shift(sum_dtype)
         shift = shift + shift_identity
 
     c_out, c_in = kernel_kxk.shape[:2]
@@ -111,8 +114,3 @@ def fold_block(
         kernel[chunk].copy_(kernel_kxk[chunk]).mul_(wide_scale[chunk])
         kernel[chunk, :, row, column] = centre.to(kernel.device)
     return kernel, shift.to(kernel)
-
-
-def _float64_device(tensor: Tensor) -> torch.device:
-    """The tensor's device, or the CPU where that device has no float64 (Apple's MPS)."""
-    return torch.device('cpu') if tensor.device.type == 'mps' else tensor.device

@@ -39,7 +39,7 @@ def block(kind: str = 'identity', *, dtype: torch.dtype = torch.float64) -> RepV
 
 
 def batch(made: RepVGGBlock, **kwargs) -> Tensor:
-    return images(2, 35, in_chans=made.conv_kxk.conv.weight.shape[1] * made.conv_kxk.conv.groups, **kwargs)
+    return images(3, 41, in_chans=made.conv_kxk.conv.weight.shape[1] * made.conv_kxk.conv.groups, **kwargs)
 
 
 @pytest.fixture

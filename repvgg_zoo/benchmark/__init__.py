@@ -9,6 +9,7 @@ import logging
 import platform
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -102,13 +103,11 @@ def run_benchmark(
     with tempfile.TemporaryDirectory() as folder, _warnings_silenced():
         for group in _groups(everything):
             seconds = _time(group, Path(folder), rounds, skipped, track)
-            for case, found in seconds.items():
+            for case in track(seconds, description=f'counting {group[0].work}'):
                 against = rivals.get(case)
                 rival_ms = latency_quantiles_ms(seconds[against])[0] if against in seconds else None
-                peak = (
-                    peak_memory_bytes(case, _weights(case, Path(folder)), torch.get_num_threads()) if memory else None
-                )
-                rows[case] = _row(case, found, peaks[case.dtype], peak, against, rival_ms)
+                peak = _peak_memory_bytes(case, Path(folder), skipped) if memory else None
+                rows[case] = _row(case, seconds[case], peaks[case.dtype], peak, against, rival_ms)
     return Results(machine=_machine(peaks), rows=[rows[case] for case in everything if case in rows], skipped=skipped)
 
 
@@ -127,7 +126,8 @@ def _groups(cases: Iterable[Case]) -> list[list[Case]]:
     groups: dict[tuple[Any, ...], list[Case]] = {}
     for case in cases:
         # a rival in training may have another layout, and loading and folding concern one model at a time
-        key = (case.work, case.batch, case.dtype, case.layout if case.work == 'infer' else case.model.name)
+        apart = {'infer': case.layout, 'train': None}.get(case.work, case.model.name)
+        key = (case.work, case.batch, case.dtype, apart)
         groups.setdefault(key, []).append(case)
     return list(groups.values())
 
@@ -152,9 +152,16 @@ def _time(
         return {}
     for set_up, run in prepared.values():
         run(set_up())
-    with torch.no_grad() if group[0].work == 'infer' else contextlib.nullcontext():
-        seconds = time_rounds(list(prepared.values()), rounds=rounds, track=track)
+    seconds = time_rounds(list(prepared.values()), rounds=rounds, track=track)
     return dict(zip(prepared, seconds, strict=True))
+
+
+def _peak_memory_bytes(case: Case, folder: Path, skipped: list[str]) -> int | None:
+    try:
+        return peak_memory_bytes(case, _weights(case, folder), torch.get_num_threads())
+    except BrokenProcessPool:
+        skipped.append(f'{case}: its peak memory, since the process ended early, as those do that take too much')
+        return None
 
 
 def _weights(case: Case, folder: Path) -> Path:

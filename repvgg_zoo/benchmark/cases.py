@@ -69,7 +69,7 @@ class Case:
             expected = model(x)
             run = RUNTIMES[self.runtime].prepare(model, x, self.dtype)
             self._check(run(), expected)
-        return _nothing, lambda _: run()
+        return _nothing, torch.no_grad()(lambda _: run())
 
     def _check(self, output: Any, expected: Tensor) -> None:
         diff = (torch.as_tensor(output).double() - expected.double()).abs().max() / expected.double().abs().max()
