@@ -11,13 +11,14 @@ statistics and mixed precision in training, scripting, tracing, export, compilat
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropBlock2d, DropPath
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
@@ -80,7 +81,7 @@ def sum_branches(
     conv_kxk: nn.Module,
     conv_1x1: nn.Module,
     identity: nn.Module | None,
-    drops: Collection[nn.Module],
+    drops: Iterable[nn.Module],
 ) -> Tensor | None:
     """The sum of a block's branches up to rounding, or None where they must be run one by one.
 
@@ -89,43 +90,66 @@ def sum_branches(
     """
     if type(x) is not Tensor or x.device.type != 'cpu' or x.dim() != 4 or not _is_plain_eager():
         return None
-    if type(conv_kxk) is not ConvNorm or type(conv_1x1) is not ConvNorm:
+    if not (_is_conv_norm(conv_kxk) and _is_conv_norm(conv_1x1)):
         return None
-    convs = [conv_kxk.conv, conv_1x1.conv]
+    kxk, point = conv_kxk.conv, conv_1x1.conv
     norms = [conv_kxk.bn, conv_1x1.bn] + ([] if identity is None else [identity])
-    if any(map(_is_changed, (conv_kxk, conv_1x1, *convs, *norms, *drops))):
-        return None
-    if not all(type(conv) is nn.Conv2d and type(conv.weight) is nn.Parameter and conv.bias is None for conv in convs):
-        return None
-    if not all(type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and norm.track_running_stats for norm in norms):
+    if not (_fit_together(kxk, point) and all(map(_is_fixed_by_statistics, norms)) and not any(map(_drops, drops))):
         return None
 
-    stride = conv_kxk.conv.stride
-    pixels = x.shape[0] * -(-x.shape[2] // stride[0]) * -(-x.shape[3] // stride[1])
+    pixels = x.shape[0] * -(-x.shape[2] // kxk.stride[0]) * -(-x.shape[3] // kxk.stride[1])
     modes = {norm.training for norm in norms}
-    if modes == {False} and pixels >= _MIN_PIXELS_TO_FOLD and not _records(x, convs, norms):
+    if modes == {False} and pixels >= _MIN_PIXELS_TO_FOLD and not _records(x, [kxk, point, *norms]):
         stats = [BNStats(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps) for bn in norms]
-        wide = torch.promote_types(convs[0].weight.dtype, torch.float32)  # as the branches are summed in
-        kernel, bias = fold_block(convs[0].weight, stats[0], convs[1].weight, *stats[1:], sum_dtype=wide)
-        return convs[0]._conv_forward(x, kernel, bias)
-    if modes == {True} and pixels > 1 and _trains_plainly(x, convs, norms, drops):
-        return train_branches(x, convs[0], convs[1], norms)
+        wide = torch.promote_types(kxk.weight.dtype, torch.float32)  # as the branches are summed in
+        kernel, bias = fold_block(kxk.weight, stats[0], point.weight, *stats[1:], sum_dtype=wide)
+        return kxk._conv_forward(x, kernel, bias)
+    if modes == {True} and pixels > 1 and _trains_plainly(x, [kxk, point], norms):
+        return train_branches(x, kxk, point, norms)
     return None
 
 
-def _records(x: Tensor, convs: Iterable[nn.Conv2d], norms: Iterable[nn.BatchNorm2d]) -> bool:
+def _is_conv_norm(branch: nn.Module) -> bool:
+    """Whether a branch is a convolution without bias and then something, and no more."""
+    if type(branch) is not ConvNorm or list(branch._modules) != ['conv', 'bn'] or _is_changed(branch):
+        return False
+    conv = branch.conv
+    return type(conv) is nn.Conv2d and type(conv.weight) is nn.Parameter and conv.bias is None and not _is_changed(conv)
+
+
+def _fit_together(kxk: nn.Conv2d, point: nn.Conv2d) -> bool:
+    """Whether the 1x1 kernel acts on the centre tap of the other one."""
+    centred = tuple(dilation * (size // 2) for dilation, size in zip(kxk.dilation, kxk.kernel_size, strict=True))
+    return (
+        kxk.padding == centred
+        and (point.kernel_size, point.stride, point.padding) == ((1, 1), (1, 1), (0, 0))
+        and point.groups == kxk.groups
+    )
+
+
+def _is_fixed_by_statistics(norm: nn.Module) -> bool:
+    """Whether a normalisation is linear in eval mode, with the running statistics."""
+    known = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and not _is_changed(norm)
+    return known and norm.running_mean is not None and norm.running_var is not None
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether stochastic depth or DropBlock does, or may do, anything."""
+    idle = type(module) is nn.Identity or (type(module) in (DropPath, DropBlock2d) and not module.training)
+    return not idle or _is_changed(module)
+
+
+def _records(x: Tensor, modules: Iterable[nn.Module]) -> bool:
     """Whether autograd would record the branches."""
-    parameters = (parameter for module in (*convs, *norms) for parameter in module.parameters())
+    parameters = (parameter for module in modules for parameter in module.parameters())
     return torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in parameters))
 
 
-def _trains_plainly(
-    x: Tensor, convs: Iterable[nn.Conv2d], norms: Iterable[nn.BatchNorm2d], drops: Iterable[nn.Module]
-) -> bool:
+def _trains_plainly(x: Tensor, convs: Iterable[nn.Conv2d], norms: Iterable[nn.BatchNorm2d]) -> bool:
     """Whether `train_branches` does what the branches would do."""
+    state = ('weight', 'bias', 'momentum', 'num_batches_tracked')
     return (
-        all(type(norm) is nn.BatchNorm2d and norm.affine and norm.momentum is not None for norm in norms)
-        and all(type(drop) is nn.Identity or not drop.training for drop in drops)
+        all(type(norm) is nn.BatchNorm2d and all(getattr(norm, s) is not None for s in state) for norm in norms)
         and all(conv.padding_mode == 'zeros' for conv in convs)
         and not torch.is_autocast_enabled('cpu')
         and x.dtype in (torch.float32, torch.float64)

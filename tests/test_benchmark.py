@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+import torchvision
 from conftest import FORMS
 
 from repvgg_zoo import VARIANTS, benchmark, cli
 from repvgg_zoo.benchmark import RUNTIMES, Results, plan, run_benchmark, write_results
-from repvgg_zoo.benchmark.cases import Case, WrongOutputError, rival_of
+from repvgg_zoo.benchmark.cases import Case, WrongOutputError, gmacs, rival_of
 from repvgg_zoo.benchmark.measure import time_rounds
 from repvgg_zoo.benchmark.models import PEERS, ModelName
 from repvgg_zoo.benchmark.report import latency_quantiles_ms
@@ -64,6 +65,17 @@ def test_peers_exist_with_size_and_accuracy(name):
     model = ModelName.parse(name)
     assert model.input_px in (224, 299, 331)
     assert 69 < model.top1_pct < 83
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', PEERS)
+def test_multiply_adds_of_peers(name):
+    model = ModelName.parse(name)
+    counted = gmacs(model, 'plain')
+    assert 0.1 < counted < 30
+    if model.source == 'torchvision':  # which publishes them
+        weights = next(iter(torchvision.models.get_model_weights(model.name)))
+        assert counted == pytest.approx(weights.meta['_ops'], rel=0.02)
 
 
 def test_settings_of_the_command_line_are_plans():

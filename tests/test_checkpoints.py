@@ -128,6 +128,16 @@ def test_part_of_a_state_dict_loads_as_into_any_module(state_dict):
 # ----------------------------------------------------------------------------------------------- forms
 
 
+def test_fold_in_place_takes_the_memory_of_the_kernels_unless_it_is_shared(state_dict):
+    first, second = 'stages.0.1.conv_kxk.conv.weight', 'stages.0.2.conv_kxk.conv.weight'
+    state_dict[second] = state_dict[first]  # as tied weights in a torch file are
+    expected, addresses = fold_state_dict(state_dict), {value.data_ptr() for value in state_dict.values()}
+    folded = fold_state_dict(state_dict, in_place=True)
+    assert all(torch.equal(folded[key], value) for key, value in expected.items())
+    moved = {key for key in folded if key.endswith('conv.weight') and folded[key].data_ptr() not in addresses}
+    assert moved == {key.replace('conv_kxk.conv', 'reparam_conv') for key in (first, second)}
+
+
 def test_forms(state_dict):
     assert form_of(state_dict) == 'training'
     folded = fold_state_dict(state_dict)

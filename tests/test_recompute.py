@@ -1,24 +1,30 @@
 """Training with the 1x1 branch computed again in the backward pass, against autograd through the branches."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import timm
 import torch
 from conftest import images, rel_diff
-from test_branches import branches, taken  # noqa: F401
+from test_branches import branches, one_thread, taken  # noqa: F401
+from timm.layers import DropBlock2d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from repvgg_zoo import RepVGGBlock
+from repvgg_zoo.recompute import train_branches
 
 BLOCKS = {
     'identity': dict(in_chs=8, out_chs=8),
+    'no identity': dict(in_chs=8, out_chs=8, identity=False),
     'more channels': dict(in_chs=6, out_chs=10),
     'stride': dict(in_chs=6, out_chs=6, stride=2),
     'groups': dict(in_chs=8, out_chs=8, groups=2),
+    'one group a channel': dict(in_chs=8, out_chs=8, groups=8),
     'groups and stride': dict(in_chs=8, out_chs=12, groups=4, stride=2),
     'dilation': dict(in_chs=8, out_chs=8, dilation=2),
+    'dilation and stride': dict(in_chs=8, out_chs=8, dilation=2, stride=2),
     'three channels': dict(in_chs=3, out_chs=8, stride=2),
 }
 LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
@@ -38,22 +44,29 @@ def batch(made: RepVGGBlock, px: int = 9, dtype: torch.dtype = torch.float64) ->
     return images(3, px, in_chans=made.conv_kxk.conv.in_channels, dtype=dtype)
 
 
+def loss_of(y: Tensor) -> Tensor:
+    """A loss that no output is indifferent to."""
+    return (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum() + y.square().mean()
+
+
 def step(made: nn.Module, x: Tensor) -> Tensor:
-    """A loss that no output is indifferent to, and its gradients."""
     y = made(x)
-    loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum() + y.square().mean()
-    loss.backward()
+    loss_of(y).backward()
     return y.detach()
 
 
 def assert_same_training(found: nn.Module, expected: nn.Module) -> None:
+    """All gradients and buffers."""
     for (name, p), q in zip(found.named_parameters(), expected.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None), name
-        # Float64. Kernels before a normalisation have gradients that cancel, so the largest of all is the measure.
+        # Float64. Kernels before a normalisation have gradients that cancel, hence the absolute term.
         if p.grad is not None:
             assert (p.grad - q.grad).abs().max() <= 1e-12 * q.grad.abs().max() + 1e-12, name
     for (name, a), b in zip(found.named_buffers(), expected.buffers(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13, msg=name)
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13, msg=name)  # float64
+
+
+# ------------------------------------------------------------------------------------------------ one block
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
@@ -61,68 +74,137 @@ def assert_same_training(found: nn.Module, expected: nn.Module) -> None:
 def test_gradients_and_statistics(kind, layout, taken):  # noqa: F811
     made = block(kind).to(memory_format=LAYOUTS[layout])
     plain = copy.deepcopy(made)
-    for _ in range(2):  # the running statistics move twice, gradients add up
-        x, x_plain = (batch(made).to(memory_format=LAYOUTS[layout]).requires_grad_() for _ in range(2))
+    for _ in range(2):  # the running statistics move twice, gradients add up; images of 9 x 8 pixels
+        x, x_plain = (batch(made)[..., 1:].to(memory_format=LAYOUTS[layout]).requires_grad_() for _ in range(2))
         y, expected = step(made, x), branches(lambda: step(plain, x_plain))  # noqa: B023
-        assert rel_diff(y, expected) < 1e-12
-        assert rel_diff(x.grad, x_plain.grad) < 1e-11
+        assert rel_diff(y, expected) < 1e-12  # float64
+        assert rel_diff(x.grad, x_plain.grad) < 1e-11  # float64
     assert_same_training(made, plain)
     assert taken == [True, True]
     assert made.conv_kxk.bn.num_batches_tracked == 2
 
 
-def test_other_momentum_and_eps(taken):  # noqa: F811
-    made = block(norm_layer=lambda c, **dd: nn.BatchNorm2d(c, eps=0.1, momentum=0.7, **dd))
+@pytest.mark.parametrize('kwargs', [dict(), dict(stride=2, groups=2)], ids=str)
+def test_gradients_are_those_of_finite_differences(kwargs):
+    """First and second ones."""
+    made = block(in_chs=2, out_chs=2, **kwargs)
+    norms = [norm for norm in (made.conv_kxk.bn, made.conv_1x1.bn, made.identity) if norm is not None]
+
+    def output(*_: Tensor) -> Tensor:
+        return train_branches(x, made.conv_kxk.conv, made.conv_1x1.conv, norms)
+
+    x = images(2, 3, in_chans=2, dtype=torch.float64).requires_grad_()
+    torch.manual_seed(0)  # of the directions
+    assert torch.autograd.gradcheck(output, (x, *made.parameters()), fast_mode=True)
+    assert torch.autograd.gradgradcheck(output, (x, *made.parameters()), fast_mode=True)
+
+
+def test_each_branch_has_its_own_momentum_and_eps(taken):  # noqa: F811
+    made = block()
+    for i, norm in enumerate((made.conv_kxk.bn, made.conv_1x1.bn, made.identity)):
+        norm.momentum, norm.eps = (0.0, 0.7, 1.0)[i], 0.1 * (i + 1)
     plain = copy.deepcopy(made)
     x = batch(made)
-    step(made, x)
-    branches(lambda: step(plain, x))
+    assert rel_diff(step(made, x), branches(lambda: step(plain, x))) < 1e-12  # float64
     assert_same_training(made, plain)
     assert taken == [True]
 
 
+@pytest.mark.parametrize('needs_grad', [False, True], ids=['images', 'features'])
 @pytest.mark.parametrize('frozen', ['conv_kxk.conv', 'conv_1x1.conv', 'conv_1x1.bn', 'identity', 'all but identity'])
-def test_frozen_parameters(frozen, taken):  # noqa: F811
+def test_frozen_parameters(frozen, needs_grad, taken):  # noqa: F811
     made = block()
     if frozen == 'all but identity':
         made.requires_grad_(False).identity.requires_grad_()
     else:
         made.get_submodule(frozen).requires_grad_(False)
     plain = copy.deepcopy(made)
-    x = batch(made)  # needs no gradient either
+    x, x_plain = (batch(made).requires_grad_(needs_grad) for _ in range(2))
+    step(made, x)
+    branches(lambda: step(plain, x_plain))
+    assert_same_training(made, plain)
+    assert not needs_grad or rel_diff(x.grad, x_plain.grad) < 1e-11  # float64
+    assert taken == [True]
+
+
+@pytest.mark.parametrize('context', [torch.no_grad, torch.inference_mode])
+def test_statistics_move_without_gradients(context, taken):  # noqa: F811
+    """As they do when the statistics are estimated again."""
+    made = block()
+    plain = copy.deepcopy(made)
+    with context():
+        x = batch(made)
+        assert rel_diff(made(x), branches(lambda: plain(x))) < 1e-12  # float64
+    assert_same_training(made, plain)
+    assert made.identity.num_batches_tracked == 1
+    assert taken == [True]
+
+
+def test_stochastic_depth_that_is_off(taken):  # noqa: F811
+    made = block(drop_path_rate=0.5, drop_block=DropBlock2d)
+    made.drop_path.eval(), made.drop_block.eval()
+    plain = copy.deepcopy(made)
+    x = batch(made)
+    assert rel_diff(step(made, x), branches(lambda: step(plain, x))) < 1e-12  # float64
+    assert_same_training(made, plain)
+    assert taken == [True]
+
+
+@pytest.mark.parametrize('reduce', [Tensor.sum, lambda y: y[:, :, ::2, ::3].square().sum()], ids=['sum', 'slice'])
+def test_gradients_of_any_strides(reduce, taken):  # noqa: F811
+    made = block()
+    made.act = nn.Identity()
+    plain = copy.deepcopy(made)
+    x, x_plain = (batch(made).requires_grad_() for _ in range(2))
+    reduce(made(x)).backward()
+    branches(lambda: reduce(plain(x_plain)).backward())
+    assert (x.grad - x_plain.grad).abs().max() < 1e-12  # float64, where those of a sum cancel
+    assert_same_training(made, plain)
+    assert taken == [True]
+
+
+def test_two_images_of_one_pixel(taken):  # noqa: F811
+    made = block()
+    plain = copy.deepcopy(made)
+    x = batch(made, 1)
     step(made, x)
     branches(lambda: step(plain, x))
     assert_same_training(made, plain)
     assert taken == [True]
 
 
-def test_whole_model(taken):  # noqa: F811
-    made = timm.create_model('test_repvgg').double().train()
-    plain = copy.deepcopy(made)
-    x = images(4, 32, dtype=torch.float64)
-    y, expected = step(made, x), branches(lambda: step(plain, x))
-    assert rel_diff(y, expected) < 1e-11
-    for p, q in zip(made.parameters(), plain.parameters(), strict=True):
-        assert rel_diff(p.grad, q.grad) < 1e-10
-    assert all(taken)
+@pytest.mark.parametrize(('kind', 'px'), [('identity', 1), ('stride', 2)])
+def test_a_batch_without_statistics_is_pytorchs_error(kind, px, taken):  # noqa: F811
+    made = block(kind)
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        made(images(1, px, in_chans=made.conv_kxk.conv.in_channels, dtype=torch.float64))
+    assert taken == [False]
 
 
+# ---------------------------------------------------------------------------------------- the backward pass
+
+
+@pytest.mark.parametrize('wanted', ['input', 'kernel'])
 @pytest.mark.parametrize('kind', ['identity', 'stride'])
-def test_second_derivatives(kind, taken):  # noqa: F811
+def test_second_derivatives(kind, wanted, taken):  # noqa: F811
     """A penalty on the gradient, as gradient-penalised training has it."""
     made = block(kind)
+    made.conv_kxk.bn.bias.requires_grad_(False)
     plain = copy.deepcopy(made)
 
     def penalised(model: RepVGGBlock) -> Tensor:
         x = batch(model).requires_grad_()
-        (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        of = x if wanted == 'input' else model.conv_1x1.conv.weight
+        (grad,) = torch.autograd.grad(loss_of(model(x)), of, create_graph=True)
         grad.square().sum().backward()
         return x.grad
 
-    assert rel_diff(penalised(made), branches(lambda: penalised(plain))) < 1e-11
+    assert rel_diff(penalised(made), branches(lambda: penalised(plain))) < 1e-11  # float64
     for p, q in zip(made.parameters(), plain.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None)
-        assert p.grad is None or (p.grad - q.grad).abs().max() <= 1e-10 * q.grad.abs().max() + 1e-10
+        assert p.grad is None or (p.grad - q.grad).abs().max() <= 1e-10 * q.grad.abs().max() + 1e-10  # squared sums
+    for a, b in zip(made.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)  # float64; they move once
     assert taken == [True]
 
 
@@ -133,64 +215,158 @@ def test_gradient_checkpointing(reentrant, taken):  # noqa: F811
     x, x_plain = (batch(made).requires_grad_() for _ in range(2))
     checkpoint(made, x, use_reentrant=reentrant).square().sum().backward()
     branches(lambda: checkpoint(plain, x_plain, use_reentrant=reentrant).square().sum().backward())
-    assert rel_diff(x.grad, x_plain.grad) < 1e-11
+    assert rel_diff(x.grad, x_plain.grad) < 1e-11  # float64
     assert_same_training(made, plain)
-    assert all(taken)
+    assert taken == [True, True]
 
 
 def test_two_backward_passes():
     made = block()
     x = batch(made).requires_grad_()
     loss = made(x).square().sum()
-    first = torch.autograd.grad(loss, x, retain_graph=True)[0]
-    assert torch.equal(torch.autograd.grad(loss, x)[0], first)
+    wanted = [x, *made.parameters()]
+    first = torch.autograd.grad(loss, wanted, retain_graph=True)
+    assert all(map(torch.equal, torch.autograd.grad(loss, wanted), first))
+    with pytest.raises(RuntimeError, match='backward through the graph a second time'):
+        torch.autograd.grad(loss, wanted)
 
 
-def test_input_that_changes_before_the_backward_pass_is_an_error():
+def test_two_forward_passes_before_one_backward_pass(taken):  # noqa: F811
+    """The second one moves the running statistics, on which no gradient depends."""
     made = block()
+    plain = copy.deepcopy(made)
     x = batch(made)
-    loss = made(x).sum()
-    x.mul_(2)
+
+    def both(model: RepVGGBlock) -> None:
+        (loss_of(model(x)) + loss_of(model(x.flip(0, 3) ** 2))).backward()
+
+    both(made)
+    branches(lambda: both(plain))
+    assert_same_training(made, plain)
+    assert taken == [True, True]
+
+
+@pytest.mark.parametrize('name', ['input', 'conv_kxk.conv.weight', 'conv_1x1.conv.weight', 'conv_1x1.bn.weight'])
+def test_what_changes_before_the_backward_pass_is_an_error(name, taken):  # noqa: F811
+    made = block()
+    x = batch(made).requires_grad_(False)
+    x_of_block = x if name == 'input' else x.requires_grad_()
+    loss = made(x_of_block).sum()
+    with torch.no_grad():
+        (x if name == 'input' else made.get_parameter(name)).mul_(2)
     with pytest.raises(RuntimeError, match='modified by an inplace operation'):
         loss.backward()
+    assert taken == [True]
 
 
-def test_a_batch_without_statistics_is_pytorchs_error():
-    made = block()
-    with pytest.raises(ValueError, match='more than 1 value per channel'):
-        made(images(1, 1, in_chans=8, dtype=torch.float64))
+# --------------------------------------------------------------------------------------------- whole models
+
+
+def test_steps_of_a_whole_model(taken):  # noqa: F811
+    torch.manual_seed(0)
+    made = timm.create_model('test_repvgg').double().train()
+    plain = copy.deepcopy(made)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9) for model in (made, plain)]
+    for seed in range(2):
+        x = images(3, 17, seed=seed, dtype=torch.float64)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        y, expected = step(made, x), branches(lambda: step(plain, x))  # noqa: B023
+        assert rel_diff(y, expected) < 1e-10  # float64, through eleven layers
+        for (name, p), q in zip(made.named_parameters(), plain.parameters(), strict=True):
+            assert rel_diff(p.grad, q.grad) < 1e-9, name  # whose gradients cancel
+        for optimizer in optimizers:
+            optimizer.step()
+    for (name, a), b in zip(made.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10, msg=name)
+    assert taken == [True] * 22
+
+
+def test_as_exact_as_the_branches_in_float32(taken):  # noqa: F811
+    """On images whose mean is five times their deviation, where a careless variance loses most digits."""
+    torch.manual_seed(0)
+    model = timm.create_model('test_repvgg').train()
+    x = images(4, 32) + 5
+
+    def gradients(model: nn.Module, x: Tensor) -> Tensor:
+        step(model, x)
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    exact = branches(lambda: gradients(copy.deepcopy(model).double(), x.double()))
+    found, expected = gradients(copy.deepcopy(model), x), branches(lambda: gradients(copy.deepcopy(model), x))
+    # Which units are rounded to the other side of zero is chance, hence the factor.
+    assert (found - exact).norm() < 3 * (expected - exact).norm() + 1e-6 * exact.norm()
+    assert all(taken)
+
+
+# ------------------------------------------------------------------------------ where the branches are run
+
+OTHER_NORMS: dict[str, Callable[..., nn.Module]] = {
+    'cumulative average': lambda c, **dd: nn.BatchNorm2d(c, momentum=None, **dd),
+    'no affine': lambda c, **dd: nn.BatchNorm2d(c, affine=False, **dd),
+    'no statistics': lambda c, **dd: nn.BatchNorm2d(c, track_running_stats=False, **dd),
+    'groups': lambda c, **dd: nn.GroupNorm(1, c, **dd),
+    'synchronised': nn.SyncBatchNorm,
+}
 
 
 @pytest.mark.parametrize(
     'kwargs',
     [
-        dict(norm_layer=nn.SyncBatchNorm),
-        dict(norm_layer=lambda c, **dd: nn.BatchNorm2d(c, momentum=None, **dd)),
-        dict(norm_layer=lambda c, **dd: nn.BatchNorm2d(c, affine=False, **dd)),
-        dict(padding_mode='reflect'),
+        *(dict(norm_layer=norm) for norm in OTHER_NORMS.values()),
+        *(dict(padding_mode=mode) for mode in ('reflect', 'replicate', 'circular')),
         dict(drop_path_rate=0.5),
         dict(drop_block=nn.Dropout2d),
     ],
-    ids=['SyncBN', 'cumulative average', 'no affine', 'reflect', 'drop path', 'drop block'],
+    ids=[*OTHER_NORMS, 'reflect', 'replicate', 'circular', 'drop path', 'drop block'],
 )
 def test_other_training_takes_the_branches(kwargs, taken):  # noqa: F811
     made = block(**kwargs)
     plain = copy.deepcopy(made)
     x = batch(made)
-    try:
+    for _ in range(2):
         torch.manual_seed(0)
-        y = made(x)
+        y = step(made, x)
         torch.manual_seed(0)
-        assert torch.equal(y, branches(lambda: plain(x)))
-    except ValueError as error:
-        assert 'SyncBatchNorm' in str(error)  # noqa: PT017  on CPUs it is for evaluation alone
+        assert torch.equal(y, branches(lambda: step(plain, x)))
+    assert_same_training(made, plain)
+    assert taken == [False, False]
+
+
+def test_frozen_statistics_take_the_branches(taken):  # noqa: F811
+    made = block()
+    for norm in (made.conv_kxk.bn, made.conv_1x1.bn, made.identity):
+        norm.eval()
+    plain = copy.deepcopy(made)
+    x = batch(made, 33)
+    assert torch.equal(step(made, x), branches(lambda: step(plain, x)))
+    assert_same_training(made, plain)
+    assert made.identity.num_batches_tracked == 0
     assert taken == [False]
 
 
 def test_mixed_precision_takes_the_branches(taken):  # noqa: F811
     made = block(dtype=torch.float32)
+    plain = copy.deepcopy(made)
     x = batch(made, dtype=torch.float32)
-    with torch.autocast('cpu', torch.bfloat16):
-        made(x).sum().backward()
-    block(dtype=torch.bfloat16)(x.bfloat16())
+
+    def mixed(model: RepVGGBlock) -> None:
+        with torch.autocast('cpu', torch.bfloat16):
+            y = model(x)
+        loss_of(y.float()).backward()
+
+    mixed(made)
+    branches(lambda: mixed(plain))
+    assert_same_training(made, plain)
+    assert taken == [False]
+
+
+def test_half_precision_takes_the_branches(taken):  # noqa: F811
+    made = block(dtype=torch.bfloat16)
+    made(batch(made, dtype=torch.bfloat16)).float().sum().backward()
+    with torch.no_grad():
+        float_norms = block(dtype=torch.bfloat16)
+        for norm in (float_norms.conv_kxk.bn, float_norms.conv_1x1.bn, float_norms.identity):
+            norm.float()
+        float_norms(batch(made, dtype=torch.bfloat16))
     assert taken == [False, False]

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..variants import VARIANTS
-from .cases import WORK, Case, rival_of
+from .cases import WORK, Case, gmacs, rival_of
 from .measure import matmul_peak_gmacs_per_s, peak_memory_bytes, time_rounds
 from .models import PEERS, ModelName
 from .plots import save_plots
@@ -177,8 +177,8 @@ def _row(
 ) -> Row:
     latency_ms, p10, p90 = latency_quantiles_ms(seconds)
     runs_images = case.work in ('infer', 'train')
-    gmacs = case.gmacs() if case.work == 'infer' else None
-    rate = gmacs and gmacs * case.batch / latency_ms * 1e3
+    products = gmacs(case.model, case.form) if case.work == 'infer' else None
+    rate = products and products * case.batch / latency_ms * 1e3
     return Row(
         model=str(case.model),
         form=case.form,
@@ -192,7 +192,7 @@ def _row(
         latency_p10_ms=p10,
         latency_p90_ms=p90,
         images_per_s=1e3 * case.batch / latency_ms if runs_images else None,
-        gmacs=gmacs,
+        gmacs=products,
         gmacs_per_s=rate,
         peak_share_pct=rate and 100 * rate / matmul,
         peak_memory_mb=None if memory is None else memory / 1e6,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .models import Form, ModelName, own_rival
 from .runtimes import RUNTIMES
 
-__all__ = ['WORK', 'Case', 'WrongOutputError', 'rival_of']
+__all__ = ['WORK', 'Case', 'WrongOutputError', 'gmacs', 'rival_of']
 
 Work: TypeAlias = Literal['infer', 'train', 'load', 'fold']
 WORK = ('infer', 'train', 'load', 'fold')
@@ -76,15 +77,6 @@ class Case:
         if not diff <= _MAX_REL_DIFF[self.dtype]:
             raise WrongOutputError(f'{self.runtime} is off by {diff:.1e} of the largest output')
 
-    def gmacs(self) -> float:
-        """Multiply-adds of one image in the forward pass, in 1e9, as this form does them one after the other."""
-        x = replace(self, batch=1).batch_of_images()
-        with torch.device('meta'):
-            model = self.model.build(self.form)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model.to('meta')(x.to('meta'))
-        return counter.get_total_flops() / 2e9
-
     def saved_bytes(self) -> int:
         """What autograd keeps for the backward pass of one image, beside parameters, buffers and the image."""
         model, x = self.model.build(self.form).train(), replace(self, batch=1).batch_of_images()
@@ -98,6 +90,15 @@ class Case:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model(x)
         return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in ours)
+
+
+@cache
+def gmacs(model: ModelName, form: Form) -> float:
+    """Multiply-adds of one image in the forward pass, in 1e9, as this form does them one after the other."""
+    x = Case(model=model, form=form).batch_of_images()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.build(form).to('meta')(x.to('meta'))
+    return counter.get_total_flops() / 2e9
 
 
 def rival_of(case: Case, rival: str) -> Case | None:

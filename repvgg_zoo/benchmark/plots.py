@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 __all__ = ['save_plots']
 
 
+_COLOURS = [f'C{index}' for index in range(10)] + ['#1a3d5c', '#7a3b00', '#145214', '#5c1414']
+
+
 def save_plots(results: Results, folder: Path) -> list[str]:
     """Write those plots that the rows suffice for into a folder; returns the names of the files.
 
@@ -107,9 +110,9 @@ def _bars(
     for index, name in enumerate(names):
         found = {group(row): value(row) for row in rows if series(row) == name}
         places = [groups.index(key) + (index - (len(names) - 1) / 2) * width for key in found]
-        axes.bar(places, list(found.values()), width, label=name)
+        axes.bar(places, list(found.values()), width, label=name, color=_COLOURS[index])
     axes.set_xticks(range(len(groups)), groups, rotation=30 if len(groups) > 6 else 0)
-    axes.legend()
+    axes.legend(loc='upper left', bbox_to_anchor=(1, 1), fontsize=8)
     axes.grid(axis='y', alpha=0.3)
 
 
