@@ -9,6 +9,7 @@ import timm
 import torch
 from conftest import TIMM_NAMES, images
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from repvgg_zoo import VARIANTS, RepVGGBlock
 
@@ -154,3 +155,20 @@ def test_importing_does_nothing_but_register():
     changed, new = json.loads(done.stdout)  # and nothing else was printed
     assert changed == []
     assert new == ['repvgg_zoo']
+
+
+@pytest.mark.parametrize('name', ['repvgg_a0', 'repvgg_b1g4'])
+def test_deploy_form_runs_the_operators_of_timms_fused_model(name):
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x, lists = torch.randn(1, 3, 64, 64), []
+    theirs = timm.utils.reparameterize_model(getattr(timm.models.byobnet, name)().eval(), inplace=True)
+    for model in (timm.create_model(name, deploy=True).eval(), theirs):
+        called: list[str] = []
+        with torch.no_grad(), Operators():
+            model(x)
+        lists.append(called)
+    assert lists[0] == lists[1]

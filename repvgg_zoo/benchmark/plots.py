@@ -70,12 +70,12 @@ def _speed_accuracy(axes: Axes, rows: list[Row]) -> None:
     peers = [row for row in rows if row.form == 'plain']
     plain_family = sorted((r for r in family if VARIANTS[r.model].groups == 1), key=lambda row: row.images_per_s)
     axes.plot([r.images_per_s for r in plain_family], [r.top1_pct for r in plain_family], color='C3', zorder=1)
-    for label, group, color in (('RepVGG, deploy form', family, 'C3'), ('others', peers, 'C0')):
+    for label, group, color, above in (('RepVGG, deploy form', family, 'C3', 4), ('others', peers, 'C0', -9)):
         axes.scatter([r.images_per_s for r in group], [r.top1_pct for r in group], color=color, label=label, zorder=2)
         for row in group:
-            axes.annotate(
-                _name(row), (row.images_per_s, row.top1_pct), xytext=(4, 3), textcoords='offset points', fontsize=7
-            )
+            place = (row.images_per_s, row.top1_pct)
+            axes.annotate(_name(row), place, xytext=(4, above), textcoords='offset points', fontsize=7)
+    axes.margins(x=0.12)
     axes.set(xscale='log', xlabel='images per second', ylabel='published ImageNet top-1 (%)')
     axes.set_title(f'Speed and accuracy: {_setting_text(rows[0])}')
     axes.legend()
