@@ -26,7 +26,7 @@ from torch.nn.modules import module as nn_module
 from .recompute import train_branches
 from .reparam import BNStats, fold_block
 
-__all__ = ['ConvNorm', 'one_by_one', 'subsample', 'sum_branches']
+__all__ = ['ConvNorm', 'is_centred', 'one_by_one', 'subsample', 'sum_branches']
 
 _one_by_one = ContextVar('one_by_one', default=False)
 
@@ -119,9 +119,8 @@ def _is_conv_norm(branch: nn.Module) -> bool:
 
 def _fit_together(kxk: nn.Conv2d, point: nn.Conv2d) -> bool:
     """Whether the 1x1 kernel acts on the centre tap of the other one."""
-    centred = tuple(dilation * (size // 2) for dilation, size in zip(kxk.dilation, kxk.kernel_size, strict=True))
     return (
-        kxk.padding == centred
+        is_centred(kxk)
         and (point.kernel_size, point.stride, point.padding) == ((1, 1), (1, 1), (0, 0))
         and point.groups == kxk.groups
     )
@@ -137,6 +136,11 @@ def _drops(module: nn.Module) -> bool:
     """Whether stochastic depth or DropBlock does, or may do, anything."""
     idle = type(module) is nn.Identity or (type(module) in (DropPath, DropBlock2d) and not module.training)
     return not idle or _is_changed(module)
+
+
+def is_centred(conv: nn.Conv2d) -> bool:
+    """Whether the padding puts the kernel's centre tap on the first pixel."""
+    return conv.padding == tuple(d * (k // 2) for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
 
 
 def _records(x: Tensor, modules: Iterable[nn.Module]) -> bool:

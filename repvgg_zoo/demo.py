@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import timm
 import torch
@@ -21,14 +21,12 @@ from torch import Tensor
 from .atomic import new_folder
 from .convert import save_model
 from .manifest import weights_dir
+from .progress import Track
 from .repvgg import RepVGG
 
 __all__ = ['DemoRow', 'run_demo']
 
 _MODEL, _EPOCHS, _BATCH_SIZE, _LEARNING_RATE, _LATENCY_RUNS = 'test_repvgg', 3, 50, 1e-3, 50
-
-Track: TypeAlias = Callable[..., Iterable[Any]]
-"""Wraps an iterable with a progress bar: `track(iterable, description=…, total=…)`."""
 
 
 @dataclass(frozen=True, kw_only=True)

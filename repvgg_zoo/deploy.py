@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .branches import one_by_one
+from .branches import is_centred, one_by_one
 from .checkpoints import BLOCK_NAMES, BlockNames
 from .optimizer_guard import forget_folded, remember_folded
 from .reparam import BNStats, FoldError, fold_block
@@ -142,7 +142,7 @@ def _plan(path: str, block: nn.Module, names: BlockNames) -> _Fold:
     kxk, point = getattr(block, names.conv_kxk), getattr(block, names.conv_1x1)
     try:
         conv = kxk.conv
-        if conv.padding != tuple(d * (k // 2) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)):
+        if not is_centred(conv):
             raise FoldError(
                 f'its padding {conv.padding} does not centre a {conv.kernel_size} kernel of dilation {conv.dilation}'
             )

@@ -7,11 +7,10 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -29,6 +28,7 @@ from .hub import CARD, WEIGHT_FILES, HubError, download_weights, push_folder, sh
 from .listing import weights_page
 from .manifest import DEPLOY_SUFFIX, FoldCheck, WeightsRecord, read_manifest, weights_dir, write_manifest
 from .pretrained import load_state_dict, locate, weights_in
+from .progress import Track
 from .repvgg import RepVGG
 from .variants import suggestion
 
@@ -38,8 +38,6 @@ _logger = logging.getLogger(__name__)
 _MAX_FLOAT64_REL_DIFF = 1e-9
 """Some fifty layers of float64 rounding stay far below, and any wrong fold far above."""
 _HUB_REF = re.compile(r'(hf-hub:)?\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?')
-
-Track = Callable[..., Iterable[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)

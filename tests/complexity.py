@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from repvgg_zoo import RepVGG, Variant
+from repvgg_zoo.benchmark.cases import forward_gmacs
 
 __all__ = ['count_gmacs', 'count_params']
 
@@ -25,6 +25,4 @@ def count_gmacs(variant: Variant, *, input_px: int, num_classes: int = 1000) -> 
     published figures leave it out.
     """
     model = RepVGG(replace(variant, se=None), deploy=True, num_classes=num_classes, device='meta').eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, model.in_chans, input_px, input_px, device='meta'))
-    return counter.get_total_flops() / 2e9
+    return forward_gmacs(model, torch.empty(1, model.in_chans, input_px, input_px, device='meta'))

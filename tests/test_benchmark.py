@@ -52,6 +52,7 @@ def test_plan_has_every_combination_that_there_is():
         ('repvgg_c1', "unknown model 'repvgg_c1'; did you mean 'repvgg_b1'.*timm:NAME"),
         ('timm:resnet19', 'did you mean'),
         ('torchvision:resnet19', 'did you mean'),
+        ('timm:repvgg_b1g2', 'unknown model'),  # in timm's registry, but the zoo's
         ('keras:resnet50', "unknown source 'keras'"),
     ],
 )
@@ -192,6 +193,16 @@ def test_files(tmp_path):
     assert '| test_repvgg | training | eager |' in (tmp_path / 'results.md').read_text()
     plots = {path.name for path in tmp_path.iterdir()} - {'results.csv', 'results.json', 'results.md'}
     assert plots == {'forms.png', 'forms.svg', 'runtimes.png', 'runtimes.svg'}
+
+
+def test_table_leaves_out_what_is_empty_and_settings_that_are_the_same():
+    results = run(
+        plan(['repvgg_a0'], work=['train'], batches=[2], layouts=['contiguous', 'channels_last']), rival='repvgg_a0'
+    )
+    header, rows = results.table()
+    assert header == ('model', 'layout', 'latency_ms (p10 to p90)', 'images_per_s', 'saved MB', 'top-1 %')
+    assert [row[-2:] for row in rows] == [('14.5', '72.41')] * 2
+    assert results.constants() == 'form training, work train, runtime eager, batch 2, dtype float32, px 224'
 
 
 def test_command_line(tmp_path, capsys):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from repvgg_zoo import VARIANTS, RepVGGBlock
+from repvgg_zoo.benchmark.cases import saved_bytes
 
 BLOCKS = {
     'identity': dict(in_chs=8, out_chs=8),
@@ -19,21 +20,6 @@ BLOCKS = {
     'stride': dict(in_chs=8, out_chs=8, stride=2),
     'groups': dict(in_chs=8, out_chs=8, groups=4),
 }
-
-
-def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """What autograd keeps for the backward pass, beside parameters, buffers and the input."""
-    given = {t.untyped_storage().data_ptr() for t in (x, *model.parameters(), *model.buffers())}
-    saved: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = model.train()(x)
-    assert y.requires_grad
-    return sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in given)
 
 
 # ----------------------------------------------------------------------------------------------- in training
@@ -52,7 +38,9 @@ def test_training_keeps_two_thirds_of_what_timm_keeps():
 def test_a_block_keeps_two_outputs(kind, needs_grad):
     made = RepVGGBlock(**BLOCKS[kind])
     x = images(2, 9, in_chans=BLOCKS[kind]['in_chs']).requires_grad_(needs_grad)
-    output_bytes = made(x).nbytes
+    y = made(x)
+    assert y.requires_grad
+    output_bytes = y.nbytes
     norms = 2 + (made.identity is not None)
     statistics_bytes = norms * 2 * BLOCKS[kind]['out_chs'] * 4  # mean and 1 / sqrt(σ² + ε) in float32
     assert saved_bytes(made, x) <= 2 * output_bytes + statistics_bytes

@@ -8,15 +8,16 @@ import itertools
 import logging
 import platform
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 
+from ..progress import Track
 from ..variants import VARIANTS
 from .cases import WORK, Case, gmacs, rival_of
 from .measure import matmul_peak_gmacs_per_s, peak_memory_bytes, time_rounds
@@ -26,10 +27,6 @@ from .report import Results, Row, latency_quantiles_ms
 from .runtimes import RUNTIMES
 
 __all__ = ['FULL', 'QUICK', 'RUNTIMES', 'WORK', 'Results', 'plan', 'run_benchmark', 'write_results']
-
-Track: TypeAlias = Callable[..., Iterable[Any]]
-"""Wraps an iterable with a progress bar: `track(iterable, description=…, total=…)`."""
-
 
 _PAPER = [name for name, variant in VARIANTS.items() if variant.se is None and variant.total_stride == 32]
 

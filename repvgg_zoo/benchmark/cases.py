@@ -14,10 +14,11 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..compare import rel_diff
 from .models import Form, ModelName, own_rival
 from .runtimes import RUNTIMES
 
-__all__ = ['WORK', 'Case', 'WrongOutputError', 'gmacs', 'rival_of']
+__all__ = ['WORK', 'Case', 'WrongOutputError', 'forward_gmacs', 'gmacs', 'rival_of', 'saved_bytes']
 
 Work: TypeAlias = Literal['infer', 'train', 'load', 'fold']
 WORK = ('infer', 'train', 'load', 'fold')
@@ -73,31 +74,39 @@ class Case:
         return _nothing, torch.no_grad()(lambda _: run())
 
     def _check(self, output: Any, expected: Tensor) -> None:
-        diff = (torch.as_tensor(output).double() - expected.double()).abs().max() / expected.double().abs().max()
+        diff = rel_diff(expected, torch.as_tensor(output))
         if not diff <= _MAX_REL_DIFF[self.dtype]:
             raise WrongOutputError(f'{self.runtime} is off by {diff:.1e} of the largest output')
 
     def saved_bytes(self) -> int:
-        """What autograd keeps for the backward pass of one image, beside parameters, buffers and the image."""
-        model, x = self.model.build(self.form).train(), replace(self, batch=1).batch_of_images()
-        ours = {t.untyped_storage().data_ptr() for t in (x, *model.parameters(), *model.buffers())}
-        kept: dict[int, Tensor] = {}
+        """What autograd keeps of one image for the backward pass, see `saved_bytes`."""
+        return saved_bytes(self.model.build(self.form), replace(self, batch=1).batch_of_images())
 
-        def pack(tensor: Tensor) -> Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor  # holds it, so that no address comes twice
-            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model(x)
-        return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in ours)
+def saved_bytes(model: nn.Module, x: Tensor) -> int:
+    """What autograd keeps for the backward pass of a model in train mode, beside parameters, buffers and the input."""
+    given = {t.untyped_storage().data_ptr() for t in (x, *model.parameters(), *model.buffers())}
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.train()(x)
+    return sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in given)
 
 
 @cache
 def gmacs(model: ModelName, form: Form) -> float:
     """Multiply-adds of one image in the forward pass, in 1e9, as this form does them one after the other."""
-    x = Case(model=model, form=form).batch_of_images()
+    return forward_gmacs(model.build(form).to('meta'), Case(model=model, form=form).batch_of_images().to('meta'))
+
+
+def forward_gmacs(model: nn.Module, x: Tensor) -> float:
+    """Multiply-adds of the convolutions and matrix products of a forward pass, in 1e9; the meta device will do."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.build(form).to('meta')(x.to('meta'))
+        model(x)
     return counter.get_total_flops() / 2e9
 
 

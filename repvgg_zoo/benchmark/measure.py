@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..progress import Track
 from .cases import Case
 
 __all__ = ['matmul_peak_gmacs_per_s', 'peak_memory_bytes', 'time_rounds']
@@ -22,7 +23,7 @@ _SLICE_S = 0.1
 
 
 def time_rounds(
-    runs: list[tuple[Callable[[], Any], Callable[[Any], Any]]], *, rounds: int, track: Callable[..., Iterable[Any]]
+    runs: list[tuple[Callable[[], Any], Callable[[Any], Any]]], *, rounds: int, track: Track
 ) -> list[list[float]]:
     """Seconds of each run, of each pair of setting-up and run; in every round another one begins.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
 
 import timm
 import torchvision
-from timm.models import byobnet, get_pretrained_cfg, is_model
+from timm.models import byobnet, get_pretrained_cfg
 from timm.utils import reparameterize_model
 from torch import nn
 
@@ -60,15 +61,11 @@ class ModelName(NamedTuple):
         """Raises `ValueError` for a name that its source does not have, with those that it might be."""
         source, _, name = text.rpartition(':')
         source = source or 'zoo'
-        known = {
-            'zoo': list(VARIANTS),
-            'timm': timm.list_models(exclude_filters=[]),
-            'torchvision': torchvision.models.list_models(torchvision.models),
-        }
-        if source not in known:
+        if source not in _LISTS:
             raise ValueError(f'unknown source {source!r} of {text!r}; it can be timm: or torchvision:')
-        if name not in known[source] and not (source == 'timm' and is_model(name)):
-            hint = suggestion(name, known[source])
+        known = _LISTS[source]()
+        if (name.partition('.')[0] if source == 'timm' else name) not in known:
+            hint = suggestion(name, known)
             others = '' if source != 'zoo' else '; models of others are called timm:NAME or torchvision:NAME'
             raise ValueError(f'unknown model {text!r};{hint or " see the lists of its source"}{others}')
         return cls(source, name)
@@ -115,6 +112,18 @@ class ModelName(NamedTuple):
         else:
             model = timm.create_model(self.name)
         return model.eval()
+
+
+def _timms_models() -> list[str]:
+    """Without those of the zoo in timm's registry that timm itself has not."""
+    return [name for name in timm.list_models() if name not in VARIANTS or hasattr(byobnet, name)]
+
+
+_LISTS: dict[str, Callable[[], list[str]]] = {
+    'zoo': lambda: list(VARIANTS),
+    'timm': _timms_models,
+    'torchvision': lambda: torchvision.models.list_models(torchvision.models),
+}
 
 
 def own_rival(name: ModelName) -> ModelName | None:

@@ -27,7 +27,7 @@ def save_plots(results: Results, folder: Path) -> list[str]:
     from matplotlib.figure import Figure
 
     matplotlib.rcParams['svg.hashsalt'] = ''  # the same bytes each time
-    inferred = [row for row in results.rows if row.work == 'infer' and not _is_timms_repvgg(row)]
+    inferred = [row for row in results.rows if row.work == 'infer' and (row.form == 'plain' or row.model in VARIANTS)]
     accuracy = _of_first_setting([row for row in inferred if row.top1_pct and row.form != 'training'])
     forms = _of_first_setting([row for row in inferred if row.form != 'plain'])
     runtimes = [row for row in inferred if row.form == 'deploy']
@@ -46,10 +46,6 @@ def save_plots(results: Results, folder: Path) -> list[str]:
             figure.savefig(folder / f'{name}.{suffix}', dpi=120, metadata={'Date': None} if suffix == 'svg' else None)
             names.append(f'{name}.{suffix}')
     return names
-
-
-def _is_timms_repvgg(row: Row) -> bool:
-    return row.model.removeprefix('timm:') != row.model and row.form != 'plain'
 
 
 def _setting(row: Row) -> tuple[str, int, str, str]:
@@ -88,7 +84,9 @@ def _forms(axes: Axes, rows: list[Row]) -> None:
 
 
 def _runtimes(axes: Axes, rows: list[Row]) -> None:
-    label = lambda row: row.runtime if row.dtype == 'float32' else f'{row.runtime}, {row.dtype}'  # noqa: E731
+    def label(row: Row) -> str:
+        return row.runtime if row.dtype == 'float32' else f'{row.runtime}, {row.dtype}'
+
     first = [row for row in rows if (row.batch, row.layout) == (rows[0].batch, rows[0].layout)]
     _bars(axes, first, series=label, group=_name, value=lambda row: row.peak_share_pct)
     axes.set(

@@ -55,27 +55,23 @@ class Results:
     skipped: list[str] = field(default_factory=list)
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Header and rows for reading: no column that is empty or says the same everywhere."""
+        """Header and rows for reading: no column that is empty, and no setting that is the same in all rows."""
         columns = [f.name for f in fields(Row) if f.name not in ('latency_p10_ms', 'latency_p90_ms', 'gmacs')]
         cells = {name: [_cell(name, getattr(row, name)) for row in self.rows] for name in columns}
         cells['latency_ms'] = [
             f'{row.latency_ms:.1f} ({row.latency_p10_ms:.1f} to {row.latency_p90_ms:.1f})' for row in self.rows
         ]
-        kept = [
-            name
-            for name in columns
-            if name in ('model', 'latency_ms') or len(set(cells[name])) > 1 or self._few(cells[name])
-        ]
+        constant = self._constants()
+        kept = [name for name in columns if any(cells[name]) and name not in constant]
         return tuple(_TITLES.get(name, name) for name in kept), list(zip(*(cells[name] for name in kept), strict=True))
-
-    def _few(self, cells: Sequence[str]) -> bool:
-        return len(self.rows) == 1 and cells[0] != ''
 
     def constants(self) -> str:
         """What is the same in all rows, which the table leaves out."""
-        names = ('form', 'work', 'runtime', 'batch', 'dtype', 'layout', 'px')
-        values = {name: {getattr(row, name) for row in self.rows} for name in names}
-        return ', '.join(f'{name} {found.pop()}' for name, found in values.items() if len(found) == 1)
+        return ', '.join(f'{name} {value}' for name, value in self._constants().items())
+
+    def _constants(self) -> dict[str, Any]:
+        values = {name: {getattr(row, name) for row in self.rows} for name in _SETTING}
+        return {name: found.pop() for name, found in values.items() if len(found) == 1}
 
     def markdown(self) -> str:
         header, rows = self.table()
@@ -94,6 +90,7 @@ class Results:
         return json.dumps(asdict(self), indent=2) + '\n'
 
 
+_SETTING = ('form', 'work', 'runtime', 'batch', 'dtype', 'layout', 'px')
 _TITLES = {
     'latency_ms': 'latency_ms (p10 to p90)',
     'peak_share_pct': 'share of peak %',
