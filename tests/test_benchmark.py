@@ -178,6 +178,19 @@ def test_rounds_take_turns_and_drop_the_first_run(monkeypatch):
     assert [len(found) for found in seconds] == [3, 3, 3]
 
 
+def test_turns_go_on_until_their_time_is_up(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr('repvgg_zoo.benchmark.measure.time.perf_counter', lambda: now[0])
+
+    def run_of(seconds):
+        return lambda: None, lambda _: now.__setitem__(0, now[0] + seconds.pop())
+
+    short, long = run_of([0.03, 0.03, 0.03, 0.05]), run_of([7.0])
+    found = time_rounds([short, long], rounds=1, track=track)
+    assert found[0] == pytest.approx([0.03, 0.03])  # 0.05 on caches that others filled, and 0.1 s are over
+    assert found[1] == [7.0]
+
+
 def test_quantiles():
     assert latency_quantiles_ms([0.001 * n for n in range(11)]) == pytest.approx((5, 1, 9))
     assert latency_quantiles_ms([0.002]) == (2, 2, 2)

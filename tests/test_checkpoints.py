@@ -10,7 +10,7 @@ from conftest import images, randomise, rel_diff
 from safetensors.torch import load_file, save_file
 
 import repvgg_zoo
-from repvgg_zoo import CheckpointError, load_checkpoint
+from repvgg_zoo import CheckpointError, FoldError, load_checkpoint
 from repvgg_zoo.checkpoints import (
     check_fit,
     fold_state_dict,
@@ -166,6 +166,12 @@ def test_fold_of_a_state_dict_is_the_switch(name):
         model = timm.create_model(name)
         folded = fold_state_dict(model.state_dict())
         assert folded.keys() == timm.create_model(name, device='meta', deploy=True).state_dict().keys()
+
+
+def test_fold_of_statistics_that_are_none(state_dict):
+    state_dict['stages.0.1.identity.running_var'][3] = -1
+    with pytest.raises(FoldError, match=r"cannot fold block 'stages\.0\.1': running variance -1\.0 in channel 3"):
+        fold_state_dict(state_dict)
 
 
 def test_fold_of_an_incomplete_block(state_dict):

@@ -12,6 +12,7 @@ from conftest import images, randomise, rel_diff
 from safetensors.torch import load_file, save_file
 
 from repvgg_zoo import CheckpointError
+from repvgg_zoo.checkpoints import read_checkpoint
 from repvgg_zoo.manifest import read_manifest
 from repvgg_zoo.pretrained import load_pretrained
 
@@ -55,6 +56,19 @@ def test_bundled_weights_are_of_the_form_of_their_tag(model, x):
     assert rel_diff(deployed(x), model(x)) < 1e-5
     folded = timm.create_model('test_repvgg', pretrained=True, deploy=True).eval()
     assert all(torch.equal(folded.state_dict()[key], value) for key, value in deployed.state_dict().items())
+
+
+def test_training_weights_are_folded_in_the_memory_they_were_read_into(monkeypatch):
+    addresses = set()
+
+    def read(path):
+        state_dict = read_checkpoint(path)
+        addresses.update(value.data_ptr() for value in state_dict.values())
+        return state_dict
+
+    monkeypatch.setattr('repvgg_zoo.pretrained.read_checkpoint', read)
+    model = timm.create_model('test_repvgg', pretrained=True, deploy=True)
+    assert {p.data_ptr() for name, p in model.named_parameters() if name.endswith('weight')} <= addresses
 
 
 @pytest.mark.parametrize('name', ['test_repvgg.cifar10', 'test_repvgg.cifar10_deploy'])

@@ -526,6 +526,15 @@ sys.exit(status)
 """
 
 
+def test_forms_are_compared_by_their_branches(tmp_path, monkeypatch, taken):
+    """Or a wrong fold would be compared with itself, on images that are worth a fold for one call."""
+    batch = torch.randn(2, 3, 128, 128)
+    monkeypatch.setattr('repvgg_zoo.publish.images_for', lambda *_: iter([batch]))
+    build_folders(NAME, owner='zoo', out=tmp_path)
+    assert len(taken) > 11
+    assert not any(taken)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('arch', [name for name in VARIANTS if name != 'test_repvgg'])
 def test_official_checkpoint_to_the_hub_and_back(arch, checkout, tmp_path):

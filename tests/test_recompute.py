@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from conftest import images, rel_diff
-from test_branches import branches, one_thread, taken  # noqa: F401
+from test_branches import branches, one_thread  # noqa: F401
 from timm.layers import DropBlock2d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -71,7 +71,7 @@ def assert_same_training(found: nn.Module, expected: nn.Module) -> None:
 
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('kind', BLOCKS)
-def test_gradients_and_statistics(kind, layout, taken):  # noqa: F811
+def test_gradients_and_statistics(kind, layout, taken):
     made = block(kind).to(memory_format=LAYOUTS[layout])
     plain = copy.deepcopy(made)
     for _ in range(2):  # the running statistics move twice, gradients add up; images of 9 x 8 pixels
@@ -99,7 +99,7 @@ def test_gradients_are_those_of_finite_differences(kwargs):
     assert torch.autograd.gradgradcheck(output, (x, *made.parameters()), fast_mode=True)
 
 
-def test_each_branch_has_its_own_momentum_and_eps(taken):  # noqa: F811
+def test_each_branch_has_its_own_momentum_and_eps(taken):
     made = block()
     for i, norm in enumerate((made.conv_kxk.bn, made.conv_1x1.bn, made.identity)):
         norm.momentum, norm.eps = (0.0, 0.7, 1.0)[i], 0.1 * (i + 1)
@@ -112,7 +112,7 @@ def test_each_branch_has_its_own_momentum_and_eps(taken):  # noqa: F811
 
 @pytest.mark.parametrize('needs_grad', [False, True], ids=['images', 'features'])
 @pytest.mark.parametrize('frozen', ['conv_kxk.conv', 'conv_1x1.conv', 'conv_1x1.bn', 'identity', 'all but identity'])
-def test_frozen_parameters(frozen, needs_grad, taken):  # noqa: F811
+def test_frozen_parameters(frozen, needs_grad, taken):
     made = block()
     if frozen == 'all but identity':
         made.requires_grad_(False).identity.requires_grad_()
@@ -128,7 +128,7 @@ def test_frozen_parameters(frozen, needs_grad, taken):  # noqa: F811
 
 
 @pytest.mark.parametrize('context', [torch.no_grad, torch.inference_mode])
-def test_statistics_move_without_gradients(context, taken):  # noqa: F811
+def test_statistics_move_without_gradients(context, taken):
     """As they do when the statistics are estimated again."""
     made = block()
     plain = copy.deepcopy(made)
@@ -140,7 +140,7 @@ def test_statistics_move_without_gradients(context, taken):  # noqa: F811
     assert taken == [True]
 
 
-def test_stochastic_depth_that_is_off(taken):  # noqa: F811
+def test_stochastic_depth_that_is_off(taken):
     made = block(drop_path_rate=0.5, drop_block=DropBlock2d)
     made.drop_path.eval(), made.drop_block.eval()
     plain = copy.deepcopy(made)
@@ -151,7 +151,7 @@ def test_stochastic_depth_that_is_off(taken):  # noqa: F811
 
 
 @pytest.mark.parametrize('reduce', [Tensor.sum, lambda y: y[:, :, ::2, ::3].square().sum()], ids=['sum', 'slice'])
-def test_gradients_of_any_strides(reduce, taken):  # noqa: F811
+def test_gradients_of_any_strides(reduce, taken):
     made = block()
     made.act = nn.Identity()
     plain = copy.deepcopy(made)
@@ -163,7 +163,7 @@ def test_gradients_of_any_strides(reduce, taken):  # noqa: F811
     assert taken == [True]
 
 
-def test_two_images_of_one_pixel(taken):  # noqa: F811
+def test_two_images_of_one_pixel(taken):
     made = block()
     plain = copy.deepcopy(made)
     x = batch(made, 1)
@@ -174,7 +174,7 @@ def test_two_images_of_one_pixel(taken):  # noqa: F811
 
 
 @pytest.mark.parametrize(('kind', 'px'), [('identity', 1), ('stride', 2)])
-def test_a_batch_without_statistics_is_pytorchs_error(kind, px, taken):  # noqa: F811
+def test_a_batch_without_statistics_is_pytorchs_error(kind, px, taken):
     made = block(kind)
     with pytest.raises(ValueError, match='more than 1 value per channel'):
         made(images(1, px, in_chans=made.conv_kxk.conv.in_channels, dtype=torch.float64))
@@ -186,9 +186,9 @@ def test_a_batch_without_statistics_is_pytorchs_error(kind, px, taken):  # noqa:
 
 @pytest.mark.parametrize('wanted', ['input', 'kernel'])
 @pytest.mark.parametrize('kind', ['identity', 'stride'])
-def test_second_derivatives(kind, wanted, taken):  # noqa: F811
+def test_second_derivatives(kind, wanted, taken):
     """A penalty on the gradient, as gradient-penalised training has it."""
-    made = block(kind)
+    made = block(kind, norm_layer=lambda c, **dd: nn.BatchNorm2d(c, eps=0.1, **dd))
     made.conv_kxk.bn.bias.requires_grad_(False)
     plain = copy.deepcopy(made)
 
@@ -209,7 +209,7 @@ def test_second_derivatives(kind, wanted, taken):  # noqa: F811
 
 
 @pytest.mark.parametrize('reentrant', [False, True])
-def test_gradient_checkpointing(reentrant, taken):  # noqa: F811
+def test_gradient_checkpointing(reentrant, taken):
     made = block()
     plain = copy.deepcopy(made)
     x, x_plain = (batch(made).requires_grad_() for _ in range(2))
@@ -231,7 +231,7 @@ def test_two_backward_passes():
         torch.autograd.grad(loss, wanted)
 
 
-def test_two_forward_passes_before_one_backward_pass(taken):  # noqa: F811
+def test_two_forward_passes_before_one_backward_pass(taken):
     """The second one moves the running statistics, on which no gradient depends."""
     made = block()
     plain = copy.deepcopy(made)
@@ -247,7 +247,7 @@ def test_two_forward_passes_before_one_backward_pass(taken):  # noqa: F811
 
 
 @pytest.mark.parametrize('name', ['input', 'conv_kxk.conv.weight', 'conv_1x1.conv.weight', 'conv_1x1.bn.weight'])
-def test_what_changes_before_the_backward_pass_is_an_error(name, taken):  # noqa: F811
+def test_what_changes_before_the_backward_pass_is_an_error(name, taken):
     made = block()
     x = batch(made).requires_grad_(False)
     x_of_block = x if name == 'input' else x.requires_grad_()
@@ -262,7 +262,7 @@ def test_what_changes_before_the_backward_pass_is_an_error(name, taken):  # noqa
 # --------------------------------------------------------------------------------------------- whole models
 
 
-def test_steps_of_a_whole_model(taken):  # noqa: F811
+def test_steps_of_a_whole_model(taken):
     torch.manual_seed(0)
     made = timm.create_model('test_repvgg').double().train()
     plain = copy.deepcopy(made)
@@ -282,7 +282,7 @@ def test_steps_of_a_whole_model(taken):  # noqa: F811
     assert taken == [True] * 22
 
 
-def test_as_exact_as_the_branches_in_float32(taken):  # noqa: F811
+def test_as_exact_as_the_branches_in_float32(taken):
     """On images whose mean is five times their deviation, where a careless variance loses most digits."""
     torch.manual_seed(0)
     model = timm.create_model('test_repvgg').train()
@@ -320,7 +320,7 @@ OTHER_NORMS: dict[str, Callable[..., nn.Module]] = {
     ],
     ids=[*OTHER_NORMS, 'reflect', 'replicate', 'circular', 'drop path', 'drop block'],
 )
-def test_other_training_takes_the_branches(kwargs, taken):  # noqa: F811
+def test_other_training_takes_the_branches(kwargs, taken):
     made = block(**kwargs)
     plain = copy.deepcopy(made)
     x = batch(made)
@@ -333,7 +333,7 @@ def test_other_training_takes_the_branches(kwargs, taken):  # noqa: F811
     assert taken == [False, False]
 
 
-def test_frozen_statistics_take_the_branches(taken):  # noqa: F811
+def test_frozen_statistics_take_the_branches(taken):
     made = block()
     for norm in (made.conv_kxk.bn, made.conv_1x1.bn, made.identity):
         norm.eval()
@@ -345,7 +345,7 @@ def test_frozen_statistics_take_the_branches(taken):  # noqa: F811
     assert taken == [False]
 
 
-def test_mixed_precision_takes_the_branches(taken):  # noqa: F811
+def test_mixed_precision_takes_the_branches(taken):
     made = block(dtype=torch.float32)
     plain = copy.deepcopy(made)
     x = batch(made, dtype=torch.float32)
@@ -361,7 +361,7 @@ def test_mixed_precision_takes_the_branches(taken):  # noqa: F811
     assert taken == [False]
 
 
-def test_half_precision_takes_the_branches(taken):  # noqa: F811
+def test_half_precision_takes_the_branches(taken):
     made = block(dtype=torch.bfloat16)
     made(batch(made, dtype=torch.bfloat16)).float().sum().backward()
     with torch.no_grad():
@@ -370,3 +370,10 @@ def test_half_precision_takes_the_branches(taken):  # noqa: F811
             norm.float()
         float_norms(batch(made, dtype=torch.bfloat16))
     assert taken == [False, False]
+
+
+def test_mixed_dtypes_are_pytorchs_error():
+    made = block(dtype=torch.float32)
+    made.identity.weight, made.identity.bias = (nn.Parameter(p.double()) for p in made.identity.parameters())
+    with pytest.raises(RuntimeError, match='mixed dtype'):
+        made(batch(made, dtype=torch.float32))
