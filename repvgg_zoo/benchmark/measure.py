@@ -25,13 +25,15 @@ _SLICE_S = 0.1
 def time_rounds(
     runs: list[tuple[Callable[[], Any], Callable[[Any], Any]]], *, rounds: int, track: Track
 ) -> list[list[float]]:
-    """Seconds of each run, of each pair of setting-up and run; in every round another one begins.
+    """Seconds of each run, of each pair of setting-up and run; every round is in an order of its own.
 
-    A slow spell of the machine so falls on all of them. The first run of each turn, on caches that the others
+    A slow spell of the machine so falls on all of them, and none always follows the same other one, which can cost
+    some per cent. The first run of each turn, on caches that the others
     filled, does not count, unless the run takes more than the turn itself.
     """
     seconds: list[list[float]] = [[] for _ in runs]
-    turns = [(index + first) % len(runs) for first in range(rounds) for index in range(len(runs))]
+    generator = torch.Generator().manual_seed(0)
+    turns = [turn for _ in range(rounds) for turn in torch.randperm(len(runs), generator=generator).tolist()]
     for turn in track(turns, description='timing'):
         seconds[turn] += _turn(*runs[turn])
     return seconds
