@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         'torchvision:NAME; the default are the models of the paper and of its related work.',
     )
     sub.add_argument('models', metavar='MODEL', nargs='*', help='models to measure (those of the paper)')
-    sub.add_argument('--quick', action='store_true', help='some models, all runtimes, few rounds: three minutes')
+    sub.add_argument('--quick', action='store_true', help='some models, five runtimes, few rounds: three minutes')
     sub.add_argument('--work', nargs='+', choices=('infer', 'train', 'load', 'fold'), default=['infer'])
     sub.add_argument('--forms', nargs='+', choices=('training', 'deploy'), default=['training', 'deploy'])
     sub.add_argument('--runtimes', nargs='+', choices=_RUNTIMES, help='(eager)')
