@@ -1,4 +1,4 @@
-"""The RepVGG block in both forms."""
+"""What all blocks share, and the RepVGG block, in both forms."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,11 +10,75 @@ from torch import Tensor, nn
 from . import deploy as _deploy
 from .branches import ConvNorm, subsample, sum_branches
 from .checkpoints import CheckpointError, fold_state_dict
+from .reparam import BNStats, fold_block
 
-__all__ = ['RepVGGBlock']
+__all__ = ['ReparamBlock', 'RepVGGBlock']
 
 
-class RepVGGBlock(nn.Module):
+class ReparamBlock(nn.Module):
+    """A block that is a sum of branches to train and one 3x3 convolution, `reparam_conv`, to deploy."""
+
+    reparam_conv: nn.Conv2d | None
+    has_identity: bool
+    """Whether the training form has an identity branch, in a member that knows one."""
+
+    @torch.jit.ignore
+    def switch_to_deploy(self, *, verify: Tensor | None = None) -> 'ReparamBlock':
+        """Fold the branches into one convolution, in place; see `repvgg_zoo.switch_to_deploy`."""
+        return _deploy.switch_to_deploy(self, verify=verify)
+
+    @torch.jit.ignore
+    def reparameterize(self) -> 'ReparamBlock':
+        """`switch_to_deploy()` by timm's name."""
+        return self.switch_to_deploy()
+
+    @torch.jit.ignore
+    def equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
+        """The kernel `(C_out, C_in / groups, 3, 3)` and bias `(C_out,)` of the convolution that the block is in eval mode.
+
+        A differentiable function of the parameters and running statistics, in their dtype, float32 at least (of a
+        block of the deploy form, its convolution's own): for regularisation, pruning and quantization.
+        """
+        if self.reparam_conv is not None:
+            return self.reparam_conv.weight, self.reparam_conv.bias
+        return self._sum_of_kernels()
+
+    def _sum_of_kernels(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _holds_training(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
+        """Whether a state dict holds branches of this block."""
+        raise NotImplementedError
+
+    def _folded(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The deploy form of this block's own state dict of the training form."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def fold_state_dict(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Replace this block's branches, if they are there, by their fold."""
+        if self._holds_training(state_dict, prefix):
+            own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+            folded = self._folded(own)
+            for key in own.keys() - folded.keys():
+                del state_dict[prefix + key]
+            state_dict.update({prefix + key: value for key, value in folded.items()})
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *args: Any
+    ) -> None:
+        """Fold training weights that are loaded into the deploy form, wherever the block stands."""
+        if self.reparam_conv is not None:
+            self.fold_state_dict(state_dict, prefix)
+        elif self.reparam_conv is None and f'{prefix}reparam_conv.weight' in state_dict:
+            raise CheckpointError(
+                'deploy-form weights do not go into a training-form model as they are: the branches cannot be told '
+                'from their sum; create the model with deploy=True, or load with unfold=True'
+            )
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+
+
+class RepVGGBlock(ReparamBlock):
     """act(attn(BN(3x3 · x) + BN(1x1 · x) + BN(x))) to train, act(attn(3x3 · x + b)) to deploy.
 
     `(N, C_in, H, W)` to `(N, C_out, H / stride, W / stride)`, rounded up; arXiv 2101.03697, figure 4 and
@@ -52,6 +116,7 @@ class RepVGGBlock(nn.Module):
             stride=stride, padding=dilation, dilation=dilation, groups=groups, padding_mode=padding_mode
         )
         self.stride = stride
+        self.has_identity = identity
         self.norm_eps: float = norm_layer(1).eps
         self.reparam_conv = nn.Conv2d(in_chs, out_chs, 3, **kxk, **dd) if deploy else None
         training: dict[str, Any] = dict(norm_layer=norm_layer, **dd)
@@ -84,31 +149,20 @@ class RepVGGBlock(nn.Module):
             return self.attn(self.act(y))
         return self.act(self.attn(y))
 
-    @torch.jit.ignore
-    def switch_to_deploy(self, *, verify: Tensor | None = None) -> 'RepVGGBlock':
-        """Fold the branches into one convolution, in place; see `repvgg_zoo.switch_to_deploy`."""
-        return _deploy.switch_to_deploy(self, verify=verify)
+    def _sum_of_kernels(self) -> tuple[Tensor, Tensor]:
+        kxk, point, identity = self.conv_kxk, self.conv_1x1, self.identity
+        wide = torch.promote_types(kxk.conv.weight.dtype, torch.float32)
+        return fold_block(
+            kxk.conv.weight.to(wide),
+            BNStats.of(kxk.bn),
+            point.conv.weight.to(wide),
+            BNStats.of(point.bn),
+            None if identity is None else BNStats.of(identity),
+            sum_dtype=wide,
+        )
 
-    @torch.jit.ignore
-    def reparameterize(self) -> 'RepVGGBlock':
-        """`switch_to_deploy()` by timm's name."""
-        return self.switch_to_deploy()
+    def _holds_training(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
+        return f'{prefix}conv_kxk.conv.weight' in state_dict
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *args: Any
-    ) -> None:
-        """Fold training weights that are loaded into the deploy form, wherever the block stands."""
-        holds_training = f'{prefix}conv_kxk.conv.weight' in state_dict
-        holds_deploy = f'{prefix}reparam_conv.weight' in state_dict
-        if self.reparam_conv is not None and holds_training:
-            own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
-            folded = fold_state_dict(own, eps=self.norm_eps)
-            for key in own.keys() - folded.keys():
-                del state_dict[key]
-            state_dict.update(folded)
-        elif self.reparam_conv is None and holds_deploy:
-            raise CheckpointError(
-                'deploy-form weights do not go into a training-form model: the branches cannot be told from their '
-                'sum; create the model with deploy=True'
-            )
-        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+    def _folded(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return fold_state_dict(state_dict, eps=self.norm_eps)

@@ -100,7 +100,7 @@ class _Layout:
         return table
 
 
-_TIMM_MARKER = re.compile(r'stem\.(conv_kxk|reparam_conv)\.')
+_TIMM_MARKER = re.compile(r'stem\.(conv_kxk|reparam_conv|branches)\.')
 _FOREIGN_LAYOUTS = (
     _Layout(
         name='official RepVGG',
@@ -207,13 +207,15 @@ def _replace_prefix(text: str, table: Mapping[str, str]) -> str | None:
 # ------------------------------------------------------------------------------------------------ forms
 
 _KXK, _DEPLOY = f'{_TIMM.conv_kxk}.conv.weight', f'{_TIMM.reparam_conv}.weight'
+_FAMILY = re.compile(r'(^|\.)branches\.')
+"""Matches the branches of `family.FamilyBlock`, which alone knows how they fold."""
 _BRANCHES = tuple(f'{branch}.' for branch in (_TIMM.conv_kxk, _TIMM.conv_1x1, _TIMM.identity))
 
 
 def form_of(state_dict: Iterable[str]) -> Form:
     """The form that a state dict in timm's layout holds; raises `CheckpointError` for a mixture."""
     keys = list(state_dict)
-    training = [key for key in keys if key.endswith(_KXK)]
+    training = [key for key in keys if key.endswith(_KXK) or _FAMILY.search(key)]
     deploy = [key for key in keys if key.endswith(_DEPLOY)]
     if training and deploy:
         raise CheckpointError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -94,18 +94,21 @@ class _Fold(NamedTuple):
     """A block that was found to be foldable."""
 
     block: nn.Module
-    names: BlockNames
+    parts: tuple[str, ...]
+    """The attributes that hold the branches."""
+    reparam_conv: str
+    folded_conv: Callable[[], nn.Conv2d]
 
     def apply(self) -> Callable[[], None]:
         """Put the folded convolution in the place of the branches; the result undoes it."""
-        block, names = self.block, self.names
+        block = self.block
         modules, attributes = dict(block._modules), dict(block.__dict__)
-        branches = [getattr(block, name, None) for name in (names.conv_kxk, names.conv_1x1, names.identity)]
+        branches = [getattr(block, name, None) for name in self.parts]
         # First in, then out: RepVGGBlock.forward relies on it. `None` as a module of the block, which setattr would
         # leave of a branch, is what libraries trip over.
-        block._modules[names.reparam_conv] = _folded_conv(block, names)
-        block.__dict__.pop(names.reparam_conv, None)
-        for name in (names.conv_kxk, names.conv_1x1, names.identity):
+        block._modules[self.reparam_conv] = self.folded_conv()
+        block.__dict__.pop(self.reparam_conv, None)
+        for name in self.parts:
             block.__dict__[name] = None
             block._modules.pop(name, None)
         if isinstance(getattr(block, 'deploy', None), bool):  # the official blocks keep their form in a flag
@@ -123,49 +126,50 @@ class _Fold(NamedTuple):
         return restore
 
 
-def _find_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module, BlockNames]]:
+def _find_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module, BlockNames | None]]:
+    """Paths, blocks, and what their parts are called; blocks of the family fold themselves."""
     for path, submodule in module.named_modules():
+        path = path or type(submodule).__name__
+        if hasattr(submodule, 'folded_parts'):
+            yield path, submodule, None
+            continue
         for names in BLOCK_NAMES:
             branches = (getattr(submodule, names.conv_kxk, None), getattr(submodule, names.conv_1x1, None))
             trains = all(hasattr(branch, 'conv') and hasattr(branch, names.norm) for branch in branches)
             if trains or _is_deploy(submodule, names):
-                yield path or type(submodule).__name__, submodule, names
+                yield path, submodule, names
                 break
 
 
-def _is_deploy(block: nn.Module, names: BlockNames) -> bool:
-    return isinstance(getattr(block, names.reparam_conv, None), nn.Conv2d)
+def _is_deploy(block: nn.Module, names: BlockNames | None) -> bool:
+    return isinstance(getattr(block, names.reparam_conv if names else 'reparam_conv', None), nn.Conv2d)
 
 
-def _plan(path: str, block: nn.Module, names: BlockNames) -> _Fold:
+def _plan(path: str, block: nn.Module, names: BlockNames | None) -> _Fold:
     """Check everything that could make a fold fail, so that none fails after the first was done."""
-    kxk, point = getattr(block, names.conv_kxk), getattr(block, names.conv_1x1)
     try:
-        conv = kxk.conv
-        if not is_centred(conv):
-            raise FoldError(
-                f'its padding {conv.padding} does not centre a {conv.kernel_size} kernel of dilation {conv.dilation}'
-            )
-        if point.conv.kernel_size != (1, 1) or point.conv.groups != conv.groups:
-            raise FoldError(f'its point convolution is {point.conv}, beside {conv}')
-        for norm in (getattr(kxk, names.norm), getattr(point, names.norm), getattr(block, names.identity, None)):
-            if norm is not None:
-                _bn_stats(norm).check()
+        if names is None:
+            block.check_foldable()
+            return _Fold(block, block.folded_parts, 'reparam_conv', block.folded_conv)
+        _check_foldable(block, names)
     except FoldError as error:
         raise FoldError(f'cannot fold block {path!r}: {error}; nothing was changed') from None
-    return _Fold(block, names)
+    parts = (names.conv_kxk, names.conv_1x1, names.identity)
+    return _Fold(block, parts, names.reparam_conv, partial(_folded_conv, block, names))
 
 
-def _bn_stats(norm: nn.Module) -> BNStats:
-    mean = getattr(norm, 'running_mean', None)
-    if mean is None:
-        raise FoldError(f'{norm} keeps no running statistics, so its output depends on the batch')
-    if not hasattr(norm, 'eps'):
-        raise FoldError(f'its {type(norm).__name__} does not tell its eps; set it as an attribute')
-    act = getattr(norm, 'act', None)
-    if act is not None and not isinstance(act, nn.Identity):
-        raise FoldError(f'{norm} has an activation, which is not linear')
-    return BNStats(mean, norm.running_var, getattr(norm, 'weight', None), getattr(norm, 'bias', None), norm.eps)
+def _check_foldable(block: nn.Module, names: BlockNames) -> None:
+    kxk, point = getattr(block, names.conv_kxk), getattr(block, names.conv_1x1)
+    conv = kxk.conv
+    if not is_centred(conv):
+        raise FoldError(
+            f'its padding {conv.padding} does not centre a {conv.kernel_size} kernel of dilation {conv.dilation}'
+        )
+    if point.conv.kernel_size != (1, 1) or point.conv.groups != conv.groups:
+        raise FoldError(f'its point convolution is {point.conv}, beside {conv}')
+    for norm in (getattr(kxk, names.norm), getattr(point, names.norm), getattr(block, names.identity, None)):
+        if norm is not None:
+            BNStats.of(norm).check()
 
 
 @torch.no_grad()
@@ -174,10 +178,10 @@ def _folded_conv(block: nn.Module, names: BlockNames) -> nn.Conv2d:
     identity = getattr(block, names.identity, None)
     weight, bias = fold_block(
         kxk.conv.weight,
-        _bn_stats(getattr(kxk, names.norm)),
+        BNStats.of(getattr(kxk, names.norm)),
         point.conv.weight,
-        _bn_stats(getattr(point, names.norm)),
-        None if identity is None else _bn_stats(identity),
+        BNStats.of(getattr(point, names.norm)),
+        None if identity is None else BNStats.of(identity),
         bias_kxk=kxk.conv.bias,
         bias_1x1=point.conv.bias,
     )

@@ -36,17 +36,21 @@ WEIGHTS_VARIABLE = 'REPVGG_ZOO_WEIGHTS'
 _logger = logging.getLogger(__name__)
 
 
-def load_checkpoint(model: RepVGG, path: str | Path, *, use_ema: bool = True) -> RepVGG:
+def load_checkpoint(model: RepVGG, path: str | Path, *, use_ema: bool = True, unfold: bool = False) -> RepVGG:
     """Load a checkpoint of any layout and either form strictly into a model, and return the model.
 
-    Training-form weights are folded if the model is of the deploy form. See
-    `repvgg_zoo.checkpoints.read_checkpoint` for the files that are read and for `use_ema`.
+    Training-form weights are folded if the model is of the deploy form. With `unfold`, deploy-form weights, and
+    training-form weights of the default block, go into a training-form model of any block: it then computes the
+    same in eval mode. See `repvgg_zoo.checkpoints.read_checkpoint` for the files that are read and for `use_ema`.
 
     Raises:
         FileNotFoundError: There is no such file.
         CheckpointError: The file cannot be read, or does not fit the model; the model is then unchanged.
     """
-    load_state_dict(model, to_timm_layout(read_checkpoint(path, use_ema=use_ema)))
+    state_dict = to_timm_layout(read_checkpoint(path, use_ema=use_ema))
+    if unfold:
+        state_dict = _unfolded(model, _for_unfolding(model, state_dict))
+    load_state_dict(model, state_dict)
     return model
 
 
@@ -65,7 +69,9 @@ def load_state_dict(model: RepVGG, state_dict: StateDict) -> None:
     model.load_state_dict({key: _owned(value, expected[key]) for key, value in state_dict.items()}, assign=True)
 
 
-def load_pretrained(model: RepVGG, cfg: PretrainedCfg, *, cache_dir: str | Path | None = None) -> None:
+def load_pretrained(
+    model: RepVGG, cfg: PretrainedCfg, *, cache_dir: str | Path | None = None, unfold: bool = False
+) -> None:
     """Load the weights that a pretrained configuration names into a model.
 
     The stem is adapted to the model's input channels as timm does it. Where the configuration speaks of
@@ -74,23 +80,42 @@ def load_pretrained(model: RepVGG, cfg: PretrainedCfg, *, cache_dir: str | Path 
     `CheckpointError` as `load_checkpoint` does, and where no file can be had.
     """
     if cfg.state_dict is not None:
-        _load_adapted(model, cfg, {key: value.clone() for key, value in cfg.state_dict.items()})
+        _load_adapted(model, cfg, {key: value.clone() for key, value in cfg.state_dict.items()}, unfold)
         return
     path = locate(cfg, cache_dir=cache_dir)
     state_dict = read_checkpoint(path)
     try:
-        _load_adapted(model, cfg, state_dict)
+        _load_adapted(model, cfg, state_dict, unfold)
     except CheckpointError as error:
         raise CheckpointError(f'{str(path)!r}: {error}') from error
 
 
-def _load_adapted(model: RepVGG, cfg: PretrainedCfg, state_dict: StateDict) -> None:
-    state_dict = _to_form_of(model, to_timm_layout(state_dict))
+def _load_adapted(model: RepVGG, cfg: PretrainedCfg, state_dict: StateDict, unfold: bool) -> None:
+    state_dict = to_timm_layout(state_dict)
+    state_dict = _for_unfolding(model, state_dict) if unfold else _to_form_of(model, state_dict)
     _adapt_stem(state_dict, model.in_chans, cfg.input_size[0])
     if model.num_classes != cfg.num_classes:
         for name in model.classifier_names:
             _keep_classifier_that_fits(model, name, state_dict)
-    load_state_dict(model, state_dict)
+    load_state_dict(model, _unfolded(model, state_dict) if unfold else state_dict)
+
+
+def _for_unfolding(model: RepVGG, state_dict: StateDict) -> StateDict:
+    """The deploy form of a state dict that is to be unfolded; weights of the model's own block stay as they are."""
+    if model.deploy:
+        raise ValueError('unfold=True makes a training form, and deploy=True another one; take one of them')
+    own = set(model.state_dict())
+    if form_of(state_dict) == 'deploy' or all(key in own for key in without_aux_heads(state_dict)):
+        return state_dict
+    return fold_state_dict(state_dict)
+
+
+def _unfolded(model: RepVGG, state_dict: StateDict) -> StateDict:
+    from .unfold import unfold_state_dict
+
+    if form_of(state_dict) == 'training':
+        return state_dict
+    return unfold_state_dict(model, state_dict, what=model.variant.name)
 
 
 def _keep_classifier_that_fits(model: RepVGG, name: str, state_dict: StateDict) -> None:
@@ -118,11 +143,11 @@ def _owned(value: Tensor, like: Tensor) -> Tensor:
 def _to_form_of(model: RepVGG, state_dict: StateDict) -> StateDict:
     form = form_of(state_dict)
     if model.deploy and form == 'training':
-        return fold_state_dict(state_dict, eps=model.stem.norm_eps, in_place=True)
+        return model.fold_state_dict(state_dict)
     if not model.deploy and form == 'deploy':
         raise CheckpointError(
-            f'the checkpoint holds {model.variant.name} in the deploy form, whose branches are summed for good; create '
-            'the model with deploy=True'
+            f'the checkpoint holds {model.variant.name} in the deploy form, whose branches are summed; create the model '
+            'with deploy=True, or load with unfold=True, which makes branches that compute the same'
         )
     return state_dict if model.aux_heads is not None else without_aux_heads(state_dict)
 

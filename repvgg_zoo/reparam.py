@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ['BNStats', 'FoldError', 'fold_block']
 
@@ -35,6 +35,19 @@ class BNStats(NamedTuple):
     weight: Tensor | None = None
     bias: Tensor | None = None
     eps: float = 1e-5
+
+    @classmethod
+    def of(cls, norm: nn.Module) -> BNStats:
+        """What a normalisation layer computes in eval mode; raises `FoldError` if that is not linear and fixed."""
+        mean = getattr(norm, 'running_mean', None)
+        if mean is None:
+            raise FoldError(f'{norm} keeps no running statistics, so its output depends on the batch')
+        if not hasattr(norm, 'eps'):
+            raise FoldError(f'its {type(norm).__name__} does not tell its eps; set it as an attribute')
+        act = getattr(norm, 'act', None)
+        if act is not None and not isinstance(act, nn.Identity):
+            raise FoldError(f'{norm} has an activation, which is not linear')
+        return cls(mean, norm.running_var, getattr(norm, 'weight', None), getattr(norm, 'bias', None), norm.eps)
 
     def scale_shift(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """BN(y) = y · scale + shift, both `(C,)`: scale = γ / sqrt(σ² + ε), shift = β - μ · scale."""

@@ -22,9 +22,10 @@ from timm.models.byobnet import drop_blocks
 from torch import Tensor, nn
 
 from . import deploy as _deploy
-from .blocks import RepVGGBlock
+from .blocks import ReparamBlock
 from .branches import ConvNorm
-from .checkpoints import to_timm_layout, without_aux_heads
+from .checkpoints import StateDict, fold_state_dict, to_timm_layout, without_aux_heads
+from .family import FamilyBlock, block_type
 from .manifest import DEPLOY_SUFFIX, WeightsRecord, read_manifest
 from .pretrained import load_pretrained
 from .variants import VARIANTS, Variant, suggestion
@@ -82,6 +83,7 @@ class RepVGG(nn.Module):
         drop_block_size: int = 3,
         act_layer: str | Callable[..., nn.Module] = nn.ReLU,
         norm_layer: str | Callable[..., nn.Module] = nn.BatchNorm2d,
+        block: str = 'repvgg',
         deploy: bool = False,
         aux_heads: bool = False,
         device: Any = None,
@@ -98,6 +100,7 @@ class RepVGG(nn.Module):
             drop_block_size: Side of the dropped squares in the last stage, in pixels of the feature map.
             act_layer: Activation, by timm's name or as a class.
             norm_layer: Batch normalisation, by timm's name or as a class.
+            block: Training-time block, a name of `repvgg_zoo.family.BLOCKS`; the deploy form is the same for all.
             deploy: Build the deploy form.
             aux_heads: Add the auxiliary heads of RepVGGplus. The model then returns
                 `(logits, [logits of each head])` in train mode; in eval mode and in the deploy form it
@@ -118,8 +121,8 @@ class RepVGG(nn.Module):
         self.drop_path_rate = drop_path_rate
         self.grad_checkpointing = False
 
-        block = functools.partial(
-            RepVGGBlock,
+        make_block = functools.partial(
+            block_type(block),
             deploy=deploy,
             attn_layer=_attn_layer(variant),
             attn_last=variant.se is not None and variant.se.position == 'after_act',
@@ -128,7 +131,7 @@ class RepVGG(nn.Module):
             **dd,
         )
         chs, total_stride, dilation = variant.stem_channels, variant.strides[0], 1
-        self.stem = block(in_chans, chs, stride=total_stride)
+        self.stem = make_block(in_chans, chs, stride=total_stride)
         self.feature_info = [dict(num_chs=chs, reduction=total_stride, module='stem', stage=0)]
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(variant.depths), stagewise=True)
         stage_drop_blocks = drop_blocks(drop_block_rate, drop_block_size, len(variant.depths))
@@ -143,7 +146,7 @@ class RepVGG(nn.Module):
             for index in range(depth):
                 first = index == 0
                 blocks.append(
-                    block(
+                    make_block(
                         chs,
                         out_chs,
                         stride=stride if first else 1,
@@ -177,7 +180,7 @@ class RepVGG(nn.Module):
     @property
     def deploy(self) -> bool:
         """Whether the model is of the deploy form."""
-        return all(m.reparam_conv is not None for m in self.modules() if isinstance(m, RepVGGBlock))
+        return all(m.reparam_conv is not None for m in self.modules() if isinstance(m, ReparamBlock))
 
     @property
     def device(self) -> torch.device:
@@ -223,6 +226,23 @@ class RepVGG(nn.Module):
         for description in ('pretrained_cfg', '_traits'):  # timm's, of the model and of its inputs
             if hasattr(self, description):
                 getattr(self, description)['first_conv'] = _first_conv(deploy=True)
+
+    @torch.jit.ignore
+    def _on_unfold(self, block: str) -> None:
+        self._creation_args = self.__dict__.get('_creation_args', {}) | {'block': block}
+        if hasattr(self, 'pretrained_cfg'):
+            self.pretrained_cfg['first_conv'] = _first_conv(deploy=False)
+
+    @torch.jit.ignore
+    def fold_state_dict(self, state_dict: StateDict) -> StateDict:
+        """The deploy form of a training-form state dict of this model's block, in timm's layout; it is used up."""
+        family = {path: m for path, m in self.named_modules() if isinstance(m, FamilyBlock)}
+        if not family:
+            return fold_state_dict(state_dict, eps=self.stem.norm_eps, in_place=True)
+        folded = dict(state_dict)
+        for path, block in family.items():
+            block.fold_state_dict(folded, f'{path}.')
+        return without_aux_heads(folded)
 
     @torch.jit.ignore
     def _remove_aux_heads(self) -> None:
@@ -407,17 +427,18 @@ def _create_repvgg(
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: str | Path | None = None,
     deploy: bool | None = None,
+    unfold: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     if isinstance(pretrained_cfg, str):
         _check_tag(variant, pretrained_cfg)
     cfg = resolve_pretrained_cfg(variant.name, pretrained_cfg, pretrained_cfg_overlay)
     if deploy is None:
-        deploy = (cfg.tag or '').endswith(DEPLOY_SUFFIX)
+        deploy = (cfg.tag or '').endswith(DEPLOY_SUFFIX) and not unfold
     cfg = dataclasses.replace(cfg, first_conv=_first_conv(deploy=deploy))
 
     def build(**model_kwargs: Any) -> RepVGG:
-        if pretrained and model_kwargs.get('device') is None and torch.get_default_device().type == 'cpu':
+        if pretrained and not unfold and model_kwargs.get('device') is None and torch.get_default_device().type == 'cpu':
             # neither memory nor time for weights that are replaced at once
             model = RepVGG(variant, deploy=deploy, **(model_kwargs | {'device': 'meta'}))
             load_pretrained(model, cfg, cache_dir=cache_dir)
@@ -425,7 +446,7 @@ def _create_repvgg(
                 return model
         model = RepVGG(variant, deploy=deploy, **model_kwargs)
         if pretrained:
-            load_pretrained(model, cfg, cache_dir=cache_dir)
+            load_pretrained(model, cfg, cache_dir=cache_dir, unfold=unfold)
         return model
 
     return build_model_with_cfg(
@@ -451,7 +472,8 @@ def _entrypoint(variant: Variant) -> Callable[..., nn.Module]:
     create.__name__ = create.__qualname__ = variant.name
     create.__doc__ = (
         f'{variant.name}: stages of {variant.depths} blocks and {variant.stage_channels} channels.\n\n'
-        'Takes the arguments of `timm.create_model`, and `deploy=True` for the deploy form.'
+        'Takes the arguments of `timm.create_model`, `deploy=True` for the deploy form, `block=` for another '
+        'training-time block, and `unfold=True` to make its branches from deploy-form weights.'
     )
     return create
 

@@ -1,0 +1,151 @@
+"""The block of every member but the default one, in both forms."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from ..blocks import ReparamBlock
+from ..checkpoints import CheckpointError
+from ..reparam import BNStats
+from .branches import KernelBias, Shape, after
+from .members import MEMBERS
+
+__all__ = ['FamilyBlock']
+
+
+class FamilyBlock(ReparamBlock):
+    """act(attn(BN(sum of branches))) to train, act(attn(3x3 · x + b)) to deploy.
+
+    `(N, C_in, H, W)` to `(N, C_out, H / stride, W / stride)`, rounded up. `member` names the branches, and whether
+    their sum is normalised; see `repvgg_zoo.family.MEMBERS`. The other arguments are those of `RepVGGBlock`.
+    """
+
+    folded_parts = ('branches', 'identity', 'norm')
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        *,
+        member: str,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        padding_mode: str = 'zeros',
+        identity: bool | None = None,
+        deploy: bool = False,
+        attn_layer: Callable[..., nn.Module] | None = None,
+        attn_last: bool = False,
+        act_layer: Callable[..., nn.Module] = nn.ReLU,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        drop_path_rate: float = 0.0,
+        drop_block: Callable[[], nn.Module] | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if identity is None:
+            identity = in_chs == out_chs and stride == 1
+        dd = {'device': device, 'dtype': dtype}
+        options: dict[str, Any] = dict(stride=stride, dilation=dilation, groups=groups, padding_mode=padding_mode)
+        shape = Shape(in_chs=in_chs, out_chs=out_chs, identity=identity, norm_layer=norm_layer, dd=dd, **options)
+        self.member = member
+        self.has_identity = identity
+        self._training_form = functools.partial(
+            type(self), in_chs, out_chs, member=member, identity=identity, norm_layer=norm_layer, **options
+        )
+        self.reparam_conv = nn.Conv2d(in_chs, out_chs, 3, padding=dilation, **options, **dd) if deploy else None
+        branches = {} if deploy else dict(MEMBERS[member].branches(shape))
+        self.identity = branches.pop('identity', None)
+        self.branches = None if deploy else nn.ModuleDict(branches)
+        self.norm = shape.norm() if MEMBERS[member].norm_after and not deploy else None
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate and identity and not deploy else nn.Identity()
+        self.drop_block = nn.Identity() if drop_block is None or deploy else drop_block()
+        self.attn = nn.Identity() if attn_layer is None else attn_layer(out_chs, **dd)
+        self.attn_last = attn_last
+        self.act = act_layer(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._convolve(x)
+        if self.attn_last:
+            return self.attn(self.act(y))
+        return self.act(self.attn(y))
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        # read once, as in RepVGGBlock
+        reparam_conv, branches, identity, norm = self.reparam_conv, self.branches, self.identity, self.norm
+        if reparam_conv is not None:
+            return reparam_conv(x)
+        y: Tensor | None = None
+        for branch in branches.values():
+            y = branch(x) if y is None else y + branch(x)
+        y = self.drop_block(y)
+        if identity is not None:
+            y = self.drop_path(y) + identity(x)
+        return y if norm is None else norm(y)
+
+    def _sum_of_kernels(self) -> KernelBias:
+        kernels, biases = zip(*(branch.equivalent_kernel_bias() for branch in self.branch_list()), strict=True)
+        like = kernels[0]  # that of an identity alone has neither a device nor a dtype of its own
+        kernel, bias = sum(kernel.to(like) for kernel in kernels), sum(bias.to(like) for bias in biases)
+        return after(kernel, self.norm, bias)
+
+    def _holds_training(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
+        return any(key.startswith(f'{prefix}branches.') for key in state_dict)
+
+    def _folded(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        parts = tuple(f'{part}.' for part in self.folded_parts)
+        own = {key: value for key, value in state_dict.items() if key.startswith(parts)}
+        trained = self._training_form(device='meta')
+        try:
+            trained.load_state_dict(own, assign=True)
+        except RuntimeError as error:
+            raise CheckpointError(f'no {self.member} block, which this one is: {error}') from error
+        conv = trained.folded_conv()
+        rest = {key: value for key, value in state_dict.items() if key not in own}
+        return rest | {f'reparam_conv.{name}': value for name, value in conv.state_dict().items()}
+
+    @torch.jit.ignore
+    def branch_list(self) -> list[nn.Module]:
+        """The branches; the first one can have any kernel."""
+        return [*self.branches.values()] + ([] if self.identity is None else [self.identity])
+
+    @torch.jit.ignore
+    def check_foldable(self) -> None:
+        """Raise `FoldError` if a normalisation is not linear in eval mode, or has no finite statistics."""
+        for path, norm in self.named_modules():
+            if path == 'norm' or path.endswith('bn'):
+                BNStats.of(norm).check()
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def folded_conv(self) -> nn.Conv2d:
+        """The convolution that the branches are in eval mode: computed in float64, rounded to the block's dtype."""
+        like = next(self.branches.parameters())
+        options = self._training_form.keywords
+        conv = nn.Conv2d(
+            *self._training_form.args,
+            3,
+            padding=options['dilation'],
+            device='meta',
+            **{name: options[name] for name in ('stride', 'dilation', 'groups', 'padding_mode')},
+        )
+        exact = copy.deepcopy(self).to(torch.float32 if like.device.type == 'mps' else torch.float64)
+        kernel, bias = exact.equivalent_kernel_bias()
+        layout = torch.channels_last if _is_channels_last(self.branches) else torch.contiguous_format
+        kernel = kernel.to(like.dtype).contiguous(memory_format=layout)
+        conv.weight = nn.Parameter(kernel, requires_grad=like.requires_grad)
+        conv.bias = nn.Parameter(bias.to(like.dtype), requires_grad=like.requires_grad)
+        return conv.train(self.training)
+
+
+def _is_channels_last(branches: nn.Module) -> bool:
+    kernels = [p for p in branches.parameters() if p.ndim == 4 and p.shape[2:] == (3, 3) and p.shape[1] > 1]
+    return bool(kernels) and all(k.is_contiguous(memory_format=torch.channels_last) for k in kernels)

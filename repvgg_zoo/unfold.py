@@ -1,0 +1,202 @@
+"""The way back from one convolution to branches that compute the same, to train on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import ReparamBlock
+from .branches import one_by_one
+from .checkpoints import StateDict, check_fit
+from .family import FamilyBlock, block_type
+from .family.branches import Conv, Identity, divided
+from .reparam import BNStats
+
+__all__ = ['match_bn_statistics', 'set_equivalent_kernel_bias', 'unfold', 'unfold_state_dict']
+
+_NOISE = 0.1
+"""Size of what makes branches of one kind differ from each other, relative to the kernel that they share."""
+
+
+def unfold(module: nn.Module, *, block: str = 'repvgg', batches: Iterable[Any] | None = None) -> nn.Module:
+    """Give every deploy-form block inside a module its branches back, in place, and return the module.
+
+    In eval mode the module computes what it computed. The kernel is shared out among the branches, a tenth of
+    their size being random so that branches of one kind learn different things. Without `batches`, the
+    normalisation layers have mean 0 and variance 1, so that the outputs in train mode are others at first.
+
+    Args:
+        block: The training-time block, a name of `repvgg_zoo.family.BLOCKS`.
+        batches: A few batches of the training data, as tensors or as tuples that begin with one, for
+            `match_bn_statistics`.
+
+    Raises:
+        ValueError: The module has no block of this package, or one of the training form, or `block` is unknown.
+    """
+    make = block_type(block)
+    found = {path: m for path, m in module.named_modules() if isinstance(m, ReparamBlock)}
+    if not found:
+        raise ValueError(f'no block of this package in {type(module).__name__}')
+    if training := [path or 'the module' for path, m in found.items() if m.reparam_conv is None]:
+        raise ValueError(f'{training[0]} is of the training form; switch_to_deploy() comes first')
+    for path, folded in found.items():
+        unfolded = _training_form(folded, make)
+        if not path:
+            module = unfolded
+        else:
+            parent, _, name = path.rpartition('.')
+            setattr(module.get_submodule(parent), name, unfolded)
+    for submodule in module.modules():
+        if callable(finish := getattr(submodule, '_on_unfold', None)):
+            finish(block)
+    if batches is not None:
+        match_bn_statistics(module, batches)
+    return module
+
+
+def _training_form(folded: ReparamBlock, make: Any) -> ReparamBlock:
+    conv = folded.reparam_conv
+    unfolded = make(
+        conv.in_channels,
+        conv.out_channels,
+        stride=conv.stride[0],
+        dilation=conv.dilation[0],
+        groups=conv.groups,
+        padding_mode=conv.padding_mode,
+        identity=folded.has_identity,
+        attn_last=folded.attn_last,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+    )
+    set_equivalent_kernel_bias(unfolded, conv.weight, conv.bias)
+    unfolded.requires_grad_(conv.weight.requires_grad)
+    unfolded.attn, unfolded.act = folded.attn, folded.act
+    return unfolded.train(folded.training)
+
+
+@torch.no_grad()
+def set_equivalent_kernel_bias(block: ReparamBlock, kernel: Tensor, bias: Tensor) -> None:
+    """Give the branches of a training-form block parameters by which `equivalent_kernel_bias()` is as given.
+
+    The inverse of the fold: `kernel` is `(C_out, C_in / groups, 3, 3)`, `bias` `(C_out,)`. The normalisation layers
+    are reset; the branches share the kernel in equal parts, as far as their structure goes, and the first one,
+    which can have any kernel, has what is left.
+    """
+    (main, *others), norm = _branches(block)
+    for module in block.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_parameters()
+    wide = torch.promote_types(kernel.dtype, torch.float32) if kernel.device.type == 'mps' else torch.float64
+    kernel, bias = kernel.to(wide), bias.to(wide)
+    bias_holder = main.bn if norm is None else norm
+    if bias_holder.bias is None:
+        raise ValueError(f'the bias of a folded block goes into {bias_holder}, which has none; take one with affine=True')
+    rest = kernel if norm is None else divided(kernel, BNStats.of(norm).scale_shift(wide)[0].view(-1, 1, 1, 1))
+    share = rest / (1 + len(others))
+    for branch in others:
+        branch.set_kernel(share + _NOISE * share.square().mean().sqrt() * torch.randn_like(share))
+    for branch in others:
+        rest = rest - branch.equivalent_kernel_bias()[0].to(rest)
+    main.set_kernel(rest)
+    bias_holder.bias += (bias - block.equivalent_kernel_bias()[1].to(bias)).to(bias_holder.bias)
+
+
+def _branches(block: ReparamBlock) -> tuple[list[nn.Module], nn.Module | None]:
+    """The branches, the first of which can have any kernel, and the normalisation of their sum."""
+    if isinstance(block, FamilyBlock):
+        return block.branch_list(), block.norm
+    branches: list[nn.Module] = [Conv(branch.conv, branch.bn) for branch in (block.conv_kxk, block.conv_1x1)]
+    if block.identity is not None:
+        conv = block.conv_kxk.conv
+        branches.append(Identity(conv.in_channels, conv.groups, block.identity))
+    return branches, None
+
+
+@torch.no_grad()
+def match_bn_statistics(module: nn.Module, batches: Iterable[Any]) -> None:
+    """Set the statistics of every block's normalisation to those of data, and keep what the module computes.
+
+    Scale and shift take up what the statistics change: γ' = s · sqrt(σ'² + ε), β' = t + μ' · s with the scale s and
+    the shift t that a layer had. In train mode the outputs on such data are then near those of eval mode.
+
+    Args:
+        batches: Batches of input, as tensors `(N, C, H, W)` or as tuples that begin with one.
+    """
+    norms = [
+        norm
+        for block in module.modules()
+        if isinstance(block, ReparamBlock) and block.reparam_conv is None
+        for norm in block.modules()
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.affine and norm.track_running_stats
+    ]
+    seen = {norm: _Moments() for norm in norms}
+    handles = [norm.register_forward_pre_hook(seen[norm].see) for norm in norms]
+    modes = {submodule: submodule.training for submodule in module.modules()}
+    module.eval()
+    device = next(module.parameters()).device
+    try:
+        with one_by_one():
+            for batch in batches:
+                module((batch[0] if isinstance(batch, (tuple, list)) else batch).to(device))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for submodule, training in modes.items():
+            submodule.training = training
+    for norm, moments in seen.items():
+        if moments.count < 2:
+            raise ValueError('the batches have no images, or one pixel in all')
+        scale, shift = BNStats.of(norm).scale_shift()
+        mean, var = moments.mean, moments.sum_of_squares / (moments.count - 1)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
+        norm.weight.copy_(scale * (norm.running_var.to(scale) + norm.eps).sqrt())
+        norm.bias.copy_(shift + norm.running_mean.to(scale) * scale)
+
+
+class _Moments:
+    """Mean, and sum of squared distances from it, of each channel over batches (Chan, Golub and LeVeque 1983)."""
+
+    count = 0
+    mean: Tensor | float = 0.0
+    sum_of_squares: Tensor | float = 0.0
+
+    def see(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        values = inputs[0].double().transpose(0, 1).flatten(1)
+        count, mean = values.shape[1], values.mean(1)
+        total, distance = self.count + count, mean - self.mean
+        self.sum_of_squares = (
+            self.sum_of_squares
+            + (values - mean[:, None]).square().sum(1)
+            + distance.square() * (self.count * count / total)
+        )
+        self.mean = self.mean + distance * (count / total)
+        self.count = total
+
+
+def unfold_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], *, what: str) -> StateDict:
+    """A deploy-form state dict in timm's layout as one of a training-form model, which computes the same.
+
+    Raises `CheckpointError` if it does not fit; `what` names the model. The model itself is left as it is.
+    """
+    unfolded = copy.deepcopy(model)
+    blocks = {path: block for path, block in unfolded.named_modules() if isinstance(block, ReparamBlock)}
+    expected = dict(unfolded.state_dict())
+    for path, block in blocks.items():
+        parts = tuple(f'{path}.{part}.' for part in _PARTS)
+        expected = {key: value for key, value in expected.items() if not key.startswith(parts)}
+        kernel, bias = block.equivalent_kernel_bias()
+        expected |= {f'{path}.reparam_conv.weight': kernel, f'{path}.reparam_conv.bias': bias}
+    check_fit(state_dict, expected, what=what)
+    for path, block in blocks.items():
+        kernel, bias = (state_dict[f'{path}.reparam_conv.{name}'] for name in ('weight', 'bias'))
+        set_equivalent_kernel_bias(block, kernel, bias)
+    rest = {key: value for key, value in state_dict.items() if '.reparam_conv.' not in f'.{key}'}
+    return unfolded.state_dict() | rest
+
+
+_PARTS = {*FamilyBlock.folded_parts, 'conv_kxk', 'conv_1x1'}
