@@ -16,11 +16,10 @@ __all__ = ['ReparamBlock', 'RepVGGBlock']
 
 
 class ReparamBlock(nn.Module):
-    """A block that is a sum of branches to train and one 3x3 convolution, `reparam_conv`, to deploy."""
+    """A block that is a sum of branches to train and one 3x3 convolution, `reparam_conv`, to deploy.
 
-    reparam_conv: nn.Conv2d | None
-    has_identity: bool
-    """Whether the training form has an identity branch, in a member that knows one."""
+    `has_identity` tells whether the training form has an identity branch, if it is of a kind that knows one.
+    """
 
     @torch.jit.ignore
     def switch_to_deploy(self, *, verify: Tensor | None = None) -> 'ReparamBlock':

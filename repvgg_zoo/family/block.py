@@ -73,23 +73,25 @@ class FamilyBlock(ReparamBlock):
         self.act = act_layer(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._convolve(x)
+        # Read in this order, a switch in another thread cannot make a block compute a part of its branches.
+        identity = self.identity
+        norm = self.norm
+        reparam_conv = self.reparam_conv
+        if reparam_conv is not None:
+            y = reparam_conv(x)
+        else:
+            images = [branch(x) for branch in self.branches.values()]
+            y = images[0]
+            for image in images[1:]:
+                y = y + image
+            y = self.drop_block(y)
+            if identity is not None:
+                y = self.drop_path(y) + identity(x)
+            if norm is not None:
+                y = norm(y)
         if self.attn_last:
             return self.attn(self.act(y))
         return self.act(self.attn(y))
-
-    def _convolve(self, x: Tensor) -> Tensor:
-        # read once, as in RepVGGBlock
-        reparam_conv, branches, identity, norm = self.reparam_conv, self.branches, self.identity, self.norm
-        if reparam_conv is not None:
-            return reparam_conv(x)
-        y: Tensor | None = None
-        for branch in branches.values():
-            y = branch(x) if y is None else y + branch(x)
-        y = self.drop_block(y)
-        if identity is not None:
-            y = self.drop_path(y) + identity(x)
-        return y if norm is None else norm(y)
 
     def _sum_of_kernels(self) -> KernelBias:
         kernels, biases = zip(*(branch.equivalent_kernel_bias() for branch in self.branch_list()), strict=True)

@@ -252,7 +252,7 @@ class Dirac(_Overparameterised):
         self.b = nn.Parameter(torch.full((shape.out_chs,), 0.1, **shape.dd))
 
     def kernel(self) -> Tensor:
-        norm = self.weight.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+        norm = torch.linalg.vector_norm(self.weight, dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
         eye = _eye(self.weight.shape[0], self.weight.shape[1] * self.groups, self.groups, self.weight)
         return _centred(self.a.view(-1, 1, 1, 1) * eye) + self.b.view(-1, 1, 1, 1) * (self.weight / norm)
 

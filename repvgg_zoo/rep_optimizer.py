@@ -1,0 +1,117 @@
+"""RepOptimizer: the plain network, trained as if it had constant-scale branches (arXiv 2205.15242)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .family import FamilyBlock
+
+__all__ = ['rep_optimizer']
+
+
+class _Equivalent(NamedTuple):
+    """How the kernel of a plain block moves with the parameters of a constant-scale block; each `(C_out, C_in, 3, 3)`."""
+
+    sgd: Tensor
+    """s² + t² at the centre tap, s² elsewhere."""
+    adamw: Tensor
+    """|s| + |t| at the centre tap, |s| elsewhere."""
+    constant: Tensor
+    """The kernel of the identity branch, which no weight decay acts on."""
+
+
+@torch.no_grad()
+def rep_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, like: nn.Module) -> torch.optim.Optimizer:
+    """Make an optimizer train a plain model step for step as it would train a constant-scale one; returns it.
+
+    A constant-scale block computes BN(s · 3x3(x) + t · 1x1(x) + u · x) with fixed scales s, t, u of each channel. Its
+    kernel W = s · W3 + t · W1 + u · I moves as that of a plain block does under SGD if gradients are multiplied by
+    s² (s² + t² at the centre tap), and under AdamW if updates are by |s| (|s| + |t|) (section 3.2 and appendix A).
+    Weight decay does not act on u · I. Equality is up to rounding; with AdamW also up to its `eps`, which the branches
+    see relative to gradients of other sizes. Saving and loading the optimizer's state, schedules and gradient scalers
+    work as ever; call this again after making the optimizer anew.
+
+    Args:
+        optimizer: `torch.optim.SGD` or `torch.optim.AdamW` over the parameters of `model`.
+        model: Created with `block='plain'`. It gets the kernels and everything else from `like`.
+        like: The same variant with `block='csla'`: freshly made, or trained somewhere with its scales, to find them
+            (the hyper-search of section 3.3).
+
+    Raises:
+        TypeError: The optimizer is another one.
+        ValueError: The models are not of these blocks, or not of one variant.
+    """
+    if type(optimizer) not in (torch.optim.SGD, torch.optim.AdamW):
+        raise TypeError(f'the optimizer is a {type(optimizer).__name__}; it can be torch.optim.SGD or torch.optim.AdamW')
+    plain, scaled = _blocks(model, 'plain'), _blocks(like, 'csla')
+    if plain.keys() != scaled.keys() or not plain:
+        raise ValueError("the models must be of one variant, with block='plain' and like=… with block='csla'")
+    state_dict = {key: value for key, value in like.state_dict().items() if '.branches.' not in key}
+    equivalents = {}
+    for path, block in plain.items():
+        other = scaled[path]
+        kernel = sum(branch.equivalent_kernel_bias()[0] for branch in other.branch_list())
+        state_dict[f'{path}.branches.kxk.conv.weight'] = kernel
+        for name, value in other.norm.state_dict().items():
+            state_dict[f'{path}.branches.kxk.bn.{name}'] = state_dict.pop(f'{path}.norm.{name}')
+        equivalents[block.branches.kxk.conv.weight] = _equivalent(other, kernel)
+    model.load_state_dict({key: value for key, value in state_dict.items() if not key.endswith('identity.scale')})
+    if type(optimizer) is torch.optim.SGD:
+        optimizer.register_step_pre_hook(partial(_multiply_gradients, equivalents))
+    else:
+        before: dict[Tensor, Tensor] = {}
+        optimizer.register_step_pre_hook(partial(_remember, equivalents, before))
+        optimizer.register_step_post_hook(partial(_multiply_updates, equivalents, before))
+    return optimizer
+
+
+def _blocks(model: nn.Module, member: str) -> dict[str, FamilyBlock]:
+    blocks = {path: m for path, m in model.named_modules() if isinstance(m, FamilyBlock)}
+    return {path: block for path, block in blocks.items() if block.member == member and block.branches is not None}
+
+
+def _equivalent(block: FamilyBlock, kernel: Tensor) -> _Equivalent:
+    s, t = (block.branches[name].scale.detach().view(-1, 1, 1, 1) for name in ('kxk', '1x1'))
+    sgd, adamw = s.square().expand_as(kernel).clone(), s.abs().expand_as(kernel).clone()
+    sgd[:, :, 1:2, 1:2] += t.square()
+    adamw[:, :, 1:2, 1:2] += t.abs()
+    constant = torch.zeros_like(kernel)
+    if block.identity is not None:
+        constant += block.identity.equivalent_kernel_bias()[0]
+    return _Equivalent(sgd, adamw, constant)
+
+
+def _held(optimizer: torch.optim.Optimizer, equivalents: dict[Tensor, _Equivalent]) -> Any:
+    """The kernels that an optimizer is about to move, with their group."""
+    for group in optimizer.param_groups:
+        for kernel in group['params']:
+            if kernel in equivalents and kernel.grad is not None:
+                yield group, kernel, equivalents[kernel]
+
+
+@torch.no_grad()
+def _multiply_gradients(equivalents: dict[Tensor, _Equivalent], optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group, kernel, equivalent in _held(optimizer, equivalents):
+        kernel.grad.mul_(equivalent.sgd).sub_(equivalent.constant, alpha=group['weight_decay'])
+
+
+@torch.no_grad()
+def _remember(
+    equivalents: dict[Tensor, _Equivalent], before: dict[Tensor, Tensor], optimizer: torch.optim.Optimizer, *_: Any
+) -> None:
+    before.update({kernel: kernel.clone() for _, kernel, _ in _held(optimizer, equivalents)})
+
+
+@torch.no_grad()
+def _multiply_updates(
+    equivalents: dict[Tensor, _Equivalent], before: dict[Tensor, Tensor], optimizer: torch.optim.Optimizer, *_: Any
+) -> None:
+    for group, kernel, equivalent in _held(optimizer, equivalents):
+        decay = group['lr'] * group['weight_decay']
+        decayed = before.pop(kernel) * (1 - decay)
+        update = kernel - decayed
+        kernel.copy_(decayed + decay * equivalent.constant + equivalent.adamw * update)

@@ -1,0 +1,80 @@
+"""The plain network under RepOptimizer moves as the constant-scale network does."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from conftest import rel_diff
+
+from repvgg_zoo import rep_optimizer
+
+STEPS = 20
+
+
+def constant_scale(seed: int = 0) -> torch.nn.Module:
+    """A network with scales of either sign, which an optimizer leaves as they are."""
+    torch.manual_seed(seed)
+    model = timm.create_model('test_repvgg', num_classes=10, block='csla').double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith('scale'):
+                parameter.normal_().requires_grad_(False)
+    return model
+
+
+def train(model, optimizer, schedule) -> list[float]:
+    generator, losses = torch.Generator().manual_seed(1), []
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group['lr'] = schedule(step)
+        images = torch.randn(16, 3, 32, 32, generator=generator, dtype=torch.float64)
+        labels = torch.randint(10, (16,), generator=generator)
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model.train()(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(
+    ('kind', 'options'),
+    [
+        (torch.optim.SGD, dict(lr=0.02, weight_decay=0.1)),
+        (torch.optim.SGD, dict(lr=0.01, momentum=0.9, weight_decay=0.1, nesterov=True)),
+        (torch.optim.AdamW, dict(lr=0.002, weight_decay=0.5, eps=1e-30)),  # see rep_optimizer on eps
+    ],
+    ids=['sgd', 'nesterov', 'adamw'],
+)
+def test_twenty_steps_are_those_of_the_branches(kind, options):
+    branches = constant_scale()
+    plain = timm.create_model('test_repvgg', num_classes=10, block='plain').double()
+    optimizer = rep_optimizer(kind(plain.parameters(), **options), plain, branches)
+    trainable = [parameter for parameter in branches.parameters() if parameter.requires_grad]
+    start = plain.stem.branches.kxk.conv.weight.clone()
+
+    def schedule(step):
+        return options['lr'] * (1 - step / STEPS)
+
+    losses = train(plain, optimizer, schedule)
+    expected = train(branches, kind(trainable, **options), schedule)
+    assert losses[-1] != losses[0]
+    # rounding of float64; a wrong multiplier is off by a per cent after the first step
+    assert losses == pytest.approx(expected, rel=1e-12)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    assert rel_diff(plain.eval()(x), branches.eval()(x)) < 1e-6
+    assert rel_diff(plain.stem.branches.kxk.conv.weight, start) > 1e-2
+
+
+def test_other_optimizers_are_refused():
+    model = timm.create_model('test_repvgg', block='plain')
+    with pytest.raises(TypeError, match=r'RMSprop; it can be torch.optim.SGD or torch.optim.AdamW'):
+        rep_optimizer(torch.optim.RMSprop(model.parameters()), model, constant_scale())
+
+
+@pytest.mark.parametrize('block', ['repvgg', 'csla'])
+def test_other_blocks_are_refused(block):
+    model = timm.create_model('test_repvgg', block=block)
+    with pytest.raises(ValueError, match="block='plain'"):
+        rep_optimizer(torch.optim.SGD(model.parameters(), lr=1), model, constant_scale())
