@@ -6,10 +6,10 @@ from .deploy import switch_to_deploy
 from .family import BLOCKS, FamilyBlock
 from .optim import equivalent_kernel_l2, param_groups
 from .pretrained import load_checkpoint
-from .rep_optimizer import rep_optimizer
 from .reparam import FoldError
+from .repoptimizer import rep_optimizer
 from .repvgg import RepVGG
-from .unfold import match_bn_statistics, unfold
+from .unfolding import match_bn_statistics, unfold
 from .variants import VARIANTS, Variant
 
 __all__ = [

@@ -15,8 +15,10 @@ except ImportError:  # Windows has no lock that a folder could carry
 
 __all__ = ['locked', 'new_folder', 'write_text']
 
-_OURS = {'README.md', 'config.json', 'model.safetensors', 'training', 'deploy'} | {
+_OURS = {'README.md', 'config.json', 'model.safetensors', 'model.onnx', 'training', 'deploy'} | {
     *(f'results.{suffix}' for suffix in ('csv', 'json', 'md')),
+    'report.json',
+    'report.md',
     *(f'{plot}.{suffix}' for plot in ('speed_accuracy', 'forms', 'runtimes') for suffix in ('png', 'svg')),
 }
 

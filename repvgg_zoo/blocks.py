@@ -12,7 +12,7 @@ from .branches import ConvNorm, subsample, sum_branches
 from .checkpoints import CheckpointError, fold_state_dict
 from .reparam import BNStats, fold_block
 
-__all__ = ['ReparamBlock', 'RepVGGBlock']
+__all__ = ['RepVGGBlock', 'ReparamBlock']
 
 
 class ReparamBlock(nn.Module):
@@ -33,7 +33,7 @@ class ReparamBlock(nn.Module):
 
     @torch.jit.ignore
     def equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
-        """The kernel `(C_out, C_in / groups, 3, 3)` and bias `(C_out,)` of the convolution that the block is in eval mode.
+        """Kernel `(C_out, C_in / groups, 3, 3)` and bias `(C_out,)` of the convolution that the block is in eval mode.
 
         A differentiable function of the parameters and running statistics, in their dtype, float32 at least (of a
         block of the deploy form, its convolution's own): for regularisation, pruning and quantization.

@@ -23,6 +23,7 @@ from .checkpoints import (
 )
 from .pretrained import load_state_dict, weights_in
 from .repvgg import RepVGG
+from .unfolding import unfold as unfold_model
 from .variants import get_variant
 
 __all__ = ['convert', 'open_model', 'save_model']
@@ -34,6 +35,8 @@ def convert(
     *,
     form: Form | None = None,
     variant: str | None = None,
+    block: str = 'repvgg',
+    unfold: bool = False,
     use_ema: bool = True,
     overwrite: bool = False,
 ) -> RepVGG:
@@ -46,24 +49,36 @@ def convert(
         source: What `open_model` takes.
         target: The folder to write.
         form: The form to write; that of the source by default. Training weights are folded for the deploy
-            form; the reverse is an error.
+            form; the reverse takes `unfold`.
         variant: The name of the variant, where the shapes do not tell it.
+        block: The training-time block of a file of the training form, or that a deploy form is unfolded to.
+        unfold: Make branches that compute the same from a deploy form, and write the training form.
         use_ema: Take the average of the weights from a training checkpoint that has one.
         overwrite: Replace the target if it exists.
     """
     with new_folder(target, overwrite=overwrite) as folder:
-        model = open_model(source, variant=variant, use_ema=use_ema)
-        if form == 'deploy':
+        model = open_model(source, variant=variant, block=block, use_ema=use_ema)
+        if unfold:
+            _unfold(model, form, block)
+        elif form == 'deploy':
             model.eval().switch_to_deploy()
         elif form == 'training' and model.deploy:
             raise CheckpointError(
-                f'{str(source)!r} is of the deploy form, and its branches are summed for good; convert it with '
-                'form deploy, or find the training weights'
+                f'{str(source)!r} is of the deploy form, and its branches are summed; find the training weights, or '
+                'unfold it into branches that compute the same'
             )
         model.pretrained_cfg.pop('tag', None)
         model.pretrained_cfg['input_size'] = (model.in_chans, *model.pretrained_cfg['input_size'][1:])
         save_model(model, folder)
     return model
+
+
+def _unfold(model: RepVGG, form: Form | None, block: str) -> None:
+    if form == 'deploy':
+        raise ValueError('unfolding makes the training form; leave it, or the form deploy, out')
+    if not model.deploy:
+        model.eval().switch_to_deploy()
+    unfold_model(model, block=block)
 
 
 def save_model(model: RepVGG, folder: Path) -> None:
@@ -99,12 +114,15 @@ def _sort_metadata(path: Path) -> None:
         file.write(content)
 
 
-def open_model(source: str | Path, *, variant: str | None = None, use_ema: bool = True) -> RepVGG:
+def open_model(
+    source: str | Path, *, variant: str | None = None, block: str = 'repvgg', use_ema: bool = True
+) -> RepVGG:
     """The model that a checkpoint holds, in the checkpoint's form.
 
     `source` is a checkpoint file of any layout and form, a model folder with `config.json`, or a timm
     model name whose weights can be had. The variant, classes and input channels of a file are read off
-    its shapes. Raises `FileNotFoundError`, or `CheckpointError` for a file that is of no known variant or
+    its shapes; of other training-time blocks than the default one, both `variant` and `block` must be given. Raises
+    `FileNotFoundError`, or `CheckpointError` for a file that is of no known variant or
     does not fit the given one.
     """
     path = Path(source)
@@ -121,20 +139,25 @@ def open_model(source: str | Path, *, variant: str | None = None, use_ema: bool 
     state_dict = to_timm_layout(read_checkpoint(path, use_ema=use_ema))
     found = identify_variant(state_dict)
     if variant is None and found is None:
-        raise CheckpointError(f'{str(path)!r} has the shapes of no known variant; `repvgg-zoo list` shows them')
+        hint = '' if block == 'repvgg' else f'; name the variant beside the block {block}'
+        raise CheckpointError(f'{str(path)!r} has the shapes of no known variant; `repvgg-zoo list` shows them{hint}')
     name = get_variant(variant).name if variant else found.name
     classifier = state_dict.get('head.fc.weight')
     deploy = form_of(state_dict) == 'deploy'
-    stem = 'stem.reparam_conv.weight' if deploy else 'stem.conv_kxk.conv.weight'
+    stem = next((key for key in _STEM_KERNELS if key in state_dict), None)
     model = timm.create_model(
         name,
         num_classes=0 if classifier is None else classifier.shape[0],
-        in_chans=state_dict[stem].shape[1] if stem in state_dict else 3,
+        in_chans=state_dict[stem].shape[1] if stem else 3,
         deploy=deploy,
+        block=block,
         device='meta',
     )
     load_state_dict(model, state_dict)
     return model
+
+
+_STEM_KERNELS = tuple(f'stem.{part}.weight' for part in ('reparam_conv', 'conv_kxk.conv', 'branches.kxk.conv'))
 
 
 def _is_model_name(source: str | Path) -> bool:

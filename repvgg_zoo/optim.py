@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import RepVGGBlock
+from .family import FamilyBlock
 
 __all__ = ['equivalent_kernel_l2', 'param_groups']
 
@@ -24,7 +26,7 @@ def param_groups(model: nn.Module, *, decay_kernels: bool = True) -> list[dict[s
             `equivalent_kernel_l2`.
     """
     kernels = {id(kernel) for block in _training_blocks(model) for kernel in _kernels(block)}
-    identities = {id(block.identity.weight) for block in _training_blocks(model) if block.identity is not None}
+    identities = {id(norm.weight) for norm in _identity_norms(model)}
     decayed, others = [], []
     for parameter in model.parameters():
         if not parameter.requires_grad:
@@ -57,6 +59,14 @@ def equivalent_kernel_l2(model: nn.Module) -> Tensor:
     if not terms:
         raise ValueError(f'no RepVGG block of the training form in {type(model).__name__}')
     return torch.stack(terms).sum()
+
+
+def _identity_norms(model: nn.Module) -> Iterator[nn.Module]:
+    for block in model.modules():
+        if isinstance(block, RepVGGBlock) and block.identity is not None:
+            yield block.identity
+        elif isinstance(block, FamilyBlock) and getattr(block.identity, 'bn', None) is not None:
+            yield block.identity.bn
 
 
 def _training_blocks(model: nn.Module) -> list[RepVGGBlock]:

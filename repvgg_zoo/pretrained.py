@@ -111,7 +111,7 @@ def _for_unfolding(model: RepVGG, state_dict: StateDict) -> StateDict:
 
 
 def _unfolded(model: RepVGG, state_dict: StateDict) -> StateDict:
-    from .unfold import unfold_state_dict
+    from .unfolding import unfold_state_dict
 
     if form_of(state_dict) == 'training':
         return state_dict
@@ -146,8 +146,8 @@ def _to_form_of(model: RepVGG, state_dict: StateDict) -> StateDict:
         return model.fold_state_dict(state_dict)
     if not model.deploy and form == 'deploy':
         raise CheckpointError(
-            f'the checkpoint holds {model.variant.name} in the deploy form, whose branches are summed; create the model '
-            'with deploy=True, or load with unfold=True, which makes branches that compute the same'
+            f'the checkpoint holds {model.variant.name} in the deploy form, whose branches are summed; create the '
+            'model with deploy=True, or load with unfold=True, which makes branches that compute the same'
         )
     return state_dict if model.aux_heads is not None else without_aux_heads(state_dict)
 

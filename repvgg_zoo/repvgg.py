@@ -438,7 +438,12 @@ def _create_repvgg(
     cfg = dataclasses.replace(cfg, first_conv=_first_conv(deploy=deploy))
 
     def build(**model_kwargs: Any) -> RepVGG:
-        if pretrained and not unfold and model_kwargs.get('device') is None and torch.get_default_device().type == 'cpu':
+        if (
+            pretrained
+            and not unfold
+            and model_kwargs.get('device') is None
+            and torch.get_default_device().type == 'cpu'
+        ):
             # neither memory nor time for weights that are replaced at once
             model = RepVGG(variant, deploy=deploy, **(model_kwargs | {'device': 'meta'}))
             load_pretrained(model, cfg, cache_dir=cache_dir)

@@ -122,9 +122,9 @@ class FamilyBlock(ReparamBlock):
     @torch.jit.ignore
     def check_foldable(self) -> None:
         """Raise `FoldError` if a normalisation is not linear in eval mode, or has no finite statistics."""
-        for path, norm in self.named_modules():
-            if path == 'norm' or path.endswith('bn'):
-                BNStats.of(norm).check()
+        norms = [m for branch in self.branch_list() for path, m in branch.named_modules() if path.endswith('bn')]
+        for norm in norms if self.norm is None else [*norms, self.norm]:
+            BNStats.of(norm).check()
 
     @torch.jit.ignore
     @torch.no_grad()

@@ -4,7 +4,8 @@ A branch is a module from `(N, C_in, H, W)` to `(N, C_out, H / stride, W / strid
 
 - `equivalent_kernel_bias()`: the kernel `(C_out, C_in / groups, 3, 3)` and the bias `(C_out,)` that compute what the
   branch computes in eval mode, as differentiable functions of its parameters and statistics.
-- `set_kernel(kernel)`: the parameters so that this kernel is `kernel`, or as near as the branch's structure comes to it.
+- `set_kernel(kernel)`: sets parameters so that this kernel is `kernel`, or as near to it as the branch's structure
+  comes.
 
 Kernels are computed in the dtype of the parameters, in float32 at least.
 """
@@ -373,7 +374,10 @@ class _Chain(nn.Module):
 
 
 class SqueezeConv(_Chain):
-    """1x1, then 3x3: the branch 1x1-KxK of the Diverse Branch Block. The 1x1 kernel is I + `delta`, `delta` initially 0."""
+    """1x1, then 3x3: the branch 1x1-KxK of the Diverse Branch Block.
+
+    The 1x1 kernel is I + `delta`, and `delta` initially 0.
+    """
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape, shape.in_chs)

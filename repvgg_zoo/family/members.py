@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from .branches import Average, Conv, DOConv, Dirac, Expand, Identity, Scaled, Shape, SqueezeConv
+from .branches import Average, Conv, Dirac, DOConv, Expand, Identity, Scaled, Shape, SqueezeConv
 
 __all__ = ['MEMBERS', 'Member']
 
@@ -63,7 +63,12 @@ MEMBERS: Mapping[str, Member] = MappingProxyType(
         'dbb': Member(
             summary='3x3 + 1x1 + 1x1 · 3x3 + 1x1 · average',
             source='Diverse Branch Block, arXiv 2103.13425',
-            branches=lambda s: {'kxk': Conv.of(s), '1x1': Conv.of(s, 1), '1x1_kxk': SqueezeConv(s), '1x1_avg': Average(s)},
+            branches=lambda s: {
+                'kxk': Conv.of(s),
+                '1x1': Conv.of(s, 1),
+                '1x1_kxk': SqueezeConv(s),
+                '1x1_avg': Average(s),
+            },
         ),
         'dirac': Member(
             summary='diag(a) · I + diag(b) · W / ‖W‖',

@@ -22,6 +22,14 @@ _NOISE = 0.1
 """Size of what makes branches of one kind differ from each other, relative to the kernel that they share."""
 
 
+_GAIN = 3.0
+"""How much larger kernels are than what normalisation makes of them.
+
+The larger a normalised kernel, the less a step of training turns it: by 1 / gain². With a gain of 1, fine-tuning the
+bundled weights for four epochs ended a point below the same from their training form, with 3 or 10 on a par.
+"""
+
+
 def unfold(module: nn.Module, *, block: str = 'repvgg', batches: Iterable[Any] | None = None) -> nn.Module:
     """Give every deploy-form block inside a module its branches back, in place, and return the module.
 
@@ -87,14 +95,19 @@ def set_equivalent_kernel_bias(block: ReparamBlock, kernel: Tensor, bias: Tensor
     which can have any kernel, has what is left.
     """
     (main, *others), norm = _branches(block)
+    bias_holder = main.bn if norm is None else norm
+    if bias_holder.bias is None:
+        raise ValueError(
+            f'the bias of a folded block goes into {bias_holder}, which has none; take one with affine=True'
+        )
     for module in block.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.reset_parameters()
+    for last in [branch.bn for branch in (main, *others)] if norm is None else [norm]:
+        if last is not None:
+            last.weight /= _GAIN
     wide = torch.promote_types(kernel.dtype, torch.float32) if kernel.device.type == 'mps' else torch.float64
     kernel, bias = kernel.to(wide), bias.to(wide)
-    bias_holder = main.bn if norm is None else norm
-    if bias_holder.bias is None:
-        raise ValueError(f'the bias of a folded block goes into {bias_holder}, which has none; take one with affine=True')
     rest = kernel if norm is None else divided(kernel, BNStats.of(norm).scale_shift(wide)[0].view(-1, 1, 1, 1))
     share = rest / (1 + len(others))
     for branch in others:

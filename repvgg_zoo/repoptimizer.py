@@ -14,7 +14,7 @@ __all__ = ['rep_optimizer']
 
 
 class _Equivalent(NamedTuple):
-    """How the kernel of a plain block moves with the parameters of a constant-scale block; each `(C_out, C_in, 3, 3)`."""
+    """How a plain kernel moves with the parameters of a constant-scale block; each `(C_out, C_in / groups, 3, 3)`."""
 
     sgd: Tensor
     """s² + t² at the centre tap, s² elsewhere."""
@@ -46,7 +46,9 @@ def rep_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, like: nn.M
         ValueError: The models are not of these blocks, or not of one variant.
     """
     if type(optimizer) not in (torch.optim.SGD, torch.optim.AdamW):
-        raise TypeError(f'the optimizer is a {type(optimizer).__name__}; it can be torch.optim.SGD or torch.optim.AdamW')
+        raise TypeError(
+            f'the optimizer is a {type(optimizer).__name__}; it can be torch.optim.SGD or torch.optim.AdamW'
+        )
     plain, scaled = _blocks(model, 'plain'), _blocks(like, 'csla')
     if plain.keys() != scaled.keys() or not plain:
         raise ValueError("the models must be of one variant, with block='plain' and like=… with block='csla'")
@@ -56,7 +58,7 @@ def rep_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, like: nn.M
         other = scaled[path]
         kernel = sum(branch.equivalent_kernel_bias()[0] for branch in other.branch_list())
         state_dict[f'{path}.branches.kxk.conv.weight'] = kernel
-        for name, value in other.norm.state_dict().items():
+        for name in other.norm.state_dict():
             state_dict[f'{path}.branches.kxk.bn.{name}'] = state_dict.pop(f'{path}.norm.{name}')
         equivalents[block.branches.kxk.conv.weight] = _equivalent(other, kernel)
     model.load_state_dict({key: value for key, value in state_dict.items() if not key.endswith('identity.scale')})

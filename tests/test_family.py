@@ -1,0 +1,315 @@
+"""Every member of the family: its fold, its keys and kernels, training and export."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from conftest import images, randomise, rel_diff
+from hypothesis import given
+from hypothesis import strategies as st
+from test_blocks import CONFIGURATIONS
+from torch import nn
+
+import repvgg_zoo
+from repvgg_zoo import BLOCKS, CheckpointError, FoldError, load_checkpoint
+from repvgg_zoo.family import MEMBERS, FamilyBlock, block_type
+from repvgg_zoo.family.branches import Average, SqueezeConv
+
+F64 = torch.float64
+MEMBER = pytest.mark.parametrize('member', MEMBERS)
+EXACT = 1e-12
+"""Some hundred terms, each rounded a few times in float64."""
+
+
+def block(member: str, in_chs: int = 8, out_chs: int = 8, **kwargs) -> FamilyBlock:
+    made = block_type(member)(in_chs, out_chs, **kwargs).double()
+    scatter(made)
+    return randomise(made, px=11, in_chans=in_chs)
+
+
+@torch.no_grad()
+def scatter(module: nn.Module) -> None:
+    """Give parameters that are the same for all channels at first, or zero, values of their own."""
+    for name, parameter in module.named_parameters():
+        if name.rpartition('.')[2] in ('a', 'b', 'scale', 'delta', 'depthwise'):
+            parameter += 0.3 * torch.randn_like(parameter)
+
+
+# ------------------------------------------------------------------------------------------------- the fold
+
+
+@MEMBER
+@pytest.mark.parametrize('kwargs', CONFIGURATIONS, ids=str)
+def test_both_forms_compute_the_same(member, kwargs):
+    module, x = block(member, **kwargs), images(px=10, in_chans=8, dtype=F64)
+    before = module(x)
+    keys = {key for key in module.state_dict() if not key.startswith('attn')}
+    assert module.switch_to_deploy() is module
+    assert rel_diff(module(x), before) < EXACT
+    assert {key for key in module.state_dict() if not key.startswith('attn')} == {
+        'reparam_conv.weight',
+        'reparam_conv.bias',
+    }
+    assert not keys & module.state_dict().keys()
+
+
+@MEMBER
+def test_more_and_fewer_channels(member):
+    for in_chs, out_chs in ((4, 12), (12, 4), (3, 8)):
+        module, x = block(member, in_chs, out_chs, stride=2), images(px=9, in_chans=in_chs, dtype=F64)
+        module.act = nn.Identity()
+        before = module(x)
+        assert rel_diff(module.switch_to_deploy()(x), before) < EXACT
+
+
+@given(
+    member=st.sampled_from(list(MEMBERS)),
+    groups=st.sampled_from([1, 2, 3]),
+    ins=st.integers(1, 4),
+    outs=st.integers(1, 4),
+    stride=st.sampled_from([1, 2]),
+    dilation=st.integers(1, 3),
+    padding_mode=st.sampled_from(['zeros', 'reflect', 'replicate', 'circular']),
+    affine=st.booleans(),
+    layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
+    seed=st.integers(0, 2**32 - 1),
+    px=st.integers(4, 9),
+)
+def test_fold_is_exact(member, groups, ins, outs, stride, dilation, padding_mode, affine, layout, seed, px):
+    torch.manual_seed(seed)
+    module = block_type(member)(
+        groups * ins,
+        groups * outs,
+        stride=stride,
+        dilation=dilation,
+        groups=groups,
+        padding_mode=padding_mode,
+        norm_layer=lambda chs, **dd: nn.BatchNorm2d(chs, eps=1e-3, affine=affine, **dd),
+    ).double()
+    scatter(module)
+    with torch.no_grad():
+        for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0, 4)
+            if affine:
+                norm.weight.normal_()
+                norm.bias.normal_()
+    module.act = nn.Identity()
+    module.to(memory_format=layout).eval()
+    x = torch.randn(2, groups * ins, px, px, dtype=F64)
+    with torch.no_grad():
+        before = module(x)
+        kernel, bias = module.equivalent_kernel_bias()
+        after = module.switch_to_deploy()(x)
+    # statistics near zero make terms thirty times as large, which may cancel
+    assert ((after - before).abs() <= 1e-9 * (1 + before.abs())).all()
+    assert torch.equal(kernel, module.reparam_conv.weight)
+    assert torch.equal(bias, module.reparam_conv.bias)
+
+
+@MEMBER
+def test_half_precision_is_folded_wide_and_rounded_last(member):
+    module = block(member).to(torch.bfloat16)
+    exact = copy.deepcopy(module).double().switch_to_deploy().reparam_conv
+    folded = module.switch_to_deploy().reparam_conv
+    assert folded.weight.dtype == torch.bfloat16
+    assert torch.equal(folded.weight, exact.weight.to(torch.bfloat16))
+    assert torch.equal(folded.bias, exact.bias.to(torch.bfloat16))
+
+
+@MEMBER
+def test_fold_keeps_what_it_should(member):
+    module = block(member).to(memory_format=torch.channels_last).train()
+    module.requires_grad_(False)
+    conv = module.switch_to_deploy().reparam_conv
+    assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not conv.weight.requires_grad
+    assert not conv.bias.requires_grad
+    assert conv.training
+    assert [module.branches, module.identity, module.norm] == [None] * 3
+
+
+@MEMBER
+def test_what_cannot_be_folded_changes_nothing(member):
+    good, bad = block(member), block(member)
+    norm = next(m for m in bad.modules() if isinstance(m, nn.BatchNorm2d))
+    norm.running_var[3] = -1
+    with pytest.raises(FoldError, match=r"cannot fold block '1'.*running variance -1.* channel 3"):
+        repvgg_zoo.switch_to_deploy(nn.Sequential(good, bad))
+    assert good.reparam_conv is None
+    assert bad.reparam_conv is None
+
+
+@pytest.mark.parametrize('branch', [SqueezeConv, Average])
+def test_border_of_a_chain_is_its_image_of_zero(branch):
+    """With a shift between its two convolutions, padding with zeros in the middle is another function."""
+    module = block('dbb')
+    chain = next(m for m in module.modules() if isinstance(m, branch))
+    assert chain._image_of_zero().abs().min() > 1e-3
+    x = images(px=7, in_chans=8, dtype=F64)
+    kernel, bias = chain.equivalent_kernel_bias()
+    assert rel_diff(torch.nn.functional.conv2d(x, kernel, bias, padding=1), chain(x)) < EXACT
+
+
+def test_expand_is_its_chain():
+    made = block('expand').branches['expand']
+    x = images(px=7, in_chans=8, dtype=F64)
+    conv = torch.nn.functional.conv2d
+    chain = conv(conv(conv(x, made.first), made.weight, padding=1), made.last)
+    assert rel_diff(conv(x, made.kernel(), padding=1), chain) < EXACT
+
+
+def test_dirac_kernel_is_that_of_its_paper():
+    made = block('dirac', 4, 4).branches['dirac']
+    for out in range(4):
+        expected = made.b[out] * made.weight[out] / made.weight[out].norm()
+        expected[out, 1, 1] += made.a[out]
+        assert rel_diff(made.kernel()[out], expected) < EXACT
+
+
+def test_doconv_kernel_is_that_of_its_paper():
+    made = block('doconv', 4, 6).branches['doconv']
+    for out, into in ((0, 0), (5, 3)):
+        d = torch.eye(9, dtype=F64) + made.depthwise[into]
+        assert rel_diff(made.kernel()[out, into].flatten(), d @ made.weight[out, into].flatten()) < EXACT
+
+
+def test_delta_orthogonal_keeps_norms():
+    conv = block_type('plain_delta')(8, 8).branches['kxk'].conv
+    kernel = conv.weight.detach()
+    assert torch.count_nonzero(kernel) == torch.count_nonzero(kernel[:, :, 1, 1])
+    assert torch.allclose(kernel[:, :, 1, 1] @ kernel[:, :, 1, 1].T, torch.eye(8), atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------- public kernels
+
+
+@pytest.mark.parametrize('name', BLOCKS)
+def test_equivalent_kernel_is_differentiable(name):
+    module = block_type(name)(2, 2).double().eval()
+    scatter(module)
+    parameters = {f'block.{key}': parameter for key, parameter in module.named_parameters()}
+
+    def kernel_and_bias(*values):
+        return torch.func.functional_call(_Kernel(module), dict(zip(parameters, values, strict=True)), ())
+
+    assert torch.autograd.gradcheck(kernel_and_bias, tuple(parameters.values()))
+
+
+class _Kernel(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self):
+        return self.block.equivalent_kernel_bias()
+
+
+@pytest.mark.parametrize('name', BLOCKS)
+def test_equivalent_kernel_of_both_forms(name):
+    model = randomise(timm.create_model('test_repvgg', block=name).double(), px=32)
+    block = model.stages[0][1]
+    kernel, bias = block.equivalent_kernel_bias()
+    assert kernel.requires_grad
+    model.switch_to_deploy()
+    assert rel_diff(block.equivalent_kernel_bias()[0], kernel) < EXACT
+    assert rel_diff(block.equivalent_kernel_bias()[1], bias) < EXACT
+
+
+# --------------------------------------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize('name', BLOCKS)
+def test_model_of_each_block(name, tmp_path):
+    model = randomise(timm.create_model('test_repvgg', block=name, num_classes=10).double(), px=32)
+    x = images(2, 32, dtype=F64)
+    expected = model(x)
+    torch.save(model.state_dict(), tmp_path / 'training.pth')
+    deployed = timm.create_model('test_repvgg', block=name, num_classes=10, deploy=True).double().eval()
+    load_checkpoint(deployed, tmp_path / 'training.pth')
+    assert rel_diff(deployed(x), expected) < 1e-9
+    again = timm.create_model('test_repvgg', block=name, num_classes=10).double().eval()
+    load_checkpoint(again, tmp_path / 'training.pth')
+    assert torch.equal(again(x), expected)
+    assert model.switch_to_deploy(verify=x).deploy
+    assert rel_diff(model(x), expected) < 1e-9
+    plain = timm.create_model('test_repvgg', num_classes=10, deploy=True)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+
+
+@MEMBER
+def test_model_folder_remembers_the_block(member, tmp_path):
+    from repvgg_zoo.convert import save_model
+
+    model = randomise(timm.create_model('test_repvgg', block=member, num_classes=10), px=32)
+    (tmp_path / 'model').mkdir()
+    save_model(model, tmp_path / 'model')
+    loaded = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).eval()
+    assert loaded.stem.member == member
+    assert torch.equal(loaded(images(1, 32)), model(images(1, 32)))
+
+
+@MEMBER
+def test_grows_with_the_network(member):
+    """Grouped blocks, a squeeze-excite, dilation and stochastic depth of the whole network fold too."""
+    for name, kwargs in (('repvgg_a0', dict(output_stride=8, drop_path_rate=0.1)), ('test_repvgg', dict(in_chans=1))):
+        if member in ('expand', 'mobileone', 'dbb') and name == 'repvgg_a0':
+            continue  # hundreds of megabytes
+        model = timm.create_model(name, block=member, num_classes=3, **kwargs)
+        x = images(1, 32, in_chans=kwargs.get('in_chans', 3))
+        randomise(model, px=32, in_chans=kwargs.get('in_chans', 3))
+        with torch.no_grad():
+            before = model(x)
+            assert rel_diff(model.switch_to_deploy()(x), before) < 1e-3  # float32 over some twenty layers
+
+
+@MEMBER
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=['contiguous', 'channels_last'])
+def test_trains(member, layout):
+    torch.manual_seed(0)
+    model = timm.create_model('test_repvgg', block=member, num_classes=4).to(memory_format=layout)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    x, labels = images(16, 32).to(memory_format=layout), torch.arange(16) % 4
+    losses = []
+    for _ in range(12):
+        loss = torch.nn.functional.cross_entropy(model(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@MEMBER
+def test_scripts_traces_and_exports(member):
+    module, x = block(member).float(), images(2, 12, in_chans=8)
+    expected = module(x)
+    assert torch.allclose(torch.jit.script(module)(x), expected, atol=1e-5)
+    assert torch.allclose(torch.jit.trace(module, x)(x), expected, atol=1e-5)
+    shapes = {0: torch.export.Dim('n'), 2: torch.export.Dim('h', min=4), 3: torch.export.Dim('w', min=4)}
+    exported = torch.export.export(module, (x,), dynamic_shapes=(shapes,)).module()
+    assert torch.allclose(exported(images(3, 9, in_chans=8)), module(images(3, 9, in_chans=8)), atol=1e-5)
+
+
+def test_unknown_block_names_the_nearest():
+    with pytest.raises(ValueError, match=r"unknown block 'qarepvg'; did you mean 'qarepvgg'\? it can be: repvgg, "):
+        timm.create_model('test_repvgg', block='qarepvg')
+
+
+def test_default_block_is_as_ever():
+    assert type(timm.create_model('test_repvgg', block='repvgg').stem) is repvgg_zoo.RepVGGBlock
+    assert type(timm.create_model('test_repvgg').stem) is repvgg_zoo.RepVGGBlock
+
+
+def test_weights_of_another_block_are_an_error(tmp_path):
+    torch.save(timm.create_model('test_repvgg', block='acb').state_dict(), tmp_path / 'acb.pth')
+    for other in ('dbb', 'repvgg'):
+        model = timm.create_model('test_repvgg', block=other)
+        with pytest.raises(CheckpointError, match='does not fit test_repvgg'):
+            load_checkpoint(model, tmp_path / 'acb.pth')
+    with pytest.raises(CheckpointError, match='no dbb block'):
+        load_checkpoint(timm.create_model('test_repvgg', block='dbb', deploy=True), tmp_path / 'acb.pth')

@@ -1,0 +1,230 @@
+"""Branches from one convolution: the same function in eval mode, near it in train mode, and as good to train on."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+
+import pytest
+import timm
+import torch
+from conftest import images, rel_diff
+from timm.data import create_dataset, create_transform, resolve_model_data_config
+from torch import nn
+
+from repvgg_zoo import BLOCKS, CheckpointError, RepVGGBlock, load_checkpoint, match_bn_statistics, unfold
+from repvgg_zoo.convert import convert
+from repvgg_zoo.manifest import weights_dir
+
+F64 = torch.float64
+BLOCK = pytest.mark.parametrize('block', BLOCKS)
+
+
+@pytest.fixture(scope='module')
+def folded():
+    """Trained weights in the deploy form."""
+    return timm.create_model('test_repvgg.cifar10_deploy', pretrained=True).double().eval()
+
+
+@pytest.fixture(scope='module')
+def photos():
+    """`(100, 3, 32, 32)`, ten of each class."""
+    model = timm.create_model('test_repvgg')
+    dataset = create_dataset('', root=str(weights_dir() / 'cifar10' / 'train'))
+    dataset.transform = create_transform(**resolve_model_data_config(model))
+    return torch.stack([dataset[index][0] for index in range(0, len(dataset), 5)]).double()
+
+
+@BLOCK
+def test_unfolded_model_computes_the_same(block, folded, photos):
+    expected, keys = folded(photos), folded.state_dict().keys()
+    model = unfold(copy.deepcopy(folded), block=block)
+    assert not model.deploy
+    assert not model.training
+    like = timm.create_model('test_repvgg', num_classes=10, block=block)
+    assert model.state_dict().keys() == like.state_dict().keys()
+    assert rel_diff(model(photos), expected) < 1e-9
+    assert rel_diff(model.switch_to_deploy()(photos), expected) < 1e-9
+    assert model.state_dict().keys() == keys
+
+
+@BLOCK
+def test_data_brings_train_mode_near_eval_mode(block, folded, photos):
+    expected = folded(photos)
+    model = unfold(copy.deepcopy(folded), block=block, batches=[photos[:40], (photos[40:], None)])
+    assert rel_diff(model(photos), expected) < 1e-9
+    assert rel_diff(model.train()(photos), expected) < 0.02  # variances of a batch are those of a sample less 1 / n
+    plain = unfold(copy.deepcopy(folded), block=block)
+    assert rel_diff(plain.train()(photos), expected) > 0.5
+
+
+@BLOCK
+def test_every_branch_has_a_part(block, folded):
+    """Neither is a branch left out, nor do branches of one kind begin alike, which they would be for ever."""
+    model = unfold(copy.deepcopy(folded), block=block)
+    module = model.stages[0][1]
+    if isinstance(module, RepVGGBlock):
+        kernels = [module.conv_kxk.conv.weight, module.conv_1x1.conv.weight]
+    else:
+        kernels = [branch.equivalent_kernel_bias()[0] for branch in module.branch_list()]
+    whole = module.equivalent_kernel_bias()[0]
+    for index, kernel in enumerate(kernels):
+        assert kernel.norm() > 0.01 * whole.norm()
+        for other in kernels[:index]:
+            assert kernel.shape != other.shape or rel_diff(kernel, other) > 0.01
+
+
+def test_statistics_are_those_of_the_data(folded, photos):
+    model = unfold(copy.deepcopy(folded), batches=[photos[:30], photos[30:]])
+    seen = []
+    model.stages[0][1].conv_1x1.bn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.enable_grad():  # the branches are then run one by one
+        model(photos)
+    values = seen[0].transpose(0, 1).flatten(1)
+    bn = model.stages[0][1].conv_1x1.bn
+    assert rel_diff(bn.running_mean, values.mean(1)) < 1e-9
+    assert rel_diff(bn.running_var, values.var(1)) < 1e-9
+
+
+def test_part_of_a_larger_network_and_a_bare_block(folded, photos):
+    larger = nn.Sequential(nn.Identity(), copy.deepcopy(folded))
+    assert unfold(larger, block='acb') is larger
+    assert rel_diff(larger(photos), folded(photos)) < 1e-9
+    block = copy.deepcopy(folded.stages[0][1])
+    x = images(2, 8, in_chans=block.reparam_conv.in_channels, dtype=F64)
+    assert rel_diff(unfold(copy.deepcopy(block))(x), block(x)) < 1e-9
+
+
+def test_dilated_network_keeps_its_keys():
+    model = timm.create_model('test_repvgg', output_stride=8, deploy=True)
+    expected = timm.create_model('test_repvgg', output_stride=8).state_dict().keys()
+    assert unfold(model).state_dict().keys() == expected
+
+
+def test_parts_that_are_not_folded_stay():
+    model = timm.create_model('repvgg_d2se', deploy=True, device='meta')
+    squeeze = model.stages[0][0].attn
+    model.stages = model.stages[:1]
+    unfold(model)
+    assert model.stages[0][0].attn is squeeze
+
+
+def test_errors_tell_what_is_possible(folded):
+    with pytest.raises(ValueError, match=r'no block of this package in Linear'):
+        unfold(nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=r'stem is of the training form; switch_to_deploy\(\) comes first'):
+        unfold(timm.create_model('test_repvgg'))
+    with pytest.raises(ValueError, match=r"unknown block 'abc'; did you mean 'acb'"):
+        unfold(copy.deepcopy(folded), block='abc')
+    with pytest.raises(ValueError, match='the batches have no images'):
+        unfold(copy.deepcopy(folded), batches=[])
+    model = timm.create_model('test_repvgg', norm_layer=lambda c, **dd: nn.BatchNorm2d(c, affine=False, **dd))
+    match_bn_statistics(model, [])  # which has nothing to set
+
+
+# ----------------------------------------------------------------------------------------------- while loading
+
+
+@BLOCK
+@pytest.mark.parametrize('tag', ['cifar10', 'cifar10_deploy'])
+def test_pretrained_weights_go_into_any_block(block, tag, folded, photos):
+    model = timm.create_model(f'test_repvgg.{tag}', pretrained=True, block=block, unfold=True).eval()
+    assert not model.deploy
+    assert rel_diff(model.double()(photos), folded(photos)) < 1e-4  # float32 weights
+
+
+def test_own_weights_are_taken_as_they_are():
+    plain = timm.create_model('test_repvgg', pretrained=True)
+    model = timm.create_model('test_repvgg', pretrained=True, unfold=True)
+    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_other_classes_and_channels(folded, photos):
+    model = timm.create_model('test_repvgg.cifar10_deploy', pretrained=True, unfold=True, num_classes=3, in_chans=1)
+    assert model.head.fc.out_features == 3
+    deployed = timm.create_model('test_repvgg.cifar10_deploy', pretrained=True, in_chans=1).eval()
+    grey = photos.float().mean(1, keepdim=True)
+    assert rel_diff(model.eval().forward_features(grey), deployed.forward_features(grey)) < 1e-4
+
+
+def test_deploy_weights_name_the_remedy(tmp_path):
+    torch.save(timm.create_model('test_repvgg', deploy=True).state_dict(), tmp_path / 'deploy.pth')
+    model = timm.create_model('test_repvgg')
+    with pytest.raises(CheckpointError, match=r'deploy=True, or load with unfold=True'):
+        load_checkpoint(model, tmp_path / 'deploy.pth')
+    load_checkpoint(model, tmp_path / 'deploy.pth', unfold=True)
+    with pytest.raises(ValueError, match='take one of them'):
+        timm.create_model('test_repvgg', pretrained=True, unfold=True, deploy=True)
+
+
+@pytest.mark.parametrize('damage', ['missing', 'extra', 'reshaped'])
+def test_misfit_changes_nothing(damage, tmp_path):
+    state_dict = timm.create_model('test_repvgg', deploy=True).state_dict()
+    if damage == 'missing':
+        del state_dict['stages.1.0.reparam_conv.bias']
+    elif damage == 'extra':
+        state_dict['stages.1.9.reparam_conv.bias'] = torch.zeros(3)
+    else:
+        state_dict['stages.1.0.reparam_conv.weight'] = torch.zeros(2, 2, 3, 3)
+    torch.save(state_dict, tmp_path / 'deploy.pth')
+    model = timm.create_model('test_repvgg', block='acb')
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CheckpointError, match=r'does not fit test_repvgg.*stages\.1\.'):
+        load_checkpoint(model, tmp_path / 'deploy.pth', unfold=True)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_converted_folder_is_the_same_function(folded, photos, tmp_path):
+    convert('test_repvgg.cifar10_deploy', tmp_path / 'dbb', unfold=True, block='dbb')
+    model = timm.create_model(f'local-dir:{tmp_path / "dbb"}', pretrained=True).eval()
+    assert model.stem.member == 'dbb'
+    assert rel_diff(model.double()(photos), folded(photos)) < 1e-4
+    with pytest.raises(ValueError, match='unfolding makes the training form'):
+        convert('test_repvgg', tmp_path / 'other', unfold=True, form='deploy')
+
+
+# --------------------------------------------------------------------------------------------------- fine-tuning
+
+
+def top1_after_training(model: nn.Module, train, validation, seed: int) -> float:
+    """Per cent, after four epochs on 500 photos."""
+    generator = torch.Generator().manual_seed(seed)
+    epochs, steps = 4, len(train[0]) // 50
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
+    model.train()
+    for _ in range(epochs):
+        for batch in torch.randperm(len(train[0]), generator=generator).split(50):
+            x = train[0][batch]
+            x = torch.where(torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5, x.flip(3), x)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), train[1][batch], label_smoothing=0.1).backward()
+            optimizer.step()
+            schedule.step()
+    with torch.inference_mode():
+        return 100 * (model.eval()(validation[0]).argmax(1) == validation[1]).double().mean().item()
+
+
+@pytest.mark.slow
+def test_fine_tuning_goes_as_well_as_from_the_training_form():
+    """A classifier that was taken off is learnt again, and the features move, by the same recipe from either form."""
+    transform = create_transform(**resolve_model_data_config(timm.create_model('test_repvgg')))
+    data = []
+    for split in ('train', 'validation'):
+        dataset = create_dataset('', root=str(weights_dir() / 'cifar10' / split))
+        dataset.transform = transform
+        pairs = [dataset[index] for index in range(len(dataset))]
+        data.append((torch.stack([x for x, _ in pairs]), torch.tensor([label for _, label in pairs])))
+    results = {'training form': [], 'unfolded': []}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        kept = timm.create_model('test_repvgg.cifar10', pretrained=True)
+        lost = unfold(timm.create_model('test_repvgg.cifar10_deploy', pretrained=True), batches=[data[0][0]])
+        kept.reset_classifier(10)
+        lost.reset_classifier(10)
+        lost.head.load_state_dict(kept.head.state_dict())
+        results['training form'].append(top1_after_training(kept, *data, seed))
+        results['unfolded'].append(top1_after_training(lost, *data, seed))
+    kept, lost = (statistics.mean(values) for values in results.values())
+    assert kept > 60
+    assert lost > kept - 2  # standard error of a difference of means of three, of 500 images each: one point
