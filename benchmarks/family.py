@@ -1,0 +1,171 @@
+"""What each training-time block is worth on CIFAR-10: `train` runs timm's train.py, `report` writes docs/family.csv.
+
+    python benchmarks/family.py train --script train.py --data cifar10 --runs runs
+    python benchmarks/family.py report --data cifar10 --runs runs
+
+`--data` holds the folders `train` and `test`, with a folder of images for each class. A run that was stopped goes on
+where it was; one that is complete is left alone. `report` takes the runs that are complete.
+"""
+
+import argparse
+import csv
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+from timm.data import create_dataset, create_transform, resolve_model_data_config
+
+from repvgg_zoo import BLOCKS
+from repvgg_zoo.benchmark.cases import saved_bytes
+from repvgg_zoo.benchmark.measure import time_rounds
+from repvgg_zoo.convert import convert
+from repvgg_zoo.listing import markdown_table
+from repvgg_zoo.quantize import quantize
+
+EPOCHS = 10
+RECIPE = """
+    --dataset= --train-split train --val-split test --model test_repvgg --num-classes 10 --epochs 10 --warmup-epochs 1
+    --batch-size 128 --validation-batch-size 500 --opt sgd --momentum 0.9 --weight-decay 5e-4 --lr 0.1 --min-lr 0
+    --sched-on-updates --scale 0.7 1.0 --ratio 0.9 1.1 --hflip 0.5 --train-interpolation bilinear --color-jitter 0
+    --smoothing 0.1 --amp --amp-dtype bfloat16 --channels-last --device cpu --workers 1 --checkpoint-hist 1
+"""
+THREE_SEEDS = ('repvgg', 'plain', 'qarepvgg', 'mobileone')
+JOBS = [(block, seed) for seed in range(3) for block in BLOCKS if seed == 0 or block in THREE_SEEDS]
+DOCS = Path(__file__).parents[1] / 'docs'
+COLUMNS = ('block', 'seed', 'training_top1_pct', 'deploy_top1_pct', 'int8_top1_pct')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('step', choices=('train', 'report'))
+    parser.add_argument('--script', help="timm's train.py")
+    parser.add_argument('--data', type=Path, required=True)
+    parser.add_argument('--runs', type=Path, required=True)
+    parser.add_argument('--parallel', type=int, default=2, help='runs at a time, of one thread each (%(default)s)')
+    args = parser.parse_args()
+    if args.step == 'train':
+        with ThreadPoolExecutor(args.parallel) as pool:
+            list(pool.map(lambda job: train(*job, args), JOBS))
+    else:
+        report(args)
+
+
+def is_complete(run: Path) -> bool:
+    summary = run / 'summary.csv'
+    return summary.is_file() and any(row['epoch'] == str(EPOCHS - 1) for row in csv.DictReader(summary.open()))
+
+
+def train(block: str, seed: int, args: argparse.Namespace) -> None:
+    name = f'{block}-{seed}'
+    if is_complete(args.runs / name):
+        return
+    command = [sys.executable, '-m', 'repvgg_zoo', 'run', args.script, '--data-dir', args.data, *RECIPE.split()]
+    command += ['--model-kwargs', f'block={block}', '--seed', str(seed), '--output', args.runs, '--experiment', name]
+    if (last := args.runs / name / 'last.pth.tar').is_file():
+        command += ['--resume', last]
+    with (args.runs / f'{name}.log').open('ab') as log:
+        subprocess.run(command, env=os.environ | {'OMP_NUM_THREADS': '1'}, stdout=log, stderr=log, check=True)  # noqa: S603
+
+
+def report(args: argparse.Namespace) -> None:
+    path = DOCS / 'family.csv'
+    rows = {(row['block'], row['seed']): row for row in csv.DictReader(path.open())} if path.is_file() else {}
+    for block, seed in JOBS:
+        run = args.runs / f'{block}-{seed}'
+        if (block, str(seed)) not in rows and is_complete(run):
+            rows[block, str(seed)] = dict(block=block, seed=seed) | accuracies(run, block, args.data)
+            with path.open('w', newline='') as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writeheader()
+                writer.writerows(rows.values())
+    blocks = [block for block in BLOCKS if any(block == key[0] for key in rows)]
+    costs = training_costs(blocks)
+    table = []
+    for block in blocks:
+        runs = [row for key, row in rows.items() if key[0] == block]
+        top1 = [mean_and_spread([float(run[column]) for run in runs]) for column in COLUMNS[2:]]
+        table.append((block, *top1, str(len(runs)), *costs[block]))
+    header = ('block', 'training %', 'deploy %', 'INT8 %', 'seeds', 'step', 'saved', 'parameters k')
+    print(markdown_table(table, header))  # noqa: T201
+    plot(rows, blocks, costs)
+
+
+def accuracies(run: Path, block: str, data: Path) -> dict[str, str]:
+    """Of the last epoch, not of the best one, which was chosen on the images that it is measured on."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        last = run / 'last.pth.tar'
+        model = convert(last, folder / 'model', variant='test_repvgg', block=block).eval()
+        dataset = create_dataset('', root=str(data / 'test'))
+        dataset.transform = create_transform(**resolve_model_data_config(model))
+        right = 0
+        with torch.inference_mode():
+            for images, labels in torch.utils.data.DataLoader(dataset, batch_size=500):
+                right += int((model(images).argmax(1) == labels).sum())
+        measured = quantize(
+            folder / 'model', folder / 'int8', images=data / 'test', calibration=data / 'train', track=lambda x, **_: x
+        )
+    finally:
+        shutil.rmtree(folder)
+    top1 = (100 * right / len(dataset), measured.float32_top1_pct, measured.int8_top1_pct)
+    return {column: f'{value:.2f}' for column, value in zip(COLUMNS[2:], top1, strict=True)}
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """With the standard deviation over seeds, where there are more."""
+    mean = f'{statistics.mean(values):.2f}'
+    return mean if len(values) == 1 else f'{mean} ± {statistics.stdev(values):.2f}'
+
+
+def training_costs(blocks: list[str]) -> dict[str, tuple[str, ...]]:
+    """Time of a training step and bytes saved for it, relative to the default block, and parameters in thousands."""
+    x = torch.randn(128, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(10, (128,))
+    models = [timm.create_model('test_repvgg', num_classes=10, block=block) for block in ['repvgg', *blocks]]
+
+    def step(model: torch.nn.Module) -> None:
+        with torch.autocast('cpu', torch.bfloat16):
+            loss = torch.nn.functional.cross_entropy(model(x), labels)
+        loss.backward()
+
+    runs = [(partial(model.to, memory_format=torch.channels_last), step) for model in models]
+    seconds = [statistics.median(times) for times in time_rounds(runs, rounds=5, track=lambda items, **_: items)]
+    with torch.autocast('cpu', torch.bfloat16):
+        kept = [saved_bytes(model, x) for model in models]
+    return {
+        block: (
+            f'{seconds[index] / seconds[0]:.2f}',
+            f'{kept[index] / kept[0]:.2f}',
+            f'{sum(p.numel() for p in models[index].parameters()) / 1e3:.0f}',
+        )
+        for index, block in enumerate(blocks, start=1)
+    }
+
+
+def plot(rows: dict[tuple[str, str], dict[str, str]], blocks: list[str], costs: dict[str, tuple[str, ...]]) -> None:
+    """Top-1 of the deploy form against the time of a training step."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout='constrained')
+    for block in blocks:
+        top1 = [float(row['deploy_top1_pct']) for key, row in rows.items() if key[0] == block]
+        time = float(costs[block][0])
+        axes.plot([time] * len(top1), top1, 'o', color='C0' if block != 'repvgg' else 'C3', alpha=0.7)
+        axes.annotate(block, (time, max(top1)), xytext=(4, 4), textcoords='offset points', fontsize=9)
+    axes.set_xlabel('time of a training step, relative to repvgg')
+    axes.set_ylabel(f'top-1 of the deploy form, % (CIFAR-10, {EPOCHS} epochs, a point a seed)')
+    axes.grid(alpha=0.3)
+    for suffix in ('png', 'svg'):
+        figure.savefig(DOCS / f'family.{suffix}', dpi=120)
+
+
+if __name__ == '__main__':
+    main()
