@@ -208,7 +208,11 @@ class RepVGG(nn.Module):
 
     @_model_args.setter
     def _model_args(self, args: dict[str, Any]) -> None:
-        self._creation_args = {name: value for name, value in args.items() if name != 'deploy'}
+        self._creation_args = {
+            name: value
+            for name, value in args.items()
+            if name != 'deploy' and (name, value) != ('block', 'repvgg')  # which timm's own RepVGG does not take
+        }
 
     @torch.jit.ignore
     def switch_to_deploy(self, *, verify: Tensor | None = None) -> 'RepVGG':
@@ -223,15 +227,21 @@ class RepVGG(nn.Module):
     @torch.jit.ignore
     def _on_switch_to_deploy(self) -> None:
         self._remove_aux_heads()
+        self._describe_first_conv()
+
+    @torch.jit.ignore
+    def _describe_first_conv(self) -> None:
+        """Tell timm which convolutions take the images."""
+        parts = [f'stem.{path}' for path, m in self.stem.named_modules() if isinstance(m, nn.Conv2d)]
+        first_conv = [path for path in parts if not path.startswith('stem.attn.') and '1x1_kxk' not in path]
         for description in ('pretrained_cfg', '_traits'):  # timm's, of the model and of its inputs
             if hasattr(self, description):
-                getattr(self, description)['first_conv'] = _first_conv(deploy=True)
+                getattr(self, description)['first_conv'] = first_conv[0] if len(first_conv) == 1 else tuple(first_conv)
 
     @torch.jit.ignore
     def _on_unfold(self, block: str) -> None:
-        self._creation_args = self.__dict__.get('_creation_args', {}) | {'block': block}
-        if hasattr(self, 'pretrained_cfg'):
-            self.pretrained_cfg['first_conv'] = _first_conv(deploy=False)
+        self._model_args = self.__dict__.get('_creation_args', {}) | {'block': block}
+        self._describe_first_conv()
 
     @torch.jit.ignore
     def fold_state_dict(self, state_dict: StateDict) -> StateDict:
@@ -454,7 +464,7 @@ def _create_repvgg(
             load_pretrained(model, cfg, cache_dir=cache_dir, unfold=unfold)
         return model
 
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         build,
         variant.name,
         pretrained=False,
@@ -462,6 +472,9 @@ def _create_repvgg(
         feature_cfg=dict(flatten_sequential=True) | kwargs.pop('feature_cfg', {}),
         **kwargs,
     )
+    if isinstance(model, RepVGG):
+        model._describe_first_conv()
+    return model
 
 
 def _check_tag(variant: Variant, tag: str) -> None:

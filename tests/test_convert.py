@@ -96,7 +96,7 @@ def test_failure_leaves_nothing(tmp_path):
 
 def test_deploy_weights_have_no_training_form(checkpoint, tmp_path):
     convert(checkpoint, tmp_path / 'deploy', form='deploy')
-    with pytest.raises(CheckpointError, match='summed for good'):
+    with pytest.raises(CheckpointError, match='branches are summed'):
         convert(tmp_path / 'deploy', tmp_path / 'out', form='training')
     assert not (tmp_path / 'out').exists()
 

@@ -313,3 +313,29 @@ def test_weights_of_another_block_are_an_error(tmp_path):
             load_checkpoint(model, tmp_path / 'acb.pth')
     with pytest.raises(CheckpointError, match='no dbb block'):
         load_checkpoint(timm.create_model('test_repvgg', block='dbb', deploy=True), tmp_path / 'acb.pth')
+
+
+def test_timm_is_told_which_convolutions_take_the_images():
+    model = timm.create_model('test_repvgg', block='acb')
+    assert model.pretrained_cfg['first_conv'] == tuple(f'stem.branches.{name}.conv' for name in ('kxk', 'kx1', '1xk'))
+    model.switch_to_deploy()
+    assert model.pretrained_cfg['first_conv'] == 'stem.reparam_conv'
+    repvgg_zoo.unfold(model, block='repvgg')
+    assert model.pretrained_cfg['first_conv'] == ('stem.conv_kxk.conv', 'stem.conv_1x1.conv')
+    assert 'block' not in model._model_args  # timm's own RepVGG builds it too
+
+
+@MEMBER
+def test_stochastic_depth_and_drop_block_drop_the_branches_but_the_identity(member):
+    class Nothing(nn.Module):
+        def forward(self, x):
+            return torch.zeros_like(x)
+
+    module, x = block(member, drop_block=Nothing), images(2, 8, in_chans=8, dtype=F64)
+    module.act = nn.Identity()
+    identity = torch.zeros_like(x) if module.identity is None else module.identity(x)
+    assert torch.equal(module(x), identity if module.norm is None else module.norm(identity))
+    module = block_type(member)(8, 8, drop_path_rate=0.5)
+    assert isinstance(module.drop_path, nn.Identity) == (module.identity is None)
+    module.switch_to_deploy()
+    assert block_type(member)(8, 8, drop_path_rate=0.5, drop_block=Nothing, deploy=True)(x.float()).any()

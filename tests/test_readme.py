@@ -35,7 +35,7 @@ def test_blocks_run_in_their_order(tmp_path):
         )
         assert done.returncode == 0, f'{code}\n{done.stderr}'
         ran += 1
-    assert ran == 7
+    assert ran == 8
 
 
 def test_table_is_the_current_one():
