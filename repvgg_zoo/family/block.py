@@ -66,7 +66,7 @@ class FamilyBlock(ReparamBlock):
         self.identity = branches.pop('identity', None)
         self.branches = None if deploy else nn.ModuleDict(branches)
         self.norm = shape.norm() if MEMBERS[member].norm_after and not deploy else None
-        self.drop_path = DropPath(drop_path_rate) if drop_path_rate and identity and not deploy else nn.Identity()
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate and self.identity is not None else nn.Identity()
         self.drop_block = nn.Identity() if drop_block is None or deploy else drop_block()
         self.attn = nn.Identity() if attn_layer is None else attn_layer(out_chs, **dd)
         self.attn_last = attn_last
