@@ -21,6 +21,7 @@ from .checkpoints import (
     read_safetensors_header,
     to_timm_layout,
 )
+from .family import block_type
 from .pretrained import load_state_dict, weights_in
 from .repvgg import RepVGG
 from .unfolding import unfold as unfold_model
@@ -125,6 +126,7 @@ def open_model(
     `FileNotFoundError`, or `CheckpointError` for a file that is of no known variant or
     does not fit the given one.
     """
+    block_type(block)  # an error now if there is none of that name
     path = Path(source)
     if (config := path / 'config.json').is_file():
         try:
@@ -144,20 +146,19 @@ def open_model(
     name = get_variant(variant).name if variant else found.name
     classifier = state_dict.get('head.fc.weight')
     deploy = form_of(state_dict) == 'deploy'
-    stem = next((key for key in _STEM_KERNELS if key in state_dict), None)
+    stem = [
+        v.shape[1] for key, v in state_dict.items() if key.startswith('stem.') and v.ndim == 4 and '.attn.' not in key
+    ]
     model = timm.create_model(
         name,
         num_classes=0 if classifier is None else classifier.shape[0],
-        in_chans=state_dict[stem].shape[1] if stem else 3,
+        in_chans=min(stem, default=3),  # kernels behind the first of a branch have more
         deploy=deploy,
         block=block,
         device='meta',
     )
     load_state_dict(model, state_dict)
     return model
-
-
-_STEM_KERNELS = tuple(f'stem.{part}.weight' for part in ('reparam_conv', 'conv_kxk.conv', 'branches.kxk.conv'))
 
 
 def _is_model_name(source: str | Path) -> bool:

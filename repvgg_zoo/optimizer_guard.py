@@ -1,4 +1,4 @@
-"""Optimizers that hold the parameters of folded branches fail instead of training nothing."""
+"""Optimizers that hold parameters which a switch of the form replaced fail instead of training nothing."""
 
 from __future__ import annotations
 
@@ -37,6 +37,6 @@ def _refuse_folded(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     held = [parameter for group in optimizer.param_groups for parameter in group['params']]
     if folded := sum(parameter in _folded for parameter in held):
         raise RuntimeError(
-            f'{folded} of the {len(held)} parameters of this {type(optimizer).__name__} belong to branches that '
-            'switch_to_deploy() folded away, so it would train nothing; make a new one from model.parameters()'
+            f'{folded} of the {len(held)} parameters of this {type(optimizer).__name__} were replaced by '
+            'switch_to_deploy() or unfold(), so it would train nothing; make a new one from model.parameters()'
         )

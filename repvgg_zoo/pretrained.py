@@ -107,7 +107,8 @@ def _for_unfolding(model: RepVGG, state_dict: StateDict) -> StateDict:
     own = set(model.state_dict())
     if form_of(state_dict) == 'deploy' or all(key in own for key in without_aux_heads(state_dict)):
         return state_dict
-    return fold_state_dict(state_dict)
+    eps = next(m.eps for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return fold_state_dict(state_dict, eps=eps)
 
 
 def _unfolded(model: RepVGG, state_dict: StateDict) -> StateDict:

@@ -49,7 +49,7 @@ class QuantizationReport:
     equalized: bool
     threads: int
     float32_top1_pct: float | None
-    """None where the images are in no class folders."""
+    """None unless there are as many folders with images as the model has classes."""
     int8_top1_pct: float | None
     same_top_class_pct: float
     float32_latency_ms: float
@@ -134,10 +134,14 @@ def quantize(
         FileNotFoundError: There is no such folder of images, or it is empty.
     """
     _require()
+    if subset < 1:
+        raise ValueError(f'subset is {subset}; it takes at least one image to calibrate')
     evaluated = _dataset(images)
     calibrated = _dataset(calibration or images)
     with new_folder(target, overwrite=overwrite) as folder:
         model = open_model(source, variant=variant, block=block).float().eval().switch_to_deploy()
+        if model.in_chans != 3:
+            raise ValueError(f'the images have 3 channels, and the model takes {model.in_chans}')
         if equalize_layers:
             equalize(model)
         for dataset in (evaluated, calibrated):
@@ -315,6 +319,10 @@ def _fake_quantized_input(x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------- equalisation
 
 
+_DEAD = 1e-3
+"""Channels whose range is less of the median one are left alone: to equalize them makes their bias huge."""
+
+
 @torch.no_grad()
 def equalize(model: RepVGG, *, sweeps: int = 10) -> RepVGG:
     """Cross-layer equalisation of the deploy form, in place (arXiv 1906.04721, section 4.1); returns the model.
@@ -339,7 +347,8 @@ def _equalize_pair(first: nn.Conv2d, second: nn.Conv2d) -> None:
         second.groups, -1, *second.weight.shape[1:]
     )  # (groups, C_out / groups, C_in / groups …)
     range_1, range_2 = first.weight.abs().amax((1, 2, 3)), by_input.abs().amax((1, 3, 4)).flatten()
-    scale = torch.where((range_1 > 0) & (range_2 > 0), (range_1 / range_2).sqrt(), 1.0)
+    dead = (range_1 < _DEAD * range_1.median()) | (range_2 < _DEAD * range_2.median())
+    scale = torch.where(dead | (range_1 == 0) | (range_2 == 0), 1.0, (range_1 / range_2).sqrt())
     first.weight /= scale.view(-1, 1, 1, 1)
     first.bias /= scale
     by_input *= scale.view(second.groups, 1, -1, 1, 1)

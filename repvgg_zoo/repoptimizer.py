@@ -25,33 +25,47 @@ class _Equivalent(NamedTuple):
 
 
 @torch.no_grad()
-def rep_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, like: nn.Module) -> torch.optim.Optimizer:
+def rep_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, like: nn.Module, *, load: bool = True
+) -> torch.optim.Optimizer:
     """Make an optimizer train a plain model step for step as it would train a constant-scale one; returns it.
 
     A constant-scale block computes BN(s · 3x3(x) + t · 1x1(x) + u · x) with fixed scales s, t, u of each channel. Its
     kernel W = s · W3 + t · W1 + u · I moves as that of a plain block does under SGD if gradients are multiplied by
     s² (s² + t² at the centre tap), and under AdamW if updates are by |s| (|s| + |t|) (section 3.2 and appendix A).
     Weight decay does not act on u · I. Equality is up to rounding; with AdamW also up to its `eps`, which the branches
-    see relative to gradients of other sizes. Saving and loading the optimizer's state, schedules and gradient scalers
-    work as ever; call this again after making the optimizer anew.
+    see relative to gradients of other sizes. Gradients are multiplied in place at each step. The optimizer's state is
+    saved and loaded as ever, and schedules work; hooks are not part of it, so call this again, with `load=False`, after
+    making the optimizer anew.
+
+    The identity is constant, as in `csla`; the authors' code has 1 + s² + t² on its diagonal, as if it were trained.
 
     Args:
         optimizer: `torch.optim.SGD` or `torch.optim.AdamW` over the parameters of `model`.
-        model: Created with `block='plain'`. It gets the kernels and everything else from `like`.
-        like: The same variant with `block='csla'`: freshly made, or trained somewhere with its scales, to find them
-            (the hyper-search of section 3.3).
+        model: Created with `block='plain'`.
+        like: The same variant with `block="csla"`, whose scales count. To find some (the hyper-search of section 3.3),
+            let those of another such model require gradients, train it on anything, and copy them to a fresh one.
+        load: Give the model the kernels, normalisation and classifier of `like`, to start from; not when resuming.
 
     Raises:
         TypeError: The optimizer is another one.
-        ValueError: The models are not of these blocks, or not of one variant.
+        ValueError: The models are not of these blocks or not of one variant, or the optimizer is fused, maximizes or
+            lacks a kernel of the model; while stepping, a closure was given.
     """
+    for option in ('fused', 'maximize'):
+        if any(group.get(option) for group in optimizer.param_groups):
+            raise ValueError(f'the optimizer was made with {option}=True, which its multipliers do not go with')
     if type(optimizer) not in (torch.optim.SGD, torch.optim.AdamW):
         raise TypeError(
             f'the optimizer is a {type(optimizer).__name__}; it can be torch.optim.SGD or torch.optim.AdamW'
         )
     plain, scaled = _blocks(model, 'plain'), _blocks(like, 'csla')
     if plain.keys() != scaled.keys() or not plain:
-        raise ValueError("the models must be of one variant, with block='plain' and like=… with block='csla'")
+        raise ValueError(
+            "the models must be of one variant, with block='plain' and like=… with block='csla'; there are "
+            f'{len(plain)} plain blocks in {type(model).__name__} and {len(scaled)} constant-scale ones in '
+            f'{type(like).__name__}'
+        )
     state_dict = {key: value for key, value in like.state_dict().items() if '.branches.' not in key}
     equivalents = {}
     for path, block in plain.items():
@@ -61,14 +75,37 @@ def rep_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, like: nn.M
         for name in other.norm.state_dict():
             state_dict[f'{path}.branches.kxk.bn.{name}'] = state_dict.pop(f'{path}.norm.{name}')
         equivalents[block.branches.kxk.conv.weight] = _equivalent(other, kernel)
-    model.load_state_dict({key: value for key, value in state_dict.items() if not key.endswith('identity.scale')})
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group['params']}
+    if missing := sum(id(kernel) not in held for kernel in equivalents):
+        raise ValueError(f'the optimizer lacks {missing} of the {len(equivalents)} kernels of the model')
+    if load:
+        _load(model, {key: value for key, value in state_dict.items() if not key.endswith('identity.scale')})
+    for handle in optimizer.__dict__.pop('_rep_hooks', ()):
+        handle.remove()
+    before: dict[Tensor, Tensor] = {}
+    hooks = [optimizer.register_step_pre_hook(_refuse_closure)]
     if type(optimizer) is torch.optim.SGD:
-        optimizer.register_step_pre_hook(partial(_multiply_gradients, equivalents))
+        hooks.append(optimizer.register_step_pre_hook(partial(_multiply_gradients, equivalents)))
     else:
-        before: dict[Tensor, Tensor] = {}
-        optimizer.register_step_pre_hook(partial(_remember, equivalents, before))
-        optimizer.register_step_post_hook(partial(_multiply_updates, equivalents, before))
+        hooks.append(optimizer.register_step_pre_hook(partial(_remember, equivalents, before)))
+        hooks.append(optimizer.register_step_post_hook(partial(_multiply_updates, equivalents, before)))
+    optimizer._rep_hooks = hooks
     return optimizer
+
+
+def _load(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """All of it, but for a classifier of another size."""
+    own = model.state_dict()
+    for key in [key for key in state_dict if key.startswith('head.') and state_dict[key].shape != own[key].shape]:
+        state_dict[key] = own[key]
+    model.load_state_dict(state_dict)
+
+
+def _refuse_closure(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if any(argument is not None for argument in (*args[1:], kwargs.get('closure'))):
+        raise ValueError(
+            'rep_optimizer multiplies the gradients that are there before step(); call it without a closure'
+        )
 
 
 def _blocks(model: nn.Module, member: str) -> dict[str, FamilyBlock]:

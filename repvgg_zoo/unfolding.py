@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from .branches import one_by_one
 from .checkpoints import StateDict, check_fit
 from .family import FamilyBlock, block_type
 from .family.branches import Conv, Identity, divided
+from .optimizer_guard import remember_folded
 from .reparam import BNStats
 
 __all__ = ['match_bn_statistics', 'set_equivalent_kernel_bias', 'unfold', 'unfold_state_dict']
@@ -30,20 +31,31 @@ bundled weights for four epochs ended a point below the same from their training
 """
 
 
-def unfold(module: nn.Module, *, block: str = 'repvgg', batches: Iterable[Any] | None = None) -> nn.Module:
+def unfold(
+    module: nn.Module,
+    *,
+    block: str = 'repvgg',
+    batches: Iterable[Any] | None = None,
+    norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+) -> nn.Module:
     """Give every deploy-form block inside a module its branches back, in place, and return the module.
 
     In eval mode the module computes what it computed. The kernel is shared out among the branches, a tenth of
     their size being random so that branches of one kind learn different things. Without `batches`, the
-    normalisation layers have mean 0 and variance 1, so that the outputs in train mode are others at first.
+    normalisation layers have mean 0 and variance 1, so that the outputs in train mode are others at first. Stochastic
+    depth and DropBlock, which the deploy form does not have, stay away. Make optimizers anew: the `step()` of one
+    that holds the old parameters raises `RuntimeError`.
 
     Args:
         block: The training-time block, a name of `repvgg_zoo.family.BLOCKS`.
         batches: A few batches of the training data, as tensors or as tuples that begin with one, for
             `match_bn_statistics`.
+        norm_layer: Batch normalisation of the branches.
 
     Raises:
-        ValueError: The module has no block of this package, or one of the training form, or `block` is unknown.
+        ValueError: The module has no block of this package, or one of the training form, or `block` is unknown, or
+            `batches` is empty. The module is then as it was.
+        TypeError: `batches` holds something else.
     """
     make = block_type(block)
     found = {path: m for path, m in module.named_modules() if isinstance(m, ReparamBlock)}
@@ -51,22 +63,39 @@ def unfold(module: nn.Module, *, block: str = 'repvgg', batches: Iterable[Any] |
         raise ValueError(f'no block of this package in {type(module).__name__}')
     if training := [path or 'the module' for path, m in found.items() if m.reparam_conv is None]:
         raise ValueError(f'{training[0]} is of the training form; switch_to_deploy() comes first')
-    for path, folded in found.items():
-        unfolded = _training_form(folded, make)
-        if not path:
-            module = unfolded
-        else:
+    images = None if batches is None else _images(batches)
+    unfolded = {folded: _training_form(folded, make, norm_layer) for folded in found.values()}
+    for path, folded in list(module.named_modules(remove_duplicate=False)):
+        if folded in unfolded and path:
             parent, _, name = path.rpartition('.')
-            setattr(module.get_submodule(parent), name, unfolded)
+            setattr(module.get_submodule(parent), name, unfolded[folded])
+    module = unfolded.get(module, module)
+    remember_folded(parameter for folded in unfolded for parameter in folded.reparam_conv.parameters())
     for submodule in module.modules():
         if callable(finish := getattr(submodule, '_on_unfold', None)):
             finish(block)
-    if batches is not None:
-        match_bn_statistics(module, batches)
+    if images is not None:
+        match_bn_statistics(module, images)
     return module
 
 
-def _training_form(folded: ReparamBlock, make: Any) -> ReparamBlock:
+def _images(batches: Iterable[Any]) -> list[Tensor]:
+    """The tensors of batches; raises before anything else is done."""
+    images = [] if isinstance(batches, Tensor) else list(batches)
+    images = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in images]
+    for batch in [batches] if isinstance(batches, Tensor) else images:
+        if batch is batches or not isinstance(batch, Tensor):
+            kind = type(batch).__name__
+            raise TypeError(f'batches is an iterable of tensors or of tuples that begin with one; here is a {kind}')
+    if sum(len(batch) for batch in images) == 0:
+        raise ValueError('the batches have no images; give some of the training data')
+    return images
+
+
+_HOOKS = [name for name in nn.Identity().__dict__ if 'hooks' in name and 'state_dict' not in name]
+
+
+def _training_form(folded: ReparamBlock, make: Any, norm_layer: Callable[..., nn.Module]) -> ReparamBlock:
     conv = folded.reparam_conv
     unfolded = make(
         conv.in_channels,
@@ -77,12 +106,17 @@ def _training_form(folded: ReparamBlock, make: Any) -> ReparamBlock:
         padding_mode=conv.padding_mode,
         identity=folded.has_identity,
         attn_last=folded.attn_last,
+        norm_layer=norm_layer,
         device=conv.weight.device,
         dtype=conv.weight.dtype,
     )
     set_equivalent_kernel_bias(unfolded, conv.weight, conv.bias)
-    unfolded.requires_grad_(conv.weight.requires_grad)
+    if not conv.weight.requires_grad:
+        unfolded.requires_grad_(False)
+    if conv.weight.shape[1] > 1 and conv.weight.is_contiguous(memory_format=torch.channels_last):
+        unfolded.to(memory_format=torch.channels_last)
     unfolded.attn, unfolded.act = folded.attn, folded.act
+    unfolded.__dict__.update({name: folded.__dict__[name] for name in _HOOKS})
     return unfolded.train(folded.training)
 
 
@@ -110,8 +144,9 @@ def set_equivalent_kernel_bias(block: ReparamBlock, kernel: Tensor, bias: Tensor
     kernel, bias = kernel.to(wide), bias.to(wide)
     rest = kernel if norm is None else divided(kernel, BNStats.of(norm).scale_shift(wide)[0].view(-1, 1, 1, 1))
     share = rest / (1 + len(others))
+    size = share.square().mean((2, 3), keepdim=True).sqrt()  # of each pair of channels: their ranges may differ much
     for branch in others:
-        branch.set_kernel(share + _NOISE * share.square().mean().sqrt() * torch.randn_like(share))
+        branch.set_kernel(share + _NOISE * size * torch.randn_like(share))
     for branch in others:
         rest = rest - branch.equivalent_kernel_bias()[0].to(rest)
     main.set_kernel(rest)
@@ -146,6 +181,7 @@ def match_bn_statistics(module: nn.Module, batches: Iterable[Any]) -> None:
         for norm in block.modules()
         if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.affine and norm.track_running_stats
     ]
+    images = _images(batches) if norms else []
     seen = {norm: _Moments() for norm in norms}
     handles = [norm.register_forward_pre_hook(seen[norm].see) for norm in norms]
     modes = {submodule: submodule.training for submodule in module.modules()}
@@ -153,16 +189,16 @@ def match_bn_statistics(module: nn.Module, batches: Iterable[Any]) -> None:
     device = next(module.parameters()).device
     try:
         with one_by_one():
-            for batch in batches:
-                module((batch[0] if isinstance(batch, (tuple, list)) else batch).to(device))
+            for batch in images:
+                module(batch.to(device))
     finally:
         for handle in handles:
             handle.remove()
         for submodule, training in modes.items():
             submodule.training = training
+    if unseen := sum(moments.count < 2 for moments in seen.values()):
+        raise ValueError(f'{unseen} of {len(seen)} normalisation layers saw no more than one pixel of the batches')
     for norm, moments in seen.items():
-        if moments.count < 2:
-            raise ValueError('the batches have no images, or one pixel in all')
         scale, shift = BNStats.of(norm).scale_shift()
         mean, var = moments.mean, moments.sum_of_squares / (moments.count - 1)
         norm.running_mean.copy_(mean)
@@ -196,6 +232,8 @@ def unfold_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], *, wha
 
     Raises `CheckpointError` if it does not fit; `what` names the model. The model itself is left as it is.
     """
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise ValueError("branches are made at random, which a model on device 'meta' cannot be; create it elsewhere")
     unfolded = copy.deepcopy(model)
     blocks = {path: block for path, block in unfolded.named_modules() if isinstance(block, ReparamBlock)}
     expected = dict(unfolded.state_dict())

@@ -7,6 +7,7 @@ import copy
 import pytest
 import timm
 import torch
+import torch.nn.utils.prune
 from conftest import images, randomise, rel_diff
 from hypothesis import given
 from hypothesis import strategies as st
@@ -254,10 +255,11 @@ def test_model_folder_remembers_the_block(member, tmp_path):
 
 @MEMBER
 def test_grows_with_the_network(member):
-    """Grouped blocks, a squeeze-excite, dilation and stochastic depth of the whole network fold too."""
-    for name, kwargs in (('repvgg_a0', dict(output_stride=8, drop_path_rate=0.1)), ('test_repvgg', dict(in_chans=1))):
-        if member in ('expand', 'mobileone', 'dbb') and name == 'repvgg_a0':
-            continue  # hundreds of megabytes
+    """Dilation, stochastic depth and other input channels of the whole network fold too."""
+    for name, kwargs in (
+        ('test_repvgg', dict(output_stride=8, drop_path_rate=0.1)),
+        ('test_repvgg', dict(in_chans=1)),
+    ):
         model = timm.create_model(name, block=member, num_classes=3, **kwargs)
         x = images(1, 32, in_chans=kwargs.get('in_chans', 3))
         randomise(model, px=32, in_chans=kwargs.get('in_chans', 3))
@@ -280,7 +282,7 @@ def test_trains(member, layout):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -339,3 +341,72 @@ def test_stochastic_depth_and_drop_block_drop_the_branches_but_the_identity(memb
     assert isinstance(module.drop_path, nn.Identity) == (module.identity is None)
     module.switch_to_deploy()
     assert block_type(member)(8, 8, drop_path_rate=0.5, drop_block=Nothing, deploy=True)(x.float()).any()
+
+
+STRUCTURE = {
+    'plain': [((3, 3), True)],
+    'plain_delta': [((3, 3), True)],
+    'acb': [((3, 3), True), ((3, 1), True), ((1, 3), True)],
+    'mobileone': [((3, 3), True)] * 4 + [((1, 1), True), ('identity', True)],
+    'qarepvgg': [((3, 3), True), ((1, 1), False), ('identity', False), 'norm after'],
+    'no_identity': [((3, 3), True), ((1, 1), True)],
+    'no_1x1': [((3, 3), True), ('identity', True)],
+    'no_identity_bn': [((3, 3), True), ((1, 1), True), ('identity', False)],
+    'bn_after': [((3, 3), False), ((1, 1), False), ('identity', False), 'norm after'],
+}
+
+
+@pytest.mark.parametrize('member', STRUCTURE)
+def test_branches_are_those_of_the_paper(member):
+    module = block_type(member)(4, 4)
+    found = [(branch.conv.kernel_size, branch.bn is not None) for branch in module.branches.values()]
+    if module.identity is not None:
+        found.append(('identity', module.identity.bn is not None))
+    if module.norm is not None:
+        found.append('norm after')
+    assert found == STRUCTURE[member]
+    assert block_type(member)(4, 4, stride=2).identity is None
+    assert block_type(member)(4, 8).identity is None
+
+
+def test_parts_and_first_values_of_the_other_blocks():
+    dbb = block_type('dbb')(4, 4)
+    assert list(dbb.branches) == ['kxk', '1x1', '1x1_kxk', '1x1_avg']
+    assert not dbb.branches['1x1_kxk'].delta.any()
+    dirac = block_type('dirac')(4, 4).branches['dirac']
+    assert dirac.a.tolist() == [1] * 4
+    assert dirac.b.tolist() == pytest.approx([0.1] * 4)
+    expand = block_type('expand')(4, 6).branches['expand']
+    assert [tuple(w.shape) for w in (expand.first, expand.weight, expand.last)] == [
+        (16, 4, 1, 1),
+        (24, 16, 3, 3),
+        (6, 24, 1, 1),
+    ]
+    csla = block_type('csla')(4, 4)
+    assert csla.norm is not None
+    assert all(not p.requires_grad for key, p in csla.named_parameters() if key.endswith('scale'))
+
+
+def test_pruned_kernels_fold():
+    module = block('acb')
+    torch.nn.utils.prune.l1_unstructured(module.branches['kxk'].conv, 'weight', 0.5)
+    x = images(2, 8, in_chans=8, dtype=F64)
+    before = module(x)
+    assert rel_diff(module.switch_to_deploy()(x), before) < EXACT
+
+
+def test_negative_variance_of_a_file_is_an_error():
+    state_dict = timm.create_model('test_repvgg', block='acb').state_dict()
+    state_dict['stem.branches.kxk.bn.running_var'][1] = -1
+    with pytest.raises(FoldError, match='channel 1'):
+        timm.create_model('test_repvgg', block='acb', deploy=True).load_state_dict(state_dict)
+
+
+@pytest.mark.parametrize('member', ['acb', 'dirac', 'expand', 'mobileone', 'csla', 'dbb'])
+def test_file_of_a_block_tells_its_channels(member, tmp_path):
+    from repvgg_zoo.convert import open_model
+
+    torch.save(timm.create_model('test_repvgg', block=member, in_chans=1).state_dict(), tmp_path / 'file.pth')
+    assert open_model(tmp_path / 'file.pth', variant='test_repvgg', block=member).in_chans == 1
+    with pytest.raises(ValueError, match="unknown block 'acbb'"):
+        open_model(tmp_path / 'file.pth', block='acbb')

@@ -221,3 +221,23 @@ def test_calibration_images_are_spread_over_the_folder():
     assert _spread(10, 3) == [0, 3, 6]
     assert _spread(3, 10) == [0, 1, 2]
     assert np.bincount([index // 50 for index in _spread(500, 300)]).tolist() == [30] * 10
+
+
+def test_equalisation_leaves_dead_channels_alone():
+    model = deployed()
+    with torch.no_grad():
+        conv = model.stages[0][1].reparam_conv
+        conv.weight[5] *= 1e-12
+        conv.bias[5] = 0.5
+    x = images(8, 32)
+    before = layer_errors(model, x, track=no_bar)[0].rel_error
+    assert layer_errors(equalize(model), x, track=no_bar)[0].rel_error < 2 * before
+
+
+def test_impossible_requests_are_refused(tmp_path):
+    with pytest.raises(ValueError, match='subset is 0'):
+        quantize('test_repvgg', tmp_path / 'out', images=VALIDATION, subset=0, track=no_bar)
+    (tmp_path / 'grey').mkdir()
+    save_model(timm.create_model('test_repvgg', in_chans=1), tmp_path / 'grey')
+    with pytest.raises(ValueError, match='the model takes 1'):
+        quantize(tmp_path / 'grey', tmp_path / 'out', images=VALIDATION, track=no_bar)

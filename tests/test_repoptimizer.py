@@ -78,3 +78,63 @@ def test_other_blocks_are_refused(block):
     model = timm.create_model('test_repvgg', block=block)
     with pytest.raises(ValueError, match="block='plain'"):
         rep_optimizer(torch.optim.SGD(model.parameters(), lr=1), model, constant_scale())
+
+
+def sgd(model: torch.nn.Module, **options) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1, **options)
+
+
+def test_training_that_is_resumed_goes_on_where_it_was():
+    like, x = constant_scale(), torch.randn(8, 3, 32, 32, dtype=torch.float64)
+    ended = []
+    for resumed in (False, True):
+        torch.manual_seed(0)
+        model = timm.create_model('test_repvgg', num_classes=10, block='plain').double()
+        optimizer = rep_optimizer(sgd(model), model, like)
+        for step in range(4):
+            if resumed and step == 2:
+                again = sgd(model)
+                again.load_state_dict(optimizer.state_dict())
+                optimizer = rep_optimizer(again, model, like, load=False)
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        ended.append(model.stem.branches.kxk.conv.weight.clone())
+    assert torch.equal(*ended)
+
+
+def test_calling_twice_is_calling_once():
+    like, x = constant_scale(), torch.randn(8, 3, 32, 32, dtype=torch.float64)
+    ended = []
+    for times in (1, 2):
+        model = timm.create_model('test_repvgg', num_classes=10, block='plain').double()
+        optimizer = sgd(model)
+        for _ in range(times):
+            rep_optimizer(optimizer, model, like)
+        model(x).square().mean().backward()
+        optimizer.step()
+        ended.append(model.stem.branches.kxk.conv.weight.clone())
+    assert torch.equal(*ended)
+
+
+def test_what_multipliers_do_not_go_with_is_refused():
+    like = constant_scale()
+    model = timm.create_model('test_repvgg', num_classes=10, block='plain').double()
+    for option in ('fused', 'maximize'):
+        with pytest.raises(ValueError, match=f'made with {option}=True'):
+            rep_optimizer(sgd(model, **{option: True}), model, like)
+    with pytest.raises(ValueError, match='the optimizer lacks 11 of the 11 kernels'):
+        rep_optimizer(sgd(like), model, like)
+    optimizer = rep_optimizer(sgd(model), model, like)
+    with pytest.raises(ValueError, match='without a closure'):
+        optimizer.step(lambda: 1)
+
+
+def test_scales_that_were_found_on_other_classes():
+    like = timm.create_model('test_repvgg', num_classes=7, block='csla').double()
+    model = timm.create_model('test_repvgg', num_classes=10, block='plain').double()
+    head = model.head.fc.weight.clone()
+    rep_optimizer(sgd(model), model, like)
+    assert torch.equal(model.head.fc.weight, head)
+    kernel = like.stem.branches.kxk.equivalent_kernel_bias()[0] + like.stem.branches['1x1'].equivalent_kernel_bias()[0]
+    assert torch.equal(model.stem.branches.kxk.conv.weight, kernel)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import statistics
+from itertools import pairwise
 
 import pytest
 import timm
 import torch
-from conftest import images, rel_diff
+from conftest import images, randomise, rel_diff
 from timm.data import create_dataset, create_transform, resolve_model_data_config
 from torch import nn
 
@@ -116,8 +117,17 @@ def test_errors_tell_what_is_possible(folded):
         unfold(timm.create_model('test_repvgg'))
     with pytest.raises(ValueError, match=r"unknown block 'abc'; did you mean 'acb'"):
         unfold(copy.deepcopy(folded), block='abc')
-    with pytest.raises(ValueError, match='the batches have no images'):
-        unfold(copy.deepcopy(folded), batches=[])
+    for batches, error, message in (
+        ([], ValueError, 'the batches have no images'),
+        ([{'x': 1}], TypeError, 'here is a dict'),
+        (torch.zeros(2, 3, 32, 32), TypeError, 'here is a Tensor'),
+    ):
+        model = copy.deepcopy(folded)
+        with pytest.raises(error, match=message):
+            unfold(model, batches=batches)
+        assert model.deploy
+    with pytest.raises(ValueError, match="on device 'meta'"):
+        timm.create_model('test_repvgg', pretrained=True, block='acb', unfold=True, device='meta')
     model = timm.create_model('test_repvgg', norm_layer=lambda c, **dd: nn.BatchNorm2d(c, affine=False, **dd))
     match_bn_statistics(model, [])  # which has nothing to set
 
@@ -228,3 +238,48 @@ def test_fine_tuning_goes_as_well_as_from_the_training_form():
     kept, lost = (statistics.mean(values) for values in results.values())
     assert kept > 60
     assert lost > kept - 2  # standard error of a difference of means of three, of 500 images each: one point
+
+
+def test_optimizer_of_the_convolution_is_told(folded):
+    model = copy.deepcopy(folded).requires_grad_()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    unfold(model)
+    with pytest.raises(RuntimeError, match=r'were replaced by switch_to_deploy\(\) or unfold\(\)'):
+        optimizer.step()
+
+
+def test_what_a_block_is_besides_is_kept(folded):
+    block = copy.deepcopy(folded.stages[0][1]).to(memory_format=torch.channels_last)
+    seen = []
+    block.register_forward_hook(lambda *_: seen.append(1))
+    twice = unfold(nn.Sequential(block, block), block='acb')
+    assert twice[0] is twice[1]
+    x = images(1, 8, in_chans=block.reparam_conv.in_channels, dtype=F64)
+    assert rel_diff(twice(x), block(block(x))) < 1e-9
+    assert len(seen) == 4
+    assert twice[0].branches['kxk'].conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_channels_of_very_different_range(folded, photos):
+    model, generator = copy.deepcopy(folded), torch.Generator().manual_seed(0)
+    blocks = [model.stem, *(block for stage in model.stages for block in stage)]
+    with torch.no_grad():
+        for first, second in pairwise(blocks):
+            scale = 10 ** (6 * torch.rand(first.reparam_conv.out_channels, generator=generator, dtype=F64) - 3)
+            first.reparam_conv.weight /= scale.view(-1, 1, 1, 1)
+            first.reparam_conv.bias /= scale
+            second.reparam_conv.weight *= scale.view(1, -1, 1, 1)
+    for block in ('repvgg', 'acb', 'mobileone', 'dbb'):
+        assert rel_diff(unfold(copy.deepcopy(model), block=block)(photos), folded(photos)) < 1e-9
+
+
+def test_training_weights_are_folded_with_the_models_eps(tmp_path):
+    def norm(chs, **dd):
+        return nn.BatchNorm2d(chs, eps=0.1, **dd)
+
+    model = randomise(timm.create_model('test_repvgg', norm_layer=norm), px=32)
+    torch.save(model.state_dict(), tmp_path / 'file.pth')
+    other = timm.create_model('test_repvgg', norm_layer=norm, block='acb').eval()
+    load_checkpoint(other, tmp_path / 'file.pth', unfold=True)
+    x = images(1, 32)
+    assert rel_diff(other(x), model(x)) < 1e-3

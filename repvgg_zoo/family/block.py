@@ -24,7 +24,8 @@ class FamilyBlock(ReparamBlock):
     """act(attn(BN(sum of branches))) to train, act(attn(3x3 · x + b)) to deploy.
 
     `(N, C_in, H, W)` to `(N, C_out, H / stride, W / stride)`, rounded up. `member` names the branches, and whether
-    their sum is normalised; see `repvgg_zoo.family.MEMBERS`. The other arguments are those of `RepVGGBlock`.
+    their sum is normalised; see `repvgg_zoo.family.MEMBERS`. The other arguments are those of `RepVGGBlock`;
+    stochastic depth has an effect where there is an identity branch, which it leaves.
     """
 
     folded_parts = ('branches', 'identity', 'norm')
@@ -110,6 +111,7 @@ class FamilyBlock(ReparamBlock):
             trained.load_state_dict(own, assign=True)
         except RuntimeError as error:
             raise CheckpointError(f'no {self.member} block, which this one is: {error}') from error
+        trained.check_foldable()
         conv = trained.folded_conv()
         rest = {key: value for key, value in state_dict.items() if key not in own}
         return rest | {f'reparam_conv.{name}': value for name, value in conv.state_dict().items()}
@@ -139,12 +141,17 @@ class FamilyBlock(ReparamBlock):
             device='meta',
             **{name: options[name] for name in ('stride', 'dilation', 'groups', 'padding_mode')},
         )
-        exact = copy.deepcopy(self).to(torch.float32 if like.device.type == 'mps' else torch.float64)
+        wide = torch.float32 if like.device.type == 'mps' else torch.float64
+        computed = [value for m in self.modules() for value in vars(m).values() if isinstance(value, Tensor)]
+        exact = copy.deepcopy(self, {id(value): value.to(wide) for value in computed}).to(
+            wide
+        )  # as pruning leaves them
         kernel, bias = exact.equivalent_kernel_bias()
         layout = torch.channels_last if _is_channels_last(self.branches) else torch.contiguous_format
         kernel = kernel.to(like.dtype).contiguous(memory_format=layout)
-        conv.weight = nn.Parameter(kernel, requires_grad=like.requires_grad)
-        conv.bias = nn.Parameter(bias.to(like.dtype), requires_grad=like.requires_grad)
+        requires_grad = any(parameter.requires_grad for parameter in self.branches.parameters())
+        conv.weight = nn.Parameter(kernel, requires_grad=requires_grad)
+        conv.bias = nn.Parameter(bias.to(like.dtype), requires_grad=requires_grad)
         return conv.train(self.training)
 
 

@@ -180,13 +180,14 @@ class Identity(nn.Module):
 class Scaled(nn.Module):
     """A convolution without normalisation, or with `kernel_size` 0 the identity, times a scale for each channel.
 
-    The operator of the constant-scale blocks of RepOptimizer (arXiv 2205.15242, section 3.1).
+    The operator of the constant-scale blocks of RepOptimizer (arXiv 2205.15242, section 3.1). The scale requires no
+    gradient; to search for scales, let it.
     """
 
     def __init__(self, shape: Shape, kernel_size: int) -> None:
         super().__init__()
         self.branch = Conv.of(shape, kernel_size, norm=False) if kernel_size else Identity.of(shape, norm=False)
-        self.scale = nn.Parameter(torch.ones(shape.out_chs, **shape.dd))
+        self.scale = nn.Parameter(torch.ones(shape.out_chs, **shape.dd), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.branch(x) * self.scale.view(-1, 1, 1)

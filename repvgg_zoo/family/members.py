@@ -31,7 +31,10 @@ def _identity(shape: Shape, *, norm: bool = True) -> Identity | None:
 
 
 def _delta_orthogonal(shape: Shape) -> Conv:
-    """Orthogonal at the centre tap, zero elsewhere: the norm of any input is kept (arXiv 1806.05393, section 3.3)."""
+    """Orthogonal at the centre tap, zero elsewhere (arXiv 1806.05393, section 3.3).
+
+    The norm of any input is kept where there are as many output channels or more.
+    """
     conv = Conv.of(shape)
     with torch.no_grad():
         conv.conv.weight.zero_()
