@@ -158,7 +158,13 @@ def _adapt_stem(state_dict: StateDict, in_chans: int, source_chans: int) -> None
         return
     if source_chans != 3:
         raise CheckpointError(f'weights for {source_chans} channels go into a model of as many, not of {in_chans}')
-    for key in [key for key in state_dict if key.startswith('stem.') and key.endswith('conv.weight')]:
+    kernels = [key for key, value in state_dict.items() if key.startswith('stem.') and value.ndim > 2]
+    if others := [key for key in kernels if not key.endswith('conv.weight') and '.attn.' not in key]:
+        raise CheckpointError(
+            f'{others[0]} has another structure for {in_chans} channels than for {source_chans}; unfold deploy-form '
+            f'weights (unfold=True), or take a model of {source_chans} channels'
+        )
+    for key in [key for key in kernels if key.endswith('conv.weight')]:
         state_dict[key] = adapt_input_conv(in_chans, state_dict[key])
 
 

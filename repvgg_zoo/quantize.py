@@ -259,7 +259,8 @@ def _evaluate(
         tops = [run(x).argmax(1) for run in (exact, quantized)]
         same += int((tops[0] == tops[1]).sum())
         right = [count + int((top == labels).sum()) for count, top in zip(right, tops, strict=True)]
-    labelled = len(getattr(dataset.reader, 'class_to_idx', {})) == num_classes
+    folders = sum(path.is_dir() for path in Path(dataset.reader.root).iterdir())
+    labelled = len(dataset.reader.class_to_idx) == folders == num_classes
     float32, int8 = (100 * count / len(dataset) if labelled else None for count in right)
     return dict(float32_top1_pct=float32, int8_top1_pct=int8, same_top_class_pct=100 * same / len(dataset))
 

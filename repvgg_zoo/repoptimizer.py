@@ -79,7 +79,7 @@ def rep_optimizer(
     if missing := sum(id(kernel) not in held for kernel in equivalents):
         raise ValueError(f'the optimizer lacks {missing} of the {len(equivalents)} kernels of the model')
     if load:
-        _load(model, {key: value for key, value in state_dict.items() if not key.endswith('identity.scale')})
+        _load(model, {key: value for key, value in state_dict.items() if '.identity.' not in key})
     for handle in optimizer.__dict__.pop('_rep_hooks', ()):
         handle.remove()
     before: dict[Tensor, Tensor] = {}

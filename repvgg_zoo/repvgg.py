@@ -442,6 +442,11 @@ def _create_repvgg(
 ) -> nn.Module:
     if isinstance(pretrained_cfg, str):
         _check_tag(variant, pretrained_cfg)
+    if unfold and not pretrained:
+        raise ValueError(
+            'unfold=True unfolds weights that pretrained=True loads; for a file, create the model and call '
+            'repvgg_zoo.load_checkpoint(model, path, unfold=True)'
+        )
     cfg = resolve_pretrained_cfg(variant.name, pretrained_cfg, pretrained_cfg_overlay)
     if deploy is None:
         deploy = (cfg.tag or '').endswith(DEPLOY_SUFFIX) and not unfold

@@ -188,7 +188,7 @@ def match_bn_statistics(module: nn.Module, batches: Iterable[Any]) -> None:
     module.eval()
     device = next(module.parameters()).device
     try:
-        with one_by_one():
+        with one_by_one(), torch.compiler.set_stance('force_eager'):  # compiled code does not see hooks
             for batch in images:
                 module(batch.to(device))
     finally:

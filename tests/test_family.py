@@ -410,3 +410,18 @@ def test_file_of_a_block_tells_its_channels(member, tmp_path):
     assert open_model(tmp_path / 'file.pth', variant='test_repvgg', block=member).in_chans == 1
     with pytest.raises(ValueError, match="unknown block 'acbb'"):
         open_model(tmp_path / 'file.pth', block='acbb')
+
+
+def test_a_missing_identity_is_told_from_one_without_normalisation(tmp_path):
+    for saved, loaded in (('no_identity', 'no_identity_bn'), ('no_identity_bn', 'no_identity')):
+        torch.save(timm.create_model('test_repvgg', block=saved).state_dict(), tmp_path / 'file.pth')
+        with pytest.raises(CheckpointError, match=r'identity\.is_there'):
+            load_checkpoint(timm.create_model('test_repvgg', block=loaded), tmp_path / 'file.pth')
+
+
+@pytest.mark.parametrize('member', ['dbb', 'dirac', 'doconv', 'expand'])
+def test_stems_that_cannot_be_adapted_say_so(member, tmp_path):
+    torch.save(timm.create_model('test_repvgg', block=member, num_classes=10).state_dict(), tmp_path / 'file.pth')
+    overlay = dict(file=str(tmp_path / 'file.pth'))
+    with pytest.raises(CheckpointError, match='another structure for 1 channels than for 3'):
+        timm.create_model('test_repvgg', pretrained=True, block=member, in_chans=1, pretrained_cfg_overlay=overlay)

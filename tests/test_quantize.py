@@ -108,6 +108,15 @@ def test_images_without_classes_have_no_top1(tmp_path):
     assert report.calibration_images == 4
 
 
+def test_an_empty_class_folder_does_not_shift_the_others(tmp_path):
+    for path in sorted(VALIDATION.glob('*/*.jpg'))[::50]:
+        (tmp_path / 'photos' / path.parent.name).mkdir(parents=True)
+        (tmp_path / 'photos' / path.parent.name / path.name).write_bytes(path.read_bytes())
+    (tmp_path / 'photos' / 'aardvark').mkdir()
+    report = quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'photos', subset=4, track=no_bar)
+    assert report.float32_top1_pct is None
+
+
 def test_equalisation_saves_an_unbalanced_network(tmp_path):
     (tmp_path / 'model').mkdir()
     save_model(unbalanced(), tmp_path / 'model')

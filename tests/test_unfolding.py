@@ -283,3 +283,17 @@ def test_training_weights_are_folded_with_the_models_eps(tmp_path):
     load_checkpoint(other, tmp_path / 'file.pth', unfold=True)
     x = images(1, 32)
     assert rel_diff(other(x), model(x)) < 1e-3
+
+
+def test_compiled_model_shows_its_statistics(folded, photos):
+    model = unfold(copy.deepcopy(folded))
+    compiled = torch.compile(model, backend='eager')
+    compiled(photos)
+    match_bn_statistics(compiled, [photos])
+    assert rel_diff(model(photos), folded(photos)) < 1e-9
+    assert rel_diff(model.train()(photos), folded(photos)) < 0.02
+
+
+def test_unfolding_of_nothing_is_refused():
+    with pytest.raises(ValueError, match=r'load_checkpoint\(model, path, unfold=True\)'):
+        timm.create_model('test_repvgg', unfold=True)

@@ -157,6 +157,8 @@ class Identity(nn.Module):
         super().__init__()
         self.chs, self.groups = chs, groups
         self.bn = bn
+        if bn is None:  # which would leave no trace in a state dict, so that one without it would load
+            self.register_buffer('is_there', torch.ones((), dtype=torch.int64))
 
     @classmethod
     def of(cls, shape: Shape, *, norm: bool = True) -> Identity:
