@@ -81,13 +81,12 @@ def unfold(
 
 def _images(batches: Iterable[Any]) -> list[Tensor]:
     """The tensors of batches; raises before anything else is done."""
-    images = [] if isinstance(batches, Tensor) else list(batches)
-    images = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in images]
-    for batch in [batches] if isinstance(batches, Tensor) else images:
-        if batch is batches or not isinstance(batch, Tensor):
-            kind = type(batch).__name__
-            raise TypeError(f'batches is an iterable of tensors or of tuples that begin with one; here is a {kind}')
-    if sum(len(batch) for batch in images) == 0:
+    given = [batches] if isinstance(batches, Tensor) else list(batches)
+    images = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in given]
+    strangers = [type(batch).__name__ for batch in images if batch is batches or not isinstance(batch, Tensor)]
+    if strangers:
+        raise TypeError(f'batches is an iterable of tensors or of tuples that begin with one; here is a {strangers[0]}')
+    if sum(map(len, images)) == 0:
         raise ValueError('the batches have no images; give some of the training data')
     return images
 

@@ -142,10 +142,9 @@ class FamilyBlock(ReparamBlock):
             **{name: options[name] for name in ('stride', 'dilation', 'groups', 'padding_mode')},
         )
         wide = torch.float32 if like.device.type == 'mps' else torch.float64
+        # Kernels that are computed, as pruning leaves them, are neither parameters nor can be copied.
         computed = [value for m in self.modules() for value in vars(m).values() if isinstance(value, Tensor)]
-        exact = copy.deepcopy(self, {id(value): value.to(wide) for value in computed}).to(
-            wide
-        )  # as pruning leaves them
+        exact = copy.deepcopy(self, {id(value): value.to(wide) for value in computed}).to(wide)
         kernel, bias = exact.equivalent_kernel_bias()
         layout = torch.channels_last if _is_channels_last(self.branches) else torch.contiguous_format
         kernel = kernel.to(like.dtype).contiguous(memory_format=layout)
