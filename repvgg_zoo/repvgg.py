@@ -117,6 +117,7 @@ class RepVGG(nn.Module):
         self.variant = variant
         self.num_classes = num_classes
         self.in_chans = in_chans
+        self.block = block
         self.drop_rate = drop_rate
         self.drop_path_rate = drop_path_rate
         self.grad_checkpointing = False
@@ -204,14 +205,16 @@ class RepVGG(nn.Module):
     def _model_args(self) -> dict[str, Any]:
         """What timm writes into `config.json` to build the model again; the form belongs to it."""
         args = dict(self.__dict__.get('_creation_args', {}))
-        return args | {'deploy': True} if self.deploy else args
+        # Not every timm tells a model what it was created with.
+        own = {'deploy': (self.deploy, False), 'block': (self.block, 'repvgg'), 'in_chans': (self.in_chans, 3)}
+        return args | {name: value for name, (value, default) in own.items() if value != default}
 
     @_model_args.setter
     def _model_args(self, args: dict[str, Any]) -> None:
         self._creation_args = {
             name: value
             for name, value in args.items()
-            if name != 'deploy' and (name, value) != ('block', 'repvgg')  # which timm's own RepVGG does not take
+            if name not in ('deploy', 'block')  # which the model knows, and timm's own RepVGG does not take
         }
 
     @torch.jit.ignore
@@ -240,7 +243,7 @@ class RepVGG(nn.Module):
 
     @torch.jit.ignore
     def _on_unfold(self, block: str) -> None:
-        self._model_args = self.__dict__.get('_creation_args', {}) | {'block': block}
+        self.block = block
         self._describe_first_conv()
 
     @torch.jit.ignore
