@@ -10,7 +10,6 @@ where it was; one that is complete is left alone. `report` takes the runs that a
 import argparse
 import csv
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -100,9 +99,8 @@ def report(args: argparse.Namespace) -> None:
 
 def accuracies(run: Path, block: str, data: Path) -> dict[str, str]:
     """Of the last epoch, not of the best one, which was chosen on the images that it is measured on."""
-    folder = Path(tempfile.mkdtemp())
-    try:
-        last = run / 'last.pth.tar'
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, last = Path(temporary), run / 'last.pth.tar'
         model = convert(last, folder / 'model', variant='test_repvgg', block=block).eval()
         dataset = create_dataset('', root=str(data / 'test'))
         dataset.transform = create_transform(**resolve_model_data_config(model))
@@ -113,8 +111,6 @@ def accuracies(run: Path, block: str, data: Path) -> dict[str, str]:
         measured = quantize(
             folder / 'model', folder / 'int8', images=data / 'test', calibration=data / 'train', track=lambda x, **_: x
         )
-    finally:
-        shutil.rmtree(folder)
     top1 = (100 * right / len(dataset), measured.float32_top1_pct, measured.int8_top1_pct)
     return {column: f'{value:.2f}' for column, value in zip(COLUMNS[2:], top1, strict=True)}
 

@@ -69,7 +69,7 @@ class ReparamBlock(nn.Module):
         """Fold training weights that are loaded into the deploy form, wherever the block stands."""
         if self.reparam_conv is not None:
             self.fold_state_dict(state_dict, prefix)
-        elif self.reparam_conv is None and f'{prefix}reparam_conv.weight' in state_dict:
+        elif f'{prefix}reparam_conv.weight' in state_dict:
             raise CheckpointError(
                 'deploy-form weights do not go into a training-form model as they are: the branches cannot be told '
                 'from their sum; create the model with deploy=True, or load with unfold=True'

@@ -26,7 +26,7 @@ from torch.nn.modules import module as nn_module
 from .recompute import train_branches
 from .reparam import BNStats, fold_block
 
-__all__ = ['ConvNorm', 'is_centred', 'one_by_one', 'subsample', 'sum_branches']
+__all__ = ['ConvNorm', 'evaluating', 'is_centred', 'one_by_one', 'subsample', 'sum_branches']
 
 _one_by_one = ContextVar('one_by_one', default=False)
 
@@ -64,6 +64,19 @@ def one_by_one() -> Iterator[None]:
         yield
     finally:
         _one_by_one.reset(token)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode meanwhile, branches one by one and without gradients; every submodule's mode is kept."""
+    modes = {submodule: submodule.training for submodule in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad(), one_by_one():
+            yield
+    finally:
+        for submodule in module.modules():
+            submodule.training = modes.get(submodule, module.training)
 
 
 def subsample(x: Tensor, stride: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .branches import is_centred, one_by_one
+from .branches import evaluating, is_centred
 from .checkpoints import BLOCK_NAMES, BlockNames
 from .optimizer_guard import forget_folded, remember_folded
 from .reparam import BNStats, FoldError, fold_block
@@ -202,17 +202,10 @@ def _folded_conv(block: nn.Module, names: BlockNames) -> nn.Conv2d:
     return conv.train(block.training)
 
 
-@torch.no_grad()
 def _eval_outputs(module: nn.Module, batch: Any) -> list[Tensor]:
-    """The module's outputs in eval mode, as a flat list; every submodule's mode is kept."""
-    modes = {submodule: submodule.training for submodule in module.modules()}
-    module.eval()
-    try:
-        with one_by_one():
-            return [output.detach().clone() for output in _tensors(module(batch))]
-    finally:
-        for submodule in module.modules():
-            submodule.training = modes.get(submodule, module.training)
+    """The module's outputs in eval mode, as a flat list."""
+    with evaluating(module):
+        return [output.detach().clone() for output in _tensors(module(batch))]
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

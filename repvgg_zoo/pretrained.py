@@ -24,6 +24,7 @@ from .checkpoints import (
 )
 from .hub import WEIGHT_FILES, cached_sha256, download_weights, sha256_of
 from .manifest import WeightsRecord, read_manifest
+from .unfolding import unfold_state_dict
 
 if TYPE_CHECKING:
     from .repvgg import RepVGG
@@ -107,13 +108,10 @@ def _for_unfolding(model: RepVGG, state_dict: StateDict) -> StateDict:
     own = set(model.state_dict())
     if form_of(state_dict) == 'deploy' or all(key in own for key in without_aux_heads(state_dict)):
         return state_dict
-    eps = next(m.eps for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-    return fold_state_dict(state_dict, eps=eps)
+    return fold_state_dict(state_dict, eps=model.stem.norm_eps)
 
 
 def _unfolded(model: RepVGG, state_dict: StateDict) -> StateDict:
-    from .unfolding import unfold_state_dict
-
     if form_of(state_dict) == 'training':
         return state_dict
     return unfold_state_dict(model, state_dict, what=model.variant.name)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import statistics
-import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from .atomic import new_folder
+from .benchmark.measure import time_rounds
+from .benchmark.runtimes import compile_openvino
 from .blocks import ReparamBlock
 from .convert import open_model
 from .listing import markdown_table
@@ -27,7 +30,7 @@ from .repvgg import RepVGG
 
 __all__ = ['LayerError', 'QuantizationReport', 'equalize', 'layer_errors', 'quantize']
 
-_BATCH_SIZE, _LATENCY_ROUNDS, _SENSITIVITY_IMAGES = 50, 50, 64
+_BATCH_SIZE, _LATENCY_ROUNDS, _SENSITIVITY_IMAGES = 50, 10, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +154,9 @@ def quantize(
         exact, quantized = folder / 'float32.onnx', folder / 'model.onnx'
         _export(model, sample[:2], exact)
         _quantize_onnx(exact, chosen, quantized)
-        scores = _evaluate(_compile(exact), _compile(quantized), evaluated, model.num_classes, track)
-        latencies = _latencies(exact, quantized, sample[:1], track)
+        runs = [_compile(path) for path in (exact, quantized)]
+        scores = _evaluate(runs, evaluated, model.num_classes, track)
+        latencies = _latencies(runs, sample[:1], track)
         sensitivity = layer_errors(model, sample[:_SENSITIVITY_IMAGES], track=track)
         report = QuantizationReport(
             variant=model.variant.name,
@@ -223,40 +227,28 @@ def _quantize_onnx(exact: Path, calibration: list[Tensor], path: Path) -> None:
         onnx.save(nncf.quantize(onnx.load(exact), data, subset_size=len(calibration)), path)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporters' own progress and warnings of deprecated parts of each other."""
-    import contextlib
-    import io
-    import warnings
-
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter('ignore')
         yield
 
 
-def _compile(path: Path, *, hint: str = 'THROUGHPUT') -> Callable[[Tensor], Tensor]:
-    import openvino
-
-    settings = {
-        'INFERENCE_PRECISION_HINT': 'f32',
-        'INFERENCE_NUM_THREADS': torch.get_num_threads(),
-        'PERFORMANCE_HINT': hint,
-    }
-    compiled = openvino.Core().compile_model(path, 'CPU', settings)
+def _compile(path: Path) -> Callable[[Tensor], Tensor]:
+    compiled = compile_openvino(path, 'float32')
     return lambda x: torch.from_numpy(compiled(x.numpy())[0])
 
 
 def _evaluate(
-    exact: Callable[[Tensor], Tensor],
-    quantized: Callable[[Tensor], Tensor],
+    runs: list[Callable[[Tensor], Tensor]],
     dataset: Dataset[Any],
     num_classes: int,
     track: Track,
 ) -> dict[str, float | None]:
     same, right = 0, [0, 0]
     for x, labels in track(DataLoader(dataset, batch_size=_BATCH_SIZE), description='evaluating'):
-        tops = [run(x).argmax(1) for run in (exact, quantized)]
+        tops = [run(x).argmax(1) for run in runs]
         same += int((tops[0] == tops[1]).sum())
         right = [count + int((top == labels).sum()) for count, top in zip(right, tops, strict=True)]
     folders = sum(path.is_dir() for path in Path(dataset.reader.root).iterdir())
@@ -265,15 +257,8 @@ def _evaluate(
     return dict(float32_top1_pct=float32, int8_top1_pct=int8, same_top_class_pct=100 * same / len(dataset))
 
 
-def _latencies(exact: Path, quantized: Path, x: Tensor, track: Track) -> dict[str, float]:
-    runs = [_compile(path, hint='LATENCY') for path in (exact, quantized)]
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in track(range(_LATENCY_ROUNDS), description='timing'):
-        for run, times in zip(runs, seconds, strict=True):
-            run(x)  # on caches that the other one filled
-            start = time.perf_counter()
-            run(x)
-            times.append(time.perf_counter() - start)
+def _latencies(runs: list[Callable[[Tensor], Tensor]], x: Tensor, track: Track) -> dict[str, float]:
+    seconds = time_rounds([(lambda: x, run) for run in runs], rounds=_LATENCY_ROUNDS, track=track)
     float32, int8 = (1e3 * statistics.median(times) for times in seconds)
     return dict(float32_latency_ms=float32, int8_latency_ms=int8)
 

@@ -66,20 +66,12 @@ def rep_optimizer(
             f'{len(plain)} plain blocks in {type(model).__name__} and {len(scaled)} constant-scale ones in '
             f'{type(like).__name__}'
         )
-    state_dict = {key: value for key, value in like.state_dict().items() if '.branches.' not in key}
-    equivalents = {}
-    for path, block in plain.items():
-        other = scaled[path]
-        kernel = sum(branch.equivalent_kernel_bias()[0] for branch in other.branch_list())
-        state_dict[f'{path}.branches.kxk.conv.weight'] = kernel
-        for name in other.norm.state_dict():
-            state_dict[f'{path}.branches.kxk.bn.{name}'] = state_dict.pop(f'{path}.norm.{name}')
-        equivalents[block.branches.kxk.conv.weight] = _equivalent(other, kernel)
+    equivalents = {block.branches.kxk.conv.weight: _equivalent(scaled[path]) for path, block in plain.items()}
     held = {id(parameter) for group in optimizer.param_groups for parameter in group['params']}
     if missing := sum(id(kernel) not in held for kernel in equivalents):
         raise ValueError(f'the optimizer lacks {missing} of the {len(equivalents)} kernels of the model')
     if load:
-        _load(model, {key: value for key, value in state_dict.items() if '.identity.' not in key})
+        _load(model, like, scaled)
     for handle in optimizer.__dict__.pop('_rep_hooks', ()):
         handle.remove()
     before: dict[Tensor, Tensor] = {}
@@ -93,8 +85,16 @@ def rep_optimizer(
     return optimizer
 
 
-def _load(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
-    """All of it, but for a classifier of another size."""
+def _load(model: nn.Module, like: nn.Module, scaled: dict[str, FamilyBlock]) -> None:
+    """All that `like` computes, but for a classifier of another size."""
+    state_dict = {
+        key: value for key, value in like.state_dict().items() if '.branches.' not in key and '.identity.' not in key
+    }
+    for path, block in scaled.items():
+        kernel = sum(branch.equivalent_kernel_bias()[0] for branch in block.branch_list())
+        state_dict[f'{path}.branches.kxk.conv.weight'] = kernel
+        for name in block.norm.state_dict():
+            state_dict[f'{path}.branches.kxk.bn.{name}'] = state_dict.pop(f'{path}.norm.{name}')
     own = model.state_dict()
     for key in [key for key in state_dict if key.startswith('head.') and state_dict[key].shape != own[key].shape]:
         state_dict[key] = own[key]
@@ -113,7 +113,8 @@ def _blocks(model: nn.Module, member: str) -> dict[str, FamilyBlock]:
     return {path: block for path, block in blocks.items() if block.member == member and block.branches is not None}
 
 
-def _equivalent(block: FamilyBlock, kernel: Tensor) -> _Equivalent:
+def _equivalent(block: FamilyBlock) -> _Equivalent:
+    kernel = block.branches['kxk'].equivalent_kernel_bias()[0]
     s, t = (block.branches[name].scale.detach().view(-1, 1, 1, 1) for name in ('kxk', '1x1'))
     sgd, adamw = s.square().expand_as(kernel).clone(), s.abs().expand_as(kernel).clone()
     sgd[:, :, 1:2, 1:2] += t.square()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import ReparamBlock
-from .branches import one_by_one
+from .branches import evaluating
 from .checkpoints import StateDict, check_fit
 from .family import FamilyBlock, block_type
 from .family.branches import Conv, Identity, divided
@@ -183,18 +183,14 @@ def match_bn_statistics(module: nn.Module, batches: Iterable[Any]) -> None:
     images = _images(batches) if norms else []
     seen = {norm: _Moments() for norm in norms}
     handles = [norm.register_forward_pre_hook(seen[norm].see) for norm in norms]
-    modes = {submodule: submodule.training for submodule in module.modules()}
-    module.eval()
     device = next(module.parameters()).device
     try:
-        with one_by_one(), torch.compiler.set_stance('force_eager'):  # compiled code does not see hooks
+        with evaluating(module), torch.compiler.set_stance('force_eager'):  # compiled code does not see hooks
             for batch in images:
                 module(batch.to(device))
     finally:
         for handle in handles:
             handle.remove()
-        for submodule, training in modes.items():
-            submodule.training = training
     if unseen := sum(moments.count < 2 for moments in seen.values()):
         raise ValueError(f'{unseen} of {len(seen)} normalisation layers saw no more than one pixel of the batches')
     for norm, moments in seen.items():

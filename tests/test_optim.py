@@ -104,3 +104,12 @@ def test_folded_parameters_are_released(model):
     model.eval().switch_to_deploy()
     gc.collect()
     assert kernel() is None
+
+
+def test_identity_scales_of_other_blocks_decay():
+    model = timm.create_model('test_repvgg', block='no_1x1')
+    decayed = {id(parameter) for parameter in param_groups(model)[0]['params']}
+    block = model.stages[0][1]
+    assert id(block.identity.bn.weight) in decayed
+    assert id(block.branches['kxk'].bn.weight) not in decayed
+    assert id(block.branches['kxk'].conv.weight) in decayed

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-__all__ = ['RUNTIMES', 'Runtime']
+__all__ = ['RUNTIMES', 'Runtime', 'compile_openvino']
 
 Run: TypeAlias = Callable[[], Any]
 
@@ -83,14 +83,21 @@ def _onnxruntime(model: nn.Module, x: Tensor, dtype: str) -> Run:
 def _openvino(model: nn.Module, x: Tensor, dtype: str) -> Run:
     import openvino
 
+    exported = openvino.convert_model(model, example_input=x, input=tuple(x.shape))
+    compiled, inputs = compile_openvino(exported, dtype), x.numpy()
+    return lambda: compiled(inputs)[0]
+
+
+def compile_openvino(model: Any, dtype: str) -> Any:
+    """OpenVINO's model, or the path of a file that it reads, compiled to answer soon, with PyTorch's threads."""
+    import openvino
+
     settings = {
         'INFERENCE_PRECISION_HINT': {'float32': 'f32', 'bfloat16': 'bf16'}[dtype],
         'INFERENCE_NUM_THREADS': torch.get_num_threads(),
         'PERFORMANCE_HINT': 'LATENCY',
     }
-    exported = openvino.convert_model(model, example_input=x, input=tuple(x.shape))
-    compiled, inputs = openvino.Core().compile_model(exported, 'CPU', settings), x.numpy()
-    return lambda: compiled(inputs)[0]
+    return openvino.Core().compile_model(model, 'CPU', settings)
 
 
 def _ncnn(model: nn.Module, x: Tensor, dtype: str, *, winograd: bool) -> Run:

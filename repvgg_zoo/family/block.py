@@ -59,7 +59,8 @@ class FamilyBlock(ReparamBlock):
         shape = Shape(in_chs=in_chs, out_chs=out_chs, identity=identity, norm_layer=norm_layer, dd=dd, **options)
         self.member = member
         self.has_identity = identity
-        self._training_form = functools.partial(
+        self.norm_eps: float = norm_layer(1).eps
+        self._of_this_shape = functools.partial(
             type(self), in_chs, out_chs, member=member, identity=identity, norm_layer=norm_layer, **options
         )
         self.reparam_conv = nn.Conv2d(in_chs, out_chs, 3, padding=dilation, **options, **dd) if deploy else None
@@ -106,7 +107,7 @@ class FamilyBlock(ReparamBlock):
     def _folded(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         parts = tuple(f'{part}.' for part in self.folded_parts)
         own = {key: value for key, value in state_dict.items() if key.startswith(parts)}
-        trained = self._training_form(device='meta')
+        trained = self._of_this_shape(device='meta')
         try:
             trained.load_state_dict(own, assign=True)
         except RuntimeError as error:
@@ -133,14 +134,7 @@ class FamilyBlock(ReparamBlock):
     def folded_conv(self) -> nn.Conv2d:
         """The convolution that the branches are in eval mode: computed in float64, rounded to the block's dtype."""
         like = next(self.branches.parameters())
-        options = self._training_form.keywords
-        conv = nn.Conv2d(
-            *self._training_form.args,
-            3,
-            padding=options['dilation'],
-            device='meta',
-            **{name: options[name] for name in ('stride', 'dilation', 'groups', 'padding_mode')},
-        )
+        conv = self._of_this_shape(deploy=True, device='meta').reparam_conv
         wide = torch.float32 if like.device.type == 'mps' else torch.float64
         # Kernels that are computed, as pruning leaves them, are neither parameters nor can be copied.
         computed = [value for m in self.modules() for value in vars(m).values() if isinstance(value, Tensor)]

@@ -107,6 +107,12 @@ def _eye(out_chs: int, in_chs: int, groups: int, like: Tensor) -> Tensor:
     return eye.repeat(groups, 1)[:, :, None, None]
 
 
+def _diagonal(kernel: Tensor, groups: int) -> Tensor:
+    """What a 3x3 kernel multiplies each output channel's own input channel by, `(C_out,)`."""
+    eye = _eye(kernel.shape[0], kernel.shape[1] * groups, groups, kernel)
+    return (kernel[:, :, 1:2, 1:2] * eye).sum((1, 2, 3))
+
+
 def _per_group(kernel: Tensor, groups: int) -> Tensor:
     """`(C_out, …)` as `(groups, C_out / groups, …)`."""
     return kernel.view(groups, kernel.shape[0] // groups, *kernel.shape[1:])
@@ -175,7 +181,7 @@ class Identity(nn.Module):
     @torch.jit.unused
     def set_kernel(self, kernel: Tensor) -> None:
         if self.bn is not None and self.bn.weight is not None:
-            diagonal = (kernel[:, :, 1, 1] * _eye(self.chs, self.chs, self.groups, kernel)[:, :, 0, 0]).sum(1)
+            diagonal = _diagonal(kernel, self.groups)
             self.bn.weight.copy_(diagonal * (self.bn.running_var.to(diagonal) + self.bn.eps).sqrt())
 
 
@@ -263,7 +269,7 @@ class Dirac(_Overparameterised):
     @torch.jit.unused
     def set_bare_kernel(self, kernel: Tensor) -> None:
         eye = _eye(kernel.shape[0], kernel.shape[1] * self.groups, self.groups, kernel)
-        self.a.copy_((kernel[:, :, 1, 1] * eye[:, :, 0, 0]).sum(1))
+        self.a.copy_(_diagonal(kernel, self.groups))
         rest = kernel - _centred(self.a.to(kernel).view(-1, 1, 1, 1) * eye)
         norm = rest.flatten(1).norm(dim=1)
         self.b.copy_(norm)
