@@ -4,7 +4,8 @@
     python benchmarks/family.py report --data cifar10 --runs runs
 
 `--data` holds the folders `train` and `test`, with a folder of images for each class. A run that was stopped goes on
-where it was; one that is complete is left alone. `report` takes the runs that are complete.
+where it was; one that is complete, or has its line in docs/family.csv, is left alone: to repeat it, take the line out.
+`report` takes the runs that are complete.
 """
 
 import argparse
@@ -34,12 +35,15 @@ RECIPE = """
     --dataset= --train-split train --val-split test --model test_repvgg --num-classes 10 --epochs 10 --warmup-epochs 1
     --batch-size 128 --validation-batch-size 500 --opt sgd --momentum 0.9 --weight-decay 5e-4 --lr 0.1 --min-lr 0
     --sched-on-updates --scale 0.7 1.0 --ratio 0.9 1.1 --hflip 0.5 --train-interpolation bilinear --color-jitter 0
-    --smoothing 0.1 --amp --amp-dtype bfloat16 --channels-last --device cpu --workers 1 --checkpoint-hist 1
+    --smoothing 0.1 --channels-last --device cpu --workers 1 --checkpoint-hist 1
 """
+PRECISIONS = {'bfloat16': ['--amp', '--amp-dtype', 'bfloat16'], 'float32': []}
 THREE_SEEDS = ('repvgg', 'plain', 'qarepvgg', 'mobileone')
 JOBS = [(block, seed) for seed in range(3) for block in BLOCKS if seed == 0 or block in THREE_SEEDS]
 DOCS = Path(__file__).parents[1] / 'docs'
-COLUMNS = ('block', 'seed', 'training_top1_pct', 'deploy_top1_pct', 'int8_top1_pct')
+RESULTS = DOCS / 'family.csv'
+TOP1 = ('training_top1_pct', 'deploy_top1_pct', 'int8_top1_pct')
+COLUMNS = ('block', 'seed', 'precision', *TOP1)
 
 
 def main() -> None:
@@ -49,10 +53,19 @@ def main() -> None:
     parser.add_argument('--data', type=Path, required=True)
     parser.add_argument('--runs', type=Path, required=True)
     parser.add_argument('--parallel', type=int, default=2, help='runs at a time, of one thread each (%(default)s)')
+    parser.add_argument('--blocks', nargs='+', choices=BLOCKS, default=BLOCKS, metavar='BLOCK', help='of these alone')
+    parser.add_argument(
+        '--precision',
+        choices=PRECISIONS,
+        default='bfloat16',
+        help='of training (%(default)s, which takes ten times as long on CPUs that cannot compute in it)',
+    )
     args = parser.parse_args()
     if args.step == 'train':
+        args.runs.mkdir(parents=True, exist_ok=True)
+        jobs = [job for job in JOBS if job[0] in args.blocks and job not in read_rows()]
         with ThreadPoolExecutor(args.parallel) as pool:
-            list(pool.map(lambda job: train(*job, args), JOBS))
+            list(pool.map(lambda job: train(*job, args), jobs))
     else:
         report(args)
 
@@ -67,6 +80,7 @@ def train(block: str, seed: int, args: argparse.Namespace) -> None:
     if is_complete(args.runs / name):
         return
     command = [sys.executable, '-m', 'repvgg_zoo', 'run', args.script, '--data-dir', args.data, *RECIPE.split()]
+    command += PRECISIONS[args.precision]
     command += ['--model-kwargs', f'block={block}', '--seed', str(seed), '--output', args.runs, '--experiment', name]
     if (last := args.runs / name / 'last.pth.tar').is_file():
         command += ['--resume', last]
@@ -74,27 +88,33 @@ def train(block: str, seed: int, args: argparse.Namespace) -> None:
         subprocess.run(command, env=os.environ | {'OMP_NUM_THREADS': '1'}, stdout=log, stderr=log, check=True)  # noqa: S603
 
 
+def read_rows() -> dict[tuple[str, int], dict[str, str]]:
+    if not RESULTS.is_file():
+        return {}
+    with RESULTS.open(newline='') as file:
+        return {(row['block'], int(row['seed'])): row for row in csv.DictReader(file)}
+
+
 def report(args: argparse.Namespace) -> None:
-    path = DOCS / 'family.csv'
-    rows = {(row['block'], row['seed']): row for row in csv.DictReader(path.open())} if path.is_file() else {}
+    rows = read_rows()
     for block, seed in JOBS:
         run = args.runs / f'{block}-{seed}'
-        if (block, str(seed)) not in rows and is_complete(run):
-            rows[block, str(seed)] = dict(block=block, seed=seed) | accuracies(run, block, args.data)
-            with path.open('w', newline='') as file:
-                writer = csv.DictWriter(file, COLUMNS)
+        if (block, seed) not in rows and is_complete(run):
+            measured = dict(precision=args.precision) | accuracies(run, block, args.data)
+            rows[block, seed] = dict(block=block, seed=str(seed)) | measured
+            with RESULTS.open('w', newline='') as file:
+                writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
                 writer.writeheader()
                 writer.writerows(rows.values())
-    blocks = [block for block in BLOCKS if any(block == key[0] for key in rows)]
-    costs = training_costs(blocks)
+    costs = training_costs(args.precision)
     table = []
-    for block in blocks:
+    for block in BLOCKS:
         runs = [row for key, row in rows.items() if key[0] == block]
-        top1 = [mean_and_spread([float(run[column]) for run in runs]) for column in COLUMNS[2:]]
+        top1 = [mean_and_spread([float(run[column]) for run in runs]) for column in TOP1]
         table.append((block, *top1, str(len(runs)), *costs[block]))
     header = ('block', 'training %', 'deploy %', 'INT8 %', 'seeds', 'step', 'saved', 'parameters k')
     print(markdown_table(table, header))  # noqa: T201
-    plot(rows, blocks, costs)
+    plot(rows, costs)
 
 
 def accuracies(run: Path, block: str, data: Path) -> dict[str, str]:
@@ -112,46 +132,49 @@ def accuracies(run: Path, block: str, data: Path) -> dict[str, str]:
             folder / 'model', folder / 'int8', images=data / 'test', calibration=data / 'train', track=lambda x, **_: x
         )
     top1 = (100 * right / len(dataset), measured.float32_top1_pct, measured.int8_top1_pct)
-    return {column: f'{value:.2f}' for column, value in zip(COLUMNS[2:], top1, strict=True)}
+    return {column: f'{value:.2f}' for column, value in zip(TOP1, top1, strict=True)}
 
 
 def mean_and_spread(values: list[float]) -> str:
-    """With the standard deviation over seeds, where there are more."""
+    """With the standard deviation over seeds, where there are more; nothing of no run."""
+    if not values:
+        return ''
     mean = f'{statistics.mean(values):.2f}'
     return mean if len(values) == 1 else f'{mean} ± {statistics.stdev(values):.2f}'
 
 
-def training_costs(blocks: list[str]) -> dict[str, tuple[str, ...]]:
+def training_costs(precision: str) -> dict[str, tuple[str, ...]]:
     """Time of a training step and bytes saved for it, relative to the default block, and parameters in thousands."""
     x = torch.randn(128, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (128,))
-    models = [timm.create_model('test_repvgg', num_classes=10, block=block) for block in ['repvgg', *blocks]]
+    models = {block: timm.create_model('test_repvgg', num_classes=10, block=block) for block in BLOCKS}
+    autocast = torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bfloat16')
 
     def step(model: torch.nn.Module) -> None:
-        with torch.autocast('cpu', torch.bfloat16):
+        with autocast:
             loss = torch.nn.functional.cross_entropy(model(x), labels)
         loss.backward()
 
-    runs = [(partial(model.to, memory_format=torch.channels_last), step) for model in models]
+    runs = [(partial(model.to, memory_format=torch.channels_last), step) for model in models.values()]
     seconds = [statistics.median(times) for times in time_rounds(runs, rounds=5, track=lambda items, **_: items)]
-    with torch.autocast('cpu', torch.bfloat16):
-        kept = [saved_bytes(model, x) for model in models]
+    with autocast:
+        kept = [saved_bytes(model, x) for model in models.values()]
     return {
         block: (
             f'{seconds[index] / seconds[0]:.2f}',
             f'{kept[index] / kept[0]:.2f}',
-            f'{sum(p.numel() for p in models[index].parameters()) / 1e3:.0f}',
+            f'{sum(p.numel() for p in model.parameters()) / 1e3:.0f}',
         )
-        for index, block in enumerate(blocks, start=1)
+        for index, (block, model) in enumerate(models.items())
     }
 
 
-def plot(rows: dict[tuple[str, str], dict[str, str]], blocks: list[str], costs: dict[str, tuple[str, ...]]) -> None:
+def plot(rows: dict[tuple[str, int], dict[str, str]], costs: dict[str, tuple[str, ...]]) -> None:
     """Top-1 of the deploy form against the time of a training step."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout='constrained')
-    for block in blocks:
+    for block in dict.fromkeys(block for block, _ in rows):
         top1 = [float(row['deploy_top1_pct']) for key, row in rows.items() if key[0] == block]
         time = float(costs[block][0])
         axes.plot([time] * len(top1), top1, 'o', color='C0' if block != 'repvgg' else 'C3', alpha=0.7)

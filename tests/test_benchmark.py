@@ -13,7 +13,7 @@ from conftest import FORMS
 from repvgg_zoo import VARIANTS, benchmark, cli
 from repvgg_zoo.benchmark import RUNTIMES, Results, plan, run_benchmark, write_results
 from repvgg_zoo.benchmark.cases import Case, WrongOutputError, gmacs, rival_of
-from repvgg_zoo.benchmark.measure import time_rounds
+from repvgg_zoo.benchmark.measure import matmul_peak_gmacs_per_s, time_rounds
 from repvgg_zoo.benchmark.models import PEERS, ModelName
 from repvgg_zoo.benchmark.report import latency_quantiles_ms
 from repvgg_zoo.benchmark.runtimes import Runtime
@@ -191,6 +191,28 @@ def test_turns_go_on_until_their_time_is_up(monkeypatch):
     found = time_rounds([short, long], rounds=1, track=track)
     assert found[0] == pytest.approx([0.03, 0.03])  # 0.05 on caches that others filled, and 0.1 s are over
     assert found[1] == [7.0]
+
+
+@pytest.mark.parametrize(('gmacs_per_s', 'sizes'), [(0.5, [256, 512]), (500, [256, 512, 1024, 2048, 3072])])
+def test_peak_of_a_slow_dtype_takes_no_minutes(monkeypatch, gmacs_per_s, sizes):
+    """As bfloat16 on a CPU that cannot compute in it."""
+    now, made = [0.0], []
+
+    class Product:
+        def __init__(self, size):
+            self.size = size
+
+        def __matmul__(self, other):
+            now[0] += self.size**3 / gmacs_per_s / 1e9
+
+    def randn(count, size, _, dtype):
+        made.append(size)
+        return [Product(size)] * count
+
+    monkeypatch.setattr('repvgg_zoo.benchmark.measure.time.perf_counter', lambda: now[0])
+    monkeypatch.setattr('repvgg_zoo.benchmark.measure.torch.randn', randn)
+    assert matmul_peak_gmacs_per_s('bfloat16') == pytest.approx(gmacs_per_s)
+    assert made == sizes
 
 
 def test_quantiles():
