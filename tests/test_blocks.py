@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from conftest import images, randomise, rel_diff
@@ -21,9 +23,9 @@ CONFIGURATIONS = [
     dict(identity=False),
     *(dict(padding_mode=mode) for mode in ('reflect', 'replicate', 'circular')),
     dict(padding_mode='reflect', dilation=2, stride=2),
-    dict(norm_layer=lambda c, **dd: nn.BatchNorm2d(c, affine=False, **dd)),
-    dict(norm_layer=lambda c, **dd: nn.BatchNorm2d(c, eps=0.3, **dd)),
-    dict(norm_layer=lambda c, **dd: BatchNormAct2d(c, apply_act=False, **dd)),
+    dict(norm_layer=partial(nn.BatchNorm2d, affine=False)),
+    dict(norm_layer=partial(nn.BatchNorm2d, eps=0.3)),
+    dict(norm_layer=partial(BatchNormAct2d, apply_act=False)),
     dict(attn_layer=SEModule),
     dict(attn_layer=SEModule, attn_last=True),
     dict(drop_path_rate=0.5),
