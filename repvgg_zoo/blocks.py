@@ -8,11 +8,11 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from . import deploy as _deploy
-from .branches import ConvNorm, subsample, sum_branches
+from .branches import ConvNorm, full_precision, subsample, sum_branches
 from .checkpoints import CheckpointError, fold_state_dict
 from .reparam import BNStats, fold_block
 
-__all__ = ['RepVGGBlock', 'ReparamBlock']
+__all__ = ['RepVGGBlock', 'ReparamBlock', 'has_identity']
 
 
 class ReparamBlock(nn.Module):
@@ -40,28 +40,27 @@ class ReparamBlock(nn.Module):
         """
         if self.reparam_conv is not None:
             return self.reparam_conv.weight, self.reparam_conv.bias
-        return self._sum_of_kernels()
+        with full_precision(self):
+            return self._sum_of_kernels()
 
     def _sum_of_kernels(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def _holds_training(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
-        """Whether a state dict holds branches of this block."""
-        raise NotImplementedError
-
     def _folded(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The deploy form of this block's own state dict of the training form."""
-        raise NotImplementedError
+        """This block's own state dict with the fold of the branches, if they are there, in their place.
+
+        Those of the default block go into the deploy form of any.
+        """
+        return fold_state_dict(state_dict, eps=self.norm_eps)
 
     @torch.jit.ignore
     def fold_state_dict(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Replace this block's branches, if they are there, by their fold."""
-        if self._holds_training(state_dict, prefix):
-            own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-            folded = self._folded(own)
-            for key in own.keys() - folded.keys():
-                del state_dict[prefix + key]
-            state_dict.update({prefix + key: value for key, value in folded.items()})
+        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        folded = self._folded(own)
+        for key in own.keys() - folded.keys():
+            del state_dict[prefix + key]
+        state_dict.update({prefix + key: value for key, value in folded.items()})
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *args: Any
@@ -75,6 +74,17 @@ class ReparamBlock(nn.Module):
                 'from their sum; create the model with deploy=True, or load with unfold=True'
             )
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+
+
+def has_identity(in_chs: int, out_chs: int, stride: int, *, asked: bool | None = None) -> bool:
+    """Whether a block has an identity branch: where input and output have one shape, unless it is asked for none."""
+    fits = in_chs == out_chs and stride == 1
+    if asked and not fits:
+        raise ValueError(
+            f'an identity branch takes as many channels as it gives, and stride 1; here are {in_chs} to {out_chs} '
+            f'channels and stride {stride}'
+        )
+    return fits if asked is None else asked
 
 
 class RepVGGBlock(ReparamBlock):
@@ -109,8 +119,7 @@ class RepVGGBlock(ReparamBlock):
         """`identity` is decided by the shapes unless given (a dilated first block of a stage has none)."""
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        if identity is None:
-            identity = in_chs == out_chs and stride == 1
+        identity = has_identity(in_chs, out_chs, stride, asked=identity)
         kxk: dict[str, Any] = dict(
             stride=stride, padding=dilation, dilation=dilation, groups=groups, padding_mode=padding_mode
         )
@@ -159,9 +168,3 @@ class RepVGGBlock(ReparamBlock):
             None if identity is None else BNStats.of(identity),
             sum_dtype=wide,
         )
-
-    def _holds_training(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
-        return f'{prefix}conv_kxk.conv.weight' in state_dict
-
-    def _folded(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        return fold_state_dict(state_dict, eps=self.norm_eps)

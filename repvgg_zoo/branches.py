@@ -7,12 +7,13 @@ Two of them, in eager mode on CPUs:
 - With the statistics of the batch, `train_branches` computes the 1x1 branch again in the backward pass.
 
 Whatever else there is, takes the branches themselves: hooks on them, stochastic depth, frozen or synchronised
-statistics and mixed precision in training, scripting, tracing, export, compilation, functional transforms.
+statistics and mixed precision in training, scripting, tracing, export, compilation, functional transforms. What is
+patched into PyTorch's own classes, rather than into a module, is not seen.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch.nn.modules import module as nn_module
 from .recompute import train_branches
 from .reparam import BNStats, fold_block
 
-__all__ = ['ConvNorm', 'evaluating', 'is_centred', 'one_by_one', 'subsample', 'sum_branches']
+__all__ = ['ConvNorm', 'evaluating', 'full_precision', 'is_centred', 'one_by_one', 'subsample', 'sum_branches']
 
 _one_by_one = ContextVar('one_by_one', default=False)
 
@@ -79,6 +80,12 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             submodule.training = modes.get(submodule, module.training)
 
 
+def full_precision(module: nn.Module) -> AbstractContextManager[Any]:
+    """Without autocast on a module's device meanwhile: kernels are computed as precisely as their parameters."""
+    kind = next(module.parameters()).device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
 def subsample(x: Tensor, stride: int) -> Tensor:
     """Every stride-th pixel, which is all that a strided 1x1 convolution reads.
 
@@ -101,7 +108,9 @@ def sum_branches(
     `(N, C_in, H, W)` to `(N, C_out, H / stride, W / stride)`, rounded up. `drops` are the modules of stochastic
     depth and DropBlock. Gradients and running statistics come out as with the branches.
     """
-    if type(x) is not Tensor or x.device.type != 'cpu' or x.dim() != 4 or not _is_plain_eager():
+    if type(x) is not Tensor or x.device.type != 'cpu' or x.dim() != 4 or x.layout is not torch.strided:
+        return None
+    if not _is_plain_eager():
         return None
     if not (_is_conv_norm(conv_kxk) and _is_conv_norm(conv_1x1)):
         return None
@@ -162,15 +171,17 @@ def _records(x: Tensor, modules: Iterable[nn.Module]) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in parameters))
 
 
-def _trains_plainly(x: Tensor, convs: Iterable[nn.Conv2d], norms: Iterable[nn.BatchNorm2d]) -> bool:
+def _trains_plainly(x: Tensor, convs: list[nn.Conv2d], norms: list[nn.BatchNorm2d]) -> bool:
     """Whether `train_branches` does what the branches would do."""
     state = ('weight', 'bias', 'momentum', 'num_batches_tracked')
     return (
         all(type(norm) is nn.BatchNorm2d and all(getattr(norm, s) is not None for s in state) for norm in norms)
+        and all(norm.track_running_stats for norm in norms)
+        and len(set(norms)) == len(norms)  # the order in which they see their batches would be another one
         and all(conv.padding_mode == 'zeros' for conv in convs)
         and not torch.is_autocast_enabled('cpu')
         and x.dtype in (torch.float32, torch.float64)
-        and all(module.weight.dtype == x.dtype for module in (*convs, *norms))
+        and all(parameter.dtype == x.dtype for module in (*convs, *norms) for parameter in module.parameters())
     )
 
 
@@ -196,5 +207,5 @@ def _is_changed(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or 'forward' in module.__dict__
+        or not module.__dict__.keys().isdisjoint(('forward', '_conv_forward'))
     )

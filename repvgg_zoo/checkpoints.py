@@ -26,6 +26,7 @@ from .variants import VARIANTS, Variant
 
 __all__ = [
     'BLOCK_NAMES',
+    'FAMILY_BRANCH',
     'FILE_SUFFIXES',
     'BlockNames',
     'CheckpointError',
@@ -207,15 +208,15 @@ def _replace_prefix(text: str, table: Mapping[str, str]) -> str | None:
 # ------------------------------------------------------------------------------------------------ forms
 
 _KXK, _DEPLOY = f'{_TIMM.conv_kxk}.conv.weight', f'{_TIMM.reparam_conv}.weight'
-_FAMILY = re.compile(r'(^|\.)branches\.')
-"""Matches the branches of `family.FamilyBlock`, which alone knows how they fold."""
+FAMILY_BRANCH = re.compile(r'(?:^|\.)branches\.\d*[a-z]')
+"""Matches the path of a branch of `family.FamilyBlock`, which alone knows how it folds: it has a name, not a number."""
 _BRANCHES = tuple(f'{branch}.' for branch in (_TIMM.conv_kxk, _TIMM.conv_1x1, _TIMM.identity))
 
 
 def form_of(state_dict: Iterable[str]) -> Form:
     """The form that a state dict in timm's layout holds; raises `CheckpointError` for a mixture."""
     keys = list(state_dict)
-    training = [key for key in keys if key.endswith(_KXK) or _FAMILY.search(key)]
+    training = [key for key in keys if key.endswith(_KXK) or FAMILY_BRANCH.search(key)]
     deploy = [key for key in keys if key.endswith(_DEPLOY)]
     if training and deploy:
         raise CheckpointError(
@@ -399,6 +400,11 @@ def _read_safetensors(path: Path) -> StateDict:
             header = read_safetensors_header(file)
             data_start = file.tell()
         header.pop('__metadata__', None)
+        if unread := [f'{n} is {e["dtype"]}' for n, e in header.items() if e['dtype'] not in _SAFETENSORS_DTYPES]:
+            raise CheckpointError(
+                f'{str(path)!r} has tensors of dtypes that are not read: {_few(unread)}; these are: '
+                f'{", ".join(_SAFETENSORS_DTYPES)}'
+            )
         tensors = {
             name: torch.empty(entry['shape'], dtype=_SAFETENSORS_DTYPES[entry['dtype']], device='cpu')
             for name, entry in sorted(header.items(), key=lambda item: item[1]['data_offsets'])
@@ -412,7 +418,7 @@ def _read_safetensors(path: Path) -> StateDict:
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(_read_into, repeat(path), shares))
         return tensors
-    except (SafetensorError, KeyError) as error:
+    except SafetensorError as error:
         raise CheckpointError(f'{str(path)!r} is truncated or no safetensors file ({error}); get it again') from error
 
 
@@ -426,7 +432,8 @@ def _read_into(path: Path, tensors: Iterable[tuple[int, Tensor]]) -> None:
     with path.open('rb') as file:
         for offset, tensor in tensors:
             file.seek(offset)
-            file.readinto(tensor.view(-1).view(torch.uint8).numpy())
+            if file.readinto(tensor.view(-1).view(torch.uint8).numpy()) != tensor.nbytes:
+                raise CheckpointError(f'{str(path)!r} became shorter while it was read; get it again')
 
 
 def _read_torch(path: Path) -> Any:

@@ -84,9 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('dst', metavar='DST', help='folder to write: model.safetensors and config.json')
     sub.add_argument('--form', choices=('training', 'deploy'), help='form to write (that of SRC)')
     sub.add_argument('--variant', help='variant of SRC, where its shapes do not tell')
-    sub.add_argument(
-        '--block', default='repvgg', help='training-time block of a bare SRC, or to unfold to (%(default)s)'
-    )
+    sub.add_argument('--block', help='training-time block of a bare SRC, or to unfold to (repvgg)')
     sub.add_argument('--unfold', action='store_true', help='make branches that compute the same from a deploy form')
     sub.add_argument('--no-ema', action='store_true', help='take the plain weights where SRC holds an average too')
     sub.add_argument('--overwrite', action='store_true', help='replace DST if it exists')
@@ -107,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--subset', type=int, metavar='N', default=300, help='images to calibrate on (%(default)s)')
     sub.add_argument('--equalize', action='store_true', help='cross-layer equalisation first')
     sub.add_argument('--variant', help='variant of SRC, where its shapes do not tell')
-    sub.add_argument('--block', default='repvgg', help='training-time block of a bare checkpoint file (%(default)s)')
+    sub.add_argument('--block', help='training-time block of a bare checkpoint file (repvgg)')
     sub.add_argument('--overwrite', action='store_true', help='replace DST if it exists')
 
     sub = add(
@@ -119,6 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument('a', metavar='A', help='checkpoint file, model folder, or timm model name')
     sub.add_argument('b', metavar='B', nargs='?', help='another one; by default the fold of A')
+    sub.add_argument('--variant', help='variant of A, where its shapes do not tell')
+    sub.add_argument('--block', help='training-time block of A, where that is a bare checkpoint file (repvgg)')
     sub.add_argument('--images', metavar='FOLDER', help='real images to compare on (random ones)')
 
     sub = add(
@@ -164,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--work', nargs='+', choices=('infer', 'train', 'load', 'fold'), default=['infer'])
     sub.add_argument('--forms', nargs='+', choices=('training', 'deploy'), default=['training', 'deploy'])
     sub.add_argument('--runtimes', nargs='+', choices=_RUNTIMES, help='(eager)')
-    sub.add_argument('--batch-sizes', nargs='+', type=int, metavar='N', default=[1])
+    sub.add_argument('--batch-sizes', nargs='+', type=_positive, metavar='N', default=[1])
     sub.add_argument('--dtypes', nargs='+', choices=('float32', 'bfloat16'), default=['float32'])
     sub.add_argument('--layouts', nargs='+', choices=('contiguous', 'channels_last'), default=['contiguous'])
     sub.add_argument(
@@ -173,8 +173,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar='MODEL',
         help="what ratios compare with, in eager PyTorch (timm's own RepVGG)",
     )
-    sub.add_argument('--rounds', type=int, metavar='N', help='turns of each case (10)')
-    sub.add_argument('--threads', type=int, metavar='N', help='threads of every runtime (what PyTorch takes)')
+    sub.add_argument('--rounds', type=_positive, metavar='N', help='turns of each case (10)')
+    sub.add_argument('--threads', type=_positive, metavar='N', help='threads of every runtime (what PyTorch takes)')
     sub.add_argument('--no-memory', action='store_true', help='skip the peak memory, which takes a process a case')
     sub.add_argument('--out', default='repvgg-benchmark', help='folder for tables and plots (%(default)s)')
     sub.add_argument('--overwrite', action='store_true', help='replace that folder if it exists')
@@ -191,6 +191,12 @@ def _parser() -> argparse.ArgumentParser:
 
     sub.set_defaults(errors=LaunchError)
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f'{text!r} is no number from 1 on')
+    return int(text)
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -278,7 +284,7 @@ def _quantize(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from .compare import verify
 
-    results = verify(args.a, args.b, images=args.images)
+    results = verify(args.a, args.b, images=args.images, variant=args.variant, block=args.block)
     _print_table(
         ('computed in', 'images', 'largest\ndifference', 'relative to the\nlargest logit', 'same top class'),
         [
@@ -369,6 +375,8 @@ def _benchmark(args: argparse.Namespace) -> int:
                 memory=defaults.memory and not args.no_memory,
                 track=progress.track,
             )
+        if not results.rows:
+            raise RuntimeError(f'nothing could be measured: {"; ".join(results.skipped)}')
         left_out = benchmark.write_results(results, folder)
     _print_table(*results.table())
     for line in (results.constants(), *results.skipped, *left_out, f'tables and plots are in {args.out}'):

@@ -40,13 +40,20 @@ class Comparison:
         return self.max_rel_diff <= MAX_FLOAT32_REL_DIFF and self.top1_agreement_pct == 100
 
 
-def verify(a: str | Path, b: str | Path | None = None, *, images: str | Path | None = None) -> dict[str, Comparison]:
+def verify(
+    a: str | Path,
+    b: str | Path | None = None,
+    *,
+    images: str | Path | None = None,
+    variant: str | None = None,
+    block: str | None = None,
+) -> dict[str, Comparison]:
     """Compare two checkpoints, or a training-form one and its fold, in float32 and in float64.
 
-    `a` and `b` are what `repvgg_zoo.convert.open_model` takes. Runs on the images below a folder, or on
-    random ones.
+    `a` and `b` are what `repvgg_zoo.convert.open_model` takes, `variant` and `block` those of `a` where it does not
+    tell them itself. Runs on the images below a folder, or on random ones.
     """
-    model_a = open_model(a)
+    model_a = open_model(a, variant=variant, block=block)
     if b is not None:
         model_b = open_model(b)
     elif model_a.deploy:

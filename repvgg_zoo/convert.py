@@ -36,7 +36,7 @@ def convert(
     *,
     form: Form | None = None,
     variant: str | None = None,
-    block: str = 'repvgg',
+    block: str | None = None,
     unfold: bool = False,
     use_ema: bool = True,
     overwrite: bool = False,
@@ -52,15 +52,16 @@ def convert(
         form: The form to write; that of the source by default. Training weights are folded for the deploy
             form; the reverse takes `unfold`.
         variant: The name of the variant, where the shapes do not tell it.
-        block: The training-time block of a file of the training form, or that a deploy form is unfolded to.
+        block: The training-time block of the source, where a bare file is of another than the default one; with
+            `unfold`, the one to make.
         unfold: Make branches that compute the same from a deploy form, and write the training form.
         use_ema: Take the average of the weights from a training checkpoint that has one.
         overwrite: Replace the target if it exists.
     """
     with new_folder(target, overwrite=overwrite) as folder:
-        model = open_model(source, variant=variant, block=block, use_ema=use_ema)
+        model = open_model(source, variant=variant, block=None if unfold else block, use_ema=use_ema)
         if unfold:
-            _unfold(model, form, block)
+            _unfold(model, form, block or 'repvgg')
         elif form == 'deploy':
             model.eval().switch_to_deploy()
         elif form == 'training' and model.deploy:
@@ -116,7 +117,7 @@ def _sort_metadata(path: Path) -> None:
 
 
 def open_model(
-    source: str | Path, *, variant: str | None = None, block: str = 'repvgg', use_ema: bool = True
+    source: str | Path, *, variant: str | None = None, block: str | None = None, use_ema: bool = True
 ) -> RepVGG:
     """The model that a checkpoint holds, in the checkpoint's form.
 
@@ -124,25 +125,28 @@ def open_model(
     model name whose weights can be had. The variant, classes and input channels of a file are read off
     its shapes; of other training-time blocks than the default one, both `variant` and `block` must be given. Raises
     `FileNotFoundError`, or `CheckpointError` for a file that is of no known variant or
-    does not fit the given one.
+    does not fit the given one, and for a folder or name that is of another variant or block than the given one.
     """
-    block_type(block)  # an error now if there is none of that name
+    block_type(block or 'repvgg')  # an error now if there is none of that name
     path = Path(source)
     if (config := path / 'config.json').is_file():
         try:
-            return timm.create_model(f'local-dir:{path}', pretrained=True)
+            model = timm.create_model(f'local-dir:{path}', pretrained=True)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise CheckpointError(f'{str(config)!r} is no configuration of a timm model: {error!r}') from error
+        return _checked(model, source, variant, block)
     if path.is_dir():
         path = weights_in(path)
     if _is_model_name(source):
-        return timm.create_model(str(source), pretrained=True)
+        return _checked(timm.create_model(str(source), pretrained=True), source, variant, block)
 
     state_dict = to_timm_layout(read_checkpoint(path, use_ema=use_ema))
     found = identify_variant(state_dict)
     if variant is None and found is None:
-        hint = '' if block == 'repvgg' else f'; name the variant beside the block {block}'
-        raise CheckpointError(f'{str(path)!r} has the shapes of no known variant; `repvgg-zoo list` shows them{hint}')
+        raise CheckpointError(
+            f'{str(path)!r} has the shapes of no known variant; `repvgg-zoo list` shows them. If it was trained with '
+            'another block than the default one, name both variant and block'
+        )
     name = get_variant(variant).name if variant else found.name
     classifier = state_dict.get('head.fc.weight')
     deploy = form_of(state_dict) == 'deploy'
@@ -154,10 +158,21 @@ def open_model(
         num_classes=0 if classifier is None else classifier.shape[0],
         in_chans=min(stem, default=3),  # kernels behind the first of a branch have more
         deploy=deploy,
-        block=block,
+        block=block or 'repvgg',
         device='meta',
     )
     load_state_dict(model, state_dict)
+    return model
+
+
+def _checked(model: RepVGG, source: str | Path, variant: str | None, block: str | None) -> RepVGG:
+    """A model that says itself what it is, if that is what was asked for."""
+    if variant and get_variant(variant).name != model.variant.name:
+        raise CheckpointError(f'{str(source)!r} is of {model.variant.name}, not of {variant}')
+    if block and not model.deploy and block != model.block:
+        raise CheckpointError(
+            f'{str(source)!r} has the branches of {model.block}, not of {block}; to make those, unfold it'
+        )
     return model
 
 

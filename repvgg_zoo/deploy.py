@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .branches import evaluating, is_centred
-from .checkpoints import BLOCK_NAMES, BlockNames
+from .checkpoints import BLOCK_NAMES, FAMILY_BRANCH, BlockNames
 from .optimizer_guard import forget_folded, remember_folded
 from .reparam import BNStats, FoldError, fold_block
 
@@ -48,7 +48,7 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
     """
     for path, submodule in module.named_modules():
         in_graph = isinstance(submodule, (torch.fx.GraphModule, torch.jit.ScriptModule))
-        if in_graph and not all(_is_deploy(block, names) for _, block, names in _find_blocks(submodule)):
+        if in_graph and _has_branches(submodule):
             raise ValueError(
                 f'{path or "the module"} is a {type(submodule).__name__}, whose branches are fixed in a graph; switch '
                 'to the deploy form before tracing, scripting or exporting'
@@ -139,6 +139,13 @@ def _find_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module, BlockNames
             if trains or _is_deploy(submodule, names):
                 yield path, submodule, names
                 break
+
+
+def _has_branches(graph: nn.Module) -> bool:
+    """Whether there are blocks of the training form, which those of the family are known by the paths of in a graph."""
+    if any(FAMILY_BRANCH.search(path) for path in graph.state_dict()):
+        return True
+    return not all(_is_deploy(block, names) for _, block, names in _find_blocks(graph))
 
 
 def _is_deploy(block: nn.Module, names: BlockNames | None) -> bool:

@@ -13,6 +13,7 @@ from timm.models import PretrainedCfg, adapt_input_conv
 from torch import Tensor, nn
 
 from .checkpoints import (
+    FAMILY_BRANCH,
     CheckpointError,
     StateDict,
     check_fit,
@@ -104,11 +105,14 @@ def _load_adapted(model: RepVGG, cfg: PretrainedCfg, state_dict: StateDict, unfo
 def _for_unfolding(model: RepVGG, state_dict: StateDict) -> StateDict:
     """The deploy form of a state dict that is to be unfolded; weights of the model's own block stay as they are."""
     if model.deploy:
-        raise ValueError('unfold=True makes a training form, and deploy=True another one; take one of them')
-    own = set(model.state_dict())
-    if form_of(state_dict) == 'deploy' or all(key in own for key in without_aux_heads(state_dict)):
-        return state_dict
-    return fold_state_dict(state_dict, eps=model.stem.norm_eps)
+        raise ValueError('unfold=True is for a model of the training form, and this one is of the deploy form')
+    if form_of(state_dict) == 'training' and model.block != 'repvgg' and _is_of_default_block(state_dict):
+        return fold_state_dict(state_dict, eps=model.stem.norm_eps)
+    return state_dict
+
+
+def _is_of_default_block(state_dict: StateDict) -> bool:
+    return not any(map(FAMILY_BRANCH.search, state_dict))
 
 
 def _unfolded(model: RepVGG, state_dict: StateDict) -> StateDict:
@@ -147,6 +151,12 @@ def _to_form_of(model: RepVGG, state_dict: StateDict) -> StateDict:
         raise CheckpointError(
             f'the checkpoint holds {model.variant.name} in the deploy form, whose branches are summed; create the '
             'model with deploy=True, or load with unfold=True, which makes branches that compute the same'
+        )
+    if form == 'training' and _is_of_default_block(state_dict) != (model.block == 'repvgg'):
+        raise CheckpointError(
+            f'the checkpoint holds the branches of another training-time block than {model.block}, which the model '
+            'has; create the model with block=… as the weights were trained'
+            + (', or load with unfold=True' if _is_of_default_block(state_dict) else '')
         )
     return state_dict if model.aux_heads is not None else without_aux_heads(state_dict)
 

@@ -30,6 +30,7 @@ from .repvgg import RepVGG
 
 __all__ = ['LayerError', 'QuantizationReport', 'equalize', 'layer_errors', 'quantize']
 
+_logger = logging.getLogger(__name__)
 _BATCH_SIZE, _LATENCY_ROUNDS, _SENSITIVITY_IMAGES = 50, 10, 64
 
 
@@ -109,7 +110,7 @@ def quantize(
     subset: int = 300,
     equalize_layers: bool = False,
     variant: str | None = None,
-    block: str = 'repvgg',
+    block: str | None = None,
     overwrite: bool = False,
     track: Track,
 ) -> QuantizationReport:
@@ -128,7 +129,7 @@ def quantize(
         subset: Images to calibrate on, spread evenly over the folder.
         equalize_layers: Apply `equalize` first.
         variant: The name of the variant, where the shapes do not tell it.
-        block: The training-time block of a bare checkpoint file.
+        block: The training-time block of a bare checkpoint file of another than the default one.
         overwrite: Replace the target if it exists.
         track: See `repvgg_zoo.progress`.
 
@@ -251,8 +252,17 @@ def _evaluate(
         tops = [run(x).argmax(1) for run in runs]
         same += int((tops[0] == tops[1]).sum())
         right = [count + int((top == labels).sum()) for count, top in zip(right, tops, strict=True)]
-    folders = sum(path.is_dir() for path in Path(dataset.reader.root).iterdir())
+    root = Path(dataset.reader.root)
+    folders = sum(path.is_dir() and not path.name.startswith(('.', '__')) for path in root.iterdir())
     labelled = len(dataset.reader.class_to_idx) == folders == num_classes
+    if not labelled:
+        _logger.warning(
+            'no top-1: %s has %d folders, there are images of %d, and the model has %d classes',
+            root,
+            folders,
+            len(dataset.reader.class_to_idx),
+            num_classes,
+        )
     float32, int8 = (100 * count / len(dataset) if labelled else None for count in right)
     return dict(float32_top1_pct=float32, int8_top1_pct=int8, same_top_class_pct=100 * same / len(dataset))
 

@@ -42,7 +42,7 @@ class _Constants(NamedTuple):
     def subsampled(self, x: Tensor) -> Tensor:
         """A view of the pixels that the 1x1 branch reads."""
         vertical, horizontal = self.conv.stride
-        return x[:, :, ::vertical, ::horizontal]
+        return x if vertical == horizontal == 1 else x[:, :, ::vertical, ::horizontal]  # vmap takes no alias
 
 
 class _Branches(torch.autograd.Function):
@@ -64,6 +64,7 @@ class _Branches(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.autocast('cpu', enabled=False)  # as PyTorch's own backward functions
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y_3x3, *tensors = ctx.saved_tensors
         constants, branches = ctx.constants, len(ctx.constants.norms)
@@ -116,6 +117,7 @@ def _differentiable_grads(
     constants: _Constants, inputs: list[Tensor], needed: tuple[bool, ...], grad: Tensor
 ) -> list[Tensor | None]:
     """Gradients that can be differentiated again, for `create_graph=True`: those of the branches themselves."""
+    inputs = [t.view_as(t) for t in inputs]  # one of them may be a function of another one, or be it
     x, kernel_3x3, kernel_1x1, *affine = inputs
     outputs = constants.conv_3x3(x, kernel_3x3), constants.conv_1x1(x, kernel_1x1), x
     total = sum(

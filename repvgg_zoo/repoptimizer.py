@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from .family import FamilyBlock
@@ -36,7 +37,7 @@ def rep_optimizer(
     Weight decay does not act on u · I. Equality is up to rounding; with AdamW also up to its `eps`, which the branches
     see relative to gradients of other sizes. Gradients are multiplied in place at each step. The optimizer's state is
     saved and loaded as ever, and schedules work; hooks are not part of it, so call this again, with `load=False`, after
-    making the optimizer anew.
+    making the optimizer anew or copying it. Wrappers of either model (compiled, DDP) are looked through.
 
     The identity is constant, as in `csla`; the authors' code has 1 + s² + t² on its diagonal, as if it were trained.
 
@@ -59,6 +60,7 @@ def rep_optimizer(
         raise TypeError(
             f'the optimizer is a {type(optimizer).__name__}; it can be torch.optim.SGD or torch.optim.AdamW'
         )
+    model, like = unwrap_model(model), unwrap_model(like)
     plain, scaled = _blocks(model, 'plain'), _blocks(like, 'csla')
     if plain.keys() != scaled.keys() or not plain:
         raise ValueError(
@@ -96,9 +98,10 @@ def _load(model: nn.Module, like: nn.Module, scaled: dict[str, FamilyBlock]) -> 
         for name in block.norm.state_dict():
             state_dict[f'{path}.branches.kxk.bn.{name}'] = state_dict.pop(f'{path}.norm.{name}')
     own = model.state_dict()
-    for key in [key for key in state_dict if key.startswith('head.') and state_dict[key].shape != own[key].shape]:
-        state_dict[key] = own[key]
-    model.load_state_dict(state_dict)
+    misfits = [key for key in own if key not in state_dict or state_dict[key].shape != own[key].shape]
+    if others := [key for key in misfits if not key.startswith('head.')]:
+        raise ValueError(f'the models must be of one variant and take the same images; they differ in {others[0]}')
+    model.load_state_dict({key: own[key] if key in misfits else state_dict[key] for key in own})
 
 
 def _refuse_closure(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -236,10 +236,11 @@ class RepVGG(nn.Module):
     def _describe_first_conv(self) -> None:
         """Tell timm which convolutions take the images."""
         parts = [f'stem.{path}' for path, m in self.stem.named_modules() if isinstance(m, nn.Conv2d)]
-        first_conv = [path for path in parts if not path.startswith('stem.attn.') and '1x1_kxk' not in path]
+        parts = [path for path in parts if not path.startswith('stem.attn.') and '1x1_kxk' not in path]
+        first_conv = tuple(parts) if len(parts) > 1 else next(iter(parts), None)  # some compute their kernel
         for description in ('pretrained_cfg', '_traits'):  # timm's, of the model and of its inputs
             if hasattr(self, description):
-                getattr(self, description)['first_conv'] = first_conv[0] if len(first_conv) == 1 else tuple(first_conv)
+                getattr(self, description)['first_conv'] = first_conv
 
     @torch.jit.ignore
     def _on_unfold(self, block: str) -> None:
@@ -248,14 +249,15 @@ class RepVGG(nn.Module):
 
     @torch.jit.ignore
     def fold_state_dict(self, state_dict: StateDict) -> StateDict:
-        """The deploy form of a training-form state dict of this model's block, in timm's layout; it is used up."""
-        family = {path: m for path, m in self.named_modules() if isinstance(m, FamilyBlock)}
-        if not family:
-            return fold_state_dict(state_dict, eps=self.stem.norm_eps, in_place=True)
-        folded = dict(state_dict)
-        for path, block in family.items():
-            block.fold_state_dict(folded, f'{path}.')
-        return without_aux_heads(folded)
+        """The deploy form of a training-form state dict in timm's layout, which is used up.
+
+        The branches are those of this model's block or of the default one.
+        """
+        folded = fold_state_dict(state_dict, eps=self.stem.norm_eps, in_place=True)
+        for path, block in self.named_modules():
+            if isinstance(block, FamilyBlock):
+                block.fold_state_dict(folded, f'{path}.')
+        return folded
 
     @torch.jit.ignore
     def _remove_aux_heads(self) -> None:
@@ -451,8 +453,10 @@ def _create_repvgg(
             'repvgg_zoo.load_checkpoint(model, path, unfold=True)'
         )
     cfg = resolve_pretrained_cfg(variant.name, pretrained_cfg, pretrained_cfg_overlay)
-    if deploy is None:
-        deploy = (cfg.tag or '').endswith(DEPLOY_SUFFIX) and not unfold
+    if unfold:  # whatever the config.json of a folder of the deploy form says
+        deploy = False
+    elif deploy is None:
+        deploy = (cfg.tag or '').endswith(DEPLOY_SUFFIX)
     cfg = dataclasses.replace(cfg, first_conv=_first_conv(deploy=deploy))
 
     def build(**model_kwargs: Any) -> RepVGG:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import ReparamBlock
-from .branches import evaluating
+from .branches import evaluating, full_precision
 from .checkpoints import StateDict, check_fit
 from .family import FamilyBlock, block_type
 from .family.branches import Conv, Identity, divided
@@ -54,8 +54,10 @@ def unfold(
 
     Raises:
         ValueError: The module has no block of this package, or one of the training form, or `block` is unknown, or
-            `batches` is empty. The module is then as it was.
+            `batches` is empty or has too few pixels.
         TypeError: `batches` holds something else.
+
+    Whatever is raised, by the module on a batch that it does not take too, the module is then as it was.
     """
     make = block_type(block)
     found = {path: m for path, m in module.named_modules() if isinstance(m, ReparamBlock)}
@@ -65,18 +67,27 @@ def unfold(
         raise ValueError(f'{training[0]} is of the training form; switch_to_deploy() comes first')
     images = None if batches is None else _images(batches)
     unfolded = {folded: _training_form(folded, make, norm_layer) for folded in found.values()}
-    for path, folded in list(module.named_modules(remove_duplicate=False)):
-        if folded in unfolded and path:
-            parent, _, name = path.rpartition('.')
-            setattr(module.get_submodule(parent), name, unfolded[folded])
-    module = unfolded.get(module, module)
+    whole = unfolded.get(module, module)
+    _replace(module, unfolded)
+    if images is not None:
+        try:
+            match_bn_statistics(whole, images)
+        except BaseException:
+            _replace(module, {made: folded for folded, made in unfolded.items()})
+            raise
     remember_folded(parameter for folded in unfolded for parameter in folded.reparam_conv.parameters())
-    for submodule in module.modules():
+    for submodule in whole.modules():
         if callable(finish := getattr(submodule, '_on_unfold', None)):
             finish(block)
-    if images is not None:
-        match_bn_statistics(module, images)
-    return module
+    return whole
+
+
+def _replace(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put other modules in the places of some inside a module."""
+    for path, old in list(module.named_modules(remove_duplicate=False)):
+        if old in replacements and path:
+            parent, _, name = path.rpartition('.')
+            setattr(module.get_submodule(parent), name, replacements[old])
 
 
 def _images(batches: Iterable[Any]) -> list[Tensor]:
@@ -127,6 +138,11 @@ def set_equivalent_kernel_bias(block: ReparamBlock, kernel: Tensor, bias: Tensor
     are reset; the branches share the kernel in equal parts, as far as their structure goes, and the first one,
     which can have any kernel, has what is left.
     """
+    with full_precision(block):
+        _set_equivalent_kernel_bias(block, kernel, bias)
+
+
+def _set_equivalent_kernel_bias(block: ReparamBlock, kernel: Tensor, bias: Tensor) -> None:
     (main, *others), norm = _branches(block)
     bias_holder = main.bn if norm is None else norm
     if bias_holder.bias is None:

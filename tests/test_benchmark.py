@@ -54,6 +54,7 @@ def test_plan_has_every_combination_that_there_is():
         ('torchvision:resnet19', 'did you mean'),
         ('timm:repvgg_b1g2', 'unknown model'),  # in timm's registry, but the zoo's
         ('keras:resnet50', "unknown source 'keras'"),
+        ('timm:resnet10t.nothing', "unknown tag in 'timm:resnet10t.nothing'; there are: c3_in1k"),
     ],
 )
 def test_unknown_models_are_errors(name, message):
@@ -94,6 +95,11 @@ def test_rival_is_timms_model_in_the_same_setting():
     assert rival_of(replace(case, model=ModelName.parse('repvgg_b1g2')), 'timm') is None
     assert rival_of(case, 'torchvision:resnet50').model == ModelName.parse('torchvision:resnet50')
     assert rival_of(replace(case, work='load'), 'torchvision:resnet50') is None
+    trained = rival_of(replace(case, work='train'), 'timm:repvgg_a0')
+    assert (trained.form, trained.layout) == ('training', 'contiguous')
+    assert rival_of(case, 'repvgg_a0') == replace(case, form='deploy')
+    assert rival_of(replace(case, form='deploy', runtime='openvino'), 'repvgg_a0').runtime == 'eager'
+    assert rival_of(replace(case, form='deploy'), 'repvgg_a0') is None
 
 
 @FORMS
@@ -148,6 +154,33 @@ def test_missing_packages_and_failures_are_told(monkeypatch):
         "ncnn: no_such_package missing; pip install 'repvgg-zoo[ncnn]'",
         'test_repvgg, deploy, infer, openvino, batch 1, float32, contiguous: WrongOutputError: off',
     ]
+
+
+def test_a_model_that_cannot_be_trained_is_skipped():
+    """levit normalises one value for each channel, of a batch of one."""
+    results = run(plan(['test_repvgg', 'timm:levit_128s'], work=['train']))
+    assert [row.model for row in results.rows] == ['test_repvgg']
+    assert results.skipped[0].startswith('timm:levit_128s, plain, train')
+
+
+def test_settings_that_nothing_takes_are_an_error(tmp_path, capsys):
+    with pytest.raises(ValueError, match='none of the runtimes ncnn takes batch sizes 4 in float32'):
+        plan(['test_repvgg'], runtimes=['ncnn'], batches=[4])
+    for option in ('--batch-sizes', '--rounds', '--threads'):
+        for value in ('0', '-1', 'x'):
+            with pytest.raises(SystemExit):
+                cli.main(['benchmark', 'test_repvgg', option, value])
+            assert f'{value!r} is no number from 1 on' in capsys.readouterr().err
+
+
+def test_nothing_measured_is_an_error(monkeypatch, tmp_path, capsys):
+    def fails(*_):
+        raise WrongOutputError('off')
+
+    monkeypatch.setitem(RUNTIMES, 'openvino', Runtime(prepare=fails))
+    assert cli.main(['benchmark', 'test_repvgg', '--runtimes', 'openvino', '--out', str(tmp_path / 'out')]) == 1
+    assert 'nothing could be measured: test_repvgg, training' in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
 
 
 def test_wrong_outputs_are_not_timed(monkeypatch):

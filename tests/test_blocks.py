@@ -7,6 +7,7 @@ from timm.layers import BatchNormAct2d, SEModule
 from torch import nn
 
 from repvgg_zoo import CheckpointError, RepVGGBlock, switch_to_deploy
+from repvgg_zoo.family import block_type
 
 
 def block(*args, **kwargs) -> RepVGGBlock:
@@ -50,6 +51,14 @@ def test_block_built_in_the_deploy_form_takes_the_fold(kwargs):
     assert rel_diff(deployed(x), module(x)) < 1e-12
     assert deployed.state_dict().keys() == module.switch_to_deploy().state_dict().keys()
     assert repr(deployed.reparam_conv) == repr(module.reparam_conv)
+
+
+@pytest.mark.parametrize('name', ['repvgg', 'acb'])
+@pytest.mark.parametrize('shape', [(8, 9, 1), (8, 8, 2)])
+def test_identity_that_cannot_be_is_refused(name, shape):
+    in_chs, out_chs, stride = shape
+    with pytest.raises(ValueError, match=f'here are 8 to {out_chs} channels and stride {stride}'):
+        block_type(name)(in_chs, out_chs, stride=stride, identity=True)
 
 
 def test_sync_batch_norm_folds():

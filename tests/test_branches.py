@@ -332,6 +332,10 @@ def patch_forward_of_conv(made: RepVGGBlock) -> None:
     made.conv_kxk.conv.forward = lambda x: nn.functional.conv2d(x, made.conv_kxk.conv.weight, padding=1).sigmoid()
 
 
+def patch_conv_forward(made: RepVGGBlock) -> None:
+    made.conv_kxk.conv._conv_forward = lambda x, weight, bias: nn.functional.conv2d(x, weight, padding=1).sigmoid()
+
+
 def patch_forward_of_norm(made: RepVGGBlock) -> None:
     made.identity.forward = lambda x: x
 
@@ -403,6 +407,7 @@ def other_mode_of_conv_1x1(made: RepVGGBlock) -> None:
     'change',
     [
         patch_forward_of_conv,
+        patch_conv_forward,
         patch_forward_of_norm,
         patch_forward_of_branch,
         weight_norm,

@@ -1,6 +1,7 @@
 """Files, layouts, forms and misfits."""
 
 import argparse
+import os
 import pickle
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import images, randomise, rel_diff
 from safetensors.torch import load_file, save_file
 
 import repvgg_zoo
-from repvgg_zoo import CheckpointError, FoldError, load_checkpoint
+from repvgg_zoo import CheckpointError, FoldError, checkpoints, load_checkpoint
 from repvgg_zoo.checkpoints import (
     check_fit,
     fold_state_dict,
@@ -271,6 +272,27 @@ def test_truncated_file(state_dict, suffix, keep, tmp_path):
         load_checkpoint(fresh(), path)
     with pytest.raises(CheckpointError, match=rf'file{suffix}'):
         fresh(pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
+
+
+def test_file_that_is_truncated_while_it_is_read(state_dict, tmp_path, monkeypatch):
+    path = tmp_path / 'file.safetensors'
+    save_file(state_dict, path)
+    read = checkpoints.read_safetensors_header
+
+    def truncated(file):
+        header = read(file)
+        os.truncate(path, path.stat().st_size - 5)
+        return header
+
+    monkeypatch.setattr(checkpoints, 'read_safetensors_header', truncated)
+    with pytest.raises(CheckpointError, match=r'file\.safetensors.* became shorter'):
+        read_checkpoint(path)
+
+
+def test_dtype_that_is_not_read(tmp_path):
+    save_file({'stem.weight': torch.zeros(2, dtype=torch.complex64)}, tmp_path / 'file.safetensors')
+    with pytest.raises(CheckpointError, match=r'dtypes that are not read: stem\.weight is C64; these are: F64, F32'):
+        read_checkpoint(tmp_path / 'file.safetensors')
 
 
 @pytest.mark.parametrize('content', [b'hello world', b'', b'\x80\x04garbage', bytes(range(256))], ids=str)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import threading
+from functools import partial
 
 import pytest
 import timm
 import torch
+import torch.nn.utils.parametrizations
 import torch.nn.utils.prune
 from conftest import images, randomise, rel_diff
 from hypothesis import given
@@ -16,6 +19,8 @@ from torch import nn
 
 import repvgg_zoo
 from repvgg_zoo import BLOCKS, CheckpointError, FoldError, load_checkpoint
+from repvgg_zoo.compare import verify
+from repvgg_zoo.convert import convert, open_model
 from repvgg_zoo.family import MEMBERS, FamilyBlock, block_type
 from repvgg_zoo.family.branches import Average, SqueezeConv
 
@@ -131,6 +136,86 @@ def test_fold_keeps_what_it_should(member):
     assert not conv.bias.requires_grad
     assert conv.training
     assert [module.branches, module.identity, module.norm] == [None] * 3
+
+
+@MEMBER
+def test_what_hangs_on_a_block_is_neither_copied_nor_in_the_way(member):
+    """Locks cannot be copied, nor can tensors with a graph."""
+    module, x = block(member), images(2, 8, in_chans=8, dtype=F64)
+    module.lock, module.seen = threading.Lock(), []
+    module.register_forward_hook(lambda self, _, y: self.seen.append(y))
+    before = module(x)
+    kernels = {key: value.clone() for key, value in module.state_dict().items()}
+    module.folded_conv()
+    assert all(torch.equal(value, kernels[key]) for key, value in module.state_dict().items())
+    assert rel_diff(module.switch_to_deploy()(x), before) < EXACT
+    assert len(module.seen) == 2
+
+
+@pytest.mark.parametrize(
+    'norm', [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.parametrizations.spectral_norm]
+)
+def test_parametrized_kernels_fold(norm):
+    module, x = block('acb'), images(2, 8, in_chans=8, dtype=F64)
+    norm(module.branches['kxk'].conv)
+    module.eval()
+    before = module(x)
+    assert rel_diff(module.switch_to_deploy()(x), before) < EXACT
+
+
+@pytest.mark.parametrize('name', BLOCKS)
+@pytest.mark.parametrize('trainable', ['kernels', 'statistics'])
+def test_folded_kernel_is_frozen_as_the_kernels_are(name, trainable):
+    module = block_type(name)(4, 4)
+    for parameter in module.parameters():
+        parameter.requires_grad_((parameter.ndim > 2) == (trainable == 'kernels'))
+    conv = module.eval().switch_to_deploy().reparam_conv
+    assert conv.weight.requires_grad == conv.bias.requires_grad == (trainable == 'kernels')
+
+
+@MEMBER
+def test_branches_in_a_graph_are_fixed(member):
+    model, x = timm.create_model('test_repvgg', block=member).eval(), images(1, 32)
+    live = timm.create_model('test_repvgg', block=member)
+    for graph in (torch.jit.trace(model, x), torch.export.export(model, (x,)).module()):
+        both = nn.ModuleDict({'live': live, 'graph': graph})
+        with pytest.raises(ValueError, match=r'graph is a \w+, whose branches are fixed'):
+            repvgg_zoo.switch_to_deploy(both)
+        assert not live.deploy
+
+
+def test_other_branches_in_a_graph_are_none_of_ours():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.branches = nn.ModuleList([nn.Conv2d(3, 3, 1)])
+
+        def forward(self, x):
+            return self.branches[0](x)
+
+    both = nn.ModuleDict({'live': block('acb'), 'graph': torch.jit.trace(Branches(), images(1, 8))})
+    assert repvgg_zoo.switch_to_deploy(both)['live'].reparam_conv is not None
+
+
+@pytest.mark.parametrize('name', BLOCKS)
+def test_autocast_does_not_round_equivalent_kernels(name):
+    made = block_type(name)(8, 8).eval()
+    exact = copy.deepcopy(made).double().equivalent_kernel_bias()[0]
+    with torch.autocast('cpu', torch.bfloat16):
+        kernel = made.equivalent_kernel_bias()[0]
+    assert rel_diff(kernel, exact) < 1e-6  # a few roundings in float32, where bfloat16 has 4e-3
+
+
+def test_row_of_zeros_in_half_precision():
+    made = block_type('dirac')(4, 4).to(torch.float16)
+    with torch.no_grad():
+        made.branches['dirac'].weight[1] = 0
+    assert made.equivalent_kernel_bias()[0].isfinite().all()
+
+
+def test_chains_need_statistics_to_pad_with():
+    with pytest.raises(ValueError, match='track_running_stats=True'):
+        block_type('dbb')(4, 4, norm_layer=partial(nn.BatchNorm2d, track_running_stats=False))
 
 
 @MEMBER
@@ -309,10 +394,9 @@ def test_default_block_is_as_ever():
 
 def test_weights_of_another_block_are_an_error(tmp_path):
     torch.save(timm.create_model('test_repvgg', block='acb').state_dict(), tmp_path / 'acb.pth')
-    for other in ('dbb', 'repvgg'):
-        model = timm.create_model('test_repvgg', block=other)
-        with pytest.raises(CheckpointError, match='does not fit test_repvgg'):
-            load_checkpoint(model, tmp_path / 'acb.pth')
+    model = timm.create_model('test_repvgg', block='dbb')
+    with pytest.raises(CheckpointError, match='does not fit test_repvgg'):
+        load_checkpoint(model, tmp_path / 'acb.pth')
     with pytest.raises(CheckpointError, match='no dbb block'):
         load_checkpoint(timm.create_model('test_repvgg', block='dbb', deploy=True), tmp_path / 'acb.pth')
 
@@ -325,6 +409,7 @@ def test_timm_is_told_which_convolutions_take_the_images():
     repvgg_zoo.unfold(model, block='repvgg')
     assert model.pretrained_cfg['first_conv'] == ('stem.conv_kxk.conv', 'stem.conv_1x1.conv')
     assert 'block' not in model._model_args  # timm's own RepVGG builds it too
+    assert timm.create_model('test_repvgg', block='dirac').pretrained_cfg['first_conv'] is None
 
 
 @MEMBER
@@ -404,12 +489,23 @@ def test_negative_variance_of_a_file_is_an_error():
 
 @pytest.mark.parametrize('member', ['acb', 'dirac', 'expand', 'mobileone', 'csla', 'dbb'])
 def test_file_of_a_block_tells_its_channels(member, tmp_path):
-    from repvgg_zoo.convert import open_model
-
     torch.save(timm.create_model('test_repvgg', block=member, in_chans=1).state_dict(), tmp_path / 'file.pth')
     assert open_model(tmp_path / 'file.pth', variant='test_repvgg', block=member).in_chans == 1
     with pytest.raises(ValueError, match="unknown block 'acbb'"):
         open_model(tmp_path / 'file.pth', block='acbb')
+    assert verify(tmp_path / 'file.pth', variant='test_repvgg', block=member)['float64'].same
+
+
+def test_folders_and_names_are_of_the_block_that_they_say(tmp_path):
+    convert('test_repvgg', tmp_path / 'acb', unfold=True, block='acb')
+    for source in ('test_repvgg', tmp_path / 'acb'):
+        with pytest.raises(CheckpointError, match='not of dbb; to make those, unfold it'):
+            convert(source, tmp_path / 'out', block='dbb')
+        with pytest.raises(CheckpointError, match='is of test_repvgg, not of repvgg_a0'):
+            convert(source, tmp_path / 'out', variant='repvgg_a0')
+    convert(tmp_path / 'acb', tmp_path / 'deploy', block='acb', form='deploy')
+    convert(tmp_path / 'acb', tmp_path / 'dbb', block='dbb', unfold=True)
+    assert verify(tmp_path / 'deploy', tmp_path / 'dbb')['float64'].max_rel_diff < 1e-4  # rounded to float32 twice
 
 
 def test_a_missing_identity_is_told_from_one_without_normalisation(tmp_path):

@@ -108,13 +108,40 @@ def test_images_without_classes_have_no_top1(tmp_path):
     assert report.calibration_images == 4
 
 
-def test_an_empty_class_folder_does_not_shift_the_others(tmp_path):
+def test_calibration_has_images_of_its_own(tmp_path):
+    photo = next(VALIDATION.glob('*/*.jpg'))
+    for folder, count in (('evaluated', 3), ('calibrated', 2)):
+        (tmp_path / folder).mkdir()
+        for index in range(count):
+            (tmp_path / folder / f'{index}.jpg').write_bytes(photo.read_bytes())
+    report = quantize(
+        'test_repvgg',
+        tmp_path / 'out',
+        images=tmp_path / 'evaluated',
+        calibration=tmp_path / 'calibrated',
+        track=no_bar,
+    )
+    assert (report.images, report.calibration_images) == (3, 2)
+
+
+@pytest.mark.parametrize('other', ['.ipynb_checkpoints', '__MACOSX'])
+def test_folders_that_programs_leave_are_no_classes(tmp_path, other):
+    for path in sorted(VALIDATION.glob('*/*.jpg'))[::50]:
+        (tmp_path / 'photos' / path.parent.name).mkdir(parents=True)
+        (tmp_path / 'photos' / path.parent.name / path.name).write_bytes(path.read_bytes())
+    (tmp_path / 'photos' / other).mkdir()
+    report = quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'photos', subset=4, track=no_bar)
+    assert report.float32_top1_pct is not None
+
+
+def test_an_empty_class_folder_does_not_shift_the_others(tmp_path, caplog):
     for path in sorted(VALIDATION.glob('*/*.jpg'))[::50]:
         (tmp_path / 'photos' / path.parent.name).mkdir(parents=True)
         (tmp_path / 'photos' / path.parent.name / path.name).write_bytes(path.read_bytes())
     (tmp_path / 'photos' / 'aardvark').mkdir()
     report = quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'photos', subset=4, track=no_bar)
     assert report.float32_top1_pct is None
+    assert 'has 11 folders, there are images of 10, and the model has 10 classes' in caplog.text
 
 
 def test_equalisation_saves_an_unbalanced_network(tmp_path):

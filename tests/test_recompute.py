@@ -208,6 +208,63 @@ def test_second_derivatives(kind, wanted, taken):
     assert taken == [True]
 
 
+@pytest.mark.parametrize('second', [False, True])
+def test_backward_pass_inside_autocast(second):
+    """PyTorch's own backward functions are not cast there."""
+    made = block(dtype=torch.float32)
+    plain = copy.deepcopy(made)
+
+    def trained(model: RepVGGBlock) -> Tensor:
+        x = batch(model, dtype=torch.float32).requires_grad_()
+        y = model(x)
+        with torch.autocast('cpu', torch.bfloat16):
+            (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=second)
+        return grad
+
+    assert rel_diff(trained(made), branches(lambda: trained(plain))) < 1e-5  # float32, where bfloat16 has 4e-3
+
+
+def applied_twice(made: RepVGGBlock) -> Callable[[Tensor], Tensor]:
+    return lambda x: made(made(x))
+
+
+def tied_scales(made: RepVGGBlock) -> Callable[[Tensor], Tensor]:
+    made.identity.weight = made.conv_1x1.bn.weight
+    return made
+
+
+def scale_of_the_input(made: RepVGGBlock) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.func.functional_call(made, {'identity.weight': x.mean((0, 2, 3))}, (x,))
+
+
+@pytest.mark.parametrize('use', [applied_twice, tied_scales, scale_of_the_input])
+def test_second_derivatives_of_inputs_that_depend_on_one_another(use, taken):
+    made = block()
+    plain = copy.deepcopy(made)
+
+    def penalised(model: RepVGGBlock) -> Tensor:
+        x = batch(model).requires_grad_()
+        (grad,) = torch.autograd.grad(loss_of(use(model)(x)), x, create_graph=True)
+        grad.square().sum().backward()
+        return x.grad
+
+    assert rel_diff(penalised(made), branches(lambda: penalised(plain))) < 1e-11  # float64
+    assert all(taken)
+
+
+@pytest.mark.parametrize('kind', ['identity', 'stride', 'groups'])
+def test_batched_gradients(kind, taken):
+    made = block(kind)
+    plain = copy.deepcopy(made)
+
+    def jacobian(model: RepVGGBlock) -> Tensor:
+        return torch.autograd.functional.jacobian(lambda x: model(x).mean((0, 2, 3)), batch(model), vectorize=True)
+
+    found, expected = jacobian(made), branches(lambda: jacobian(plain))
+    assert (found - expected).abs().max() < 1e-13  # float64; means of what is normalised hardly move
+    assert taken == [True]
+
+
 @pytest.mark.parametrize('reentrant', [False, True])
 def test_gradient_checkpointing(reentrant, taken):
     made = block()
@@ -342,6 +399,26 @@ def test_frozen_statistics_take_the_branches(taken):
     assert torch.equal(step(made, x), branches(lambda: step(plain, x)))
     assert_same_training(made, plain)
     assert made.identity.num_batches_tracked == 0
+    assert taken == [False]
+
+
+def untracked(made: RepVGGBlock) -> None:
+    for norm in (made.conv_kxk.bn, made.conv_1x1.bn, made.identity):
+        norm.track_running_stats = False
+
+
+def one_norm_twice(made: RepVGGBlock) -> None:
+    made.conv_1x1.bn = made.conv_kxk.bn
+
+
+@pytest.mark.parametrize('change', [untracked, one_norm_twice])
+def test_other_statistics_take_the_branches(change, taken):
+    made = block()
+    change(made)
+    plain = copy.deepcopy(made)
+    x = batch(made)
+    assert torch.equal(step(made, x), branches(lambda: step(plain, x)))
+    assert_same_training(made, plain)
     assert taken == [False]
 
 

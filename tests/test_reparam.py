@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from repvgg_zoo import reparam
 from repvgg_zoo.reparam import BNStats, FoldError, fold_block
 
 EPS = {torch.float64: 2.3e-16, torch.float32: 1.2e-7, torch.float16: 9.8e-4, torch.bfloat16: 7.9e-3}
@@ -44,6 +45,13 @@ def fold_and_reference(c_in, c_out, groups, *, identity, affine=True, dtype=torc
 )
 def test_fold_computes_what_the_branches_compute(c_in, c_out, groups, identity, affine):
     _, _, folded, reference = fold_and_reference(c_in, c_out, groups, identity=identity, affine=affine)
+    torch.testing.assert_close(folded, reference, rtol=0, atol=1e-12 * reference.abs().max().item())
+
+
+def test_fold_in_several_chunks():
+    """As of 300 channels and more, whose identity goes on where the chunk before ended."""
+    assert reparam._CHUNK < 300**2
+    _, _, folded, reference = fold_and_reference(300, 300, 1, identity=True)
     torch.testing.assert_close(folded, reference, rtol=0, atol=1e-12 * reference.abs().max().item())
 
 

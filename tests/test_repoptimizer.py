@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from conftest import rel_diff
+from conftest import images, rel_diff
 
 from repvgg_zoo import rep_optimizer
 
@@ -128,6 +128,40 @@ def test_what_multipliers_do_not_go_with_is_refused():
     optimizer = rep_optimizer(sgd(model), model, like)
     with pytest.raises(ValueError, match='without a closure'):
         optimizer.step(lambda: 1)
+
+
+def test_models_that_differ_are_refused_and_left_alone():
+    model = timm.create_model('test_repvgg', block='plain').double()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer = sgd(model)
+    with pytest.raises(ValueError, match=r'they differ in stem\.branches\.kxk\.conv\.weight'):
+        rep_optimizer(optimizer, model, timm.create_model('test_repvgg', block='csla', in_chans=1).double())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_wrappers_are_looked_through():
+    like = constant_scale()
+    ended = []
+    for wrap in (lambda model: model, torch.compile, torch.nn.DataParallel):
+        model = timm.create_model('test_repvgg', num_classes=10, block='plain').double()
+        optimizer = rep_optimizer(sgd(model), wrap(model), wrap(like))
+        model(torch.ones(2, 3, 32, 32, dtype=torch.float64)).square().mean().backward()
+        optimizer.step()
+        ended.append(model.stem.branches.kxk.conv.weight)
+    assert torch.equal(ended[0], ended[1])
+    assert torch.equal(ended[0], ended[2])
+
+
+@pytest.mark.parametrize('classes', [(0, 10), (10, 0)])
+def test_models_without_a_classifier(classes):
+    model, like = (
+        timm.create_model('test_repvgg', num_classes=count, block=block).double()
+        for count, block in zip(classes, ('plain', 'csla'), strict=True)
+    )
+    rep_optimizer(sgd(model), model, like)
+    x = images(2, 32, dtype=torch.float64)
+    assert rel_diff(model.eval().forward_features(x), like.eval().forward_features(x)) < 1e-12
 
 
 def test_scales_that_were_found_on_other_classes():

@@ -11,6 +11,7 @@ import timm
 import torch
 from conftest import images, randomise, rel_diff
 from timm.data import create_dataset, create_transform, resolve_model_data_config
+from timm.layers import SEModule
 from torch import nn
 
 from repvgg_zoo import BLOCKS, CheckpointError, RepVGGBlock, load_checkpoint, match_bn_statistics, unfold
@@ -102,6 +103,59 @@ def test_dilated_network_keeps_its_keys():
     assert unfold(model).state_dict().keys() == expected
 
 
+@BLOCK
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        dict(groups=4, dilation=2),
+        dict(stride=2, padding_mode='reflect'),
+        dict(identity=False, padding_mode='circular', dilation=2),
+        dict(attn_layer=SEModule, attn_last=True),
+        dict(attn_layer=SEModule, groups=2),
+    ],
+    ids=str,
+)
+def test_block_of_any_shape_computes_the_same(block, kwargs):
+    folded = RepVGGBlock(8, 8, deploy=True, **kwargs).double().eval()
+    x = images(2, 9, in_chans=8, dtype=F64)
+    expected = folded(x)
+    unfolded = unfold(copy.deepcopy(folded), block=block)
+    assert rel_diff(unfolded(x), expected) < 1e-9
+    assert repr(unfolded.switch_to_deploy().reparam_conv) == repr(folded.reparam_conv)
+
+
+def test_frozen_stays_frozen(folded):
+    model = unfold(copy.deepcopy(folded).requires_grad_(False))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@BLOCK
+def test_autocast_changes_nothing(block, folded, photos):
+    with torch.autocast('cpu', torch.bfloat16):
+        model = unfold(copy.deepcopy(folded).float(), block=block)
+        kernel = model.stages[0][1].equivalent_kernel_bias()[0]
+    exact = folded.stages[0][1].reparam_conv.weight
+    assert rel_diff(kernel, exact) < 1e-5  # float32, where bfloat16 has 4e-3
+    assert rel_diff(model(photos.float()), folded(photos)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    'batches', [[torch.zeros(2, 1, 32, 32)], [torch.zeros(1, 3, 8, 8)], [torch.zeros(2, 3, 32, 32, dtype=torch.int64)]]
+)
+def test_data_that_does_not_fit_changes_nothing(folded, photos, batches):
+    model = copy.deepcopy(folded).float()
+    before, blocks = model(photos.float()), [model.stem, *(block for stage in model.stages for block in stage)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with pytest.raises((RuntimeError, ValueError)):
+        unfold(model, block='acb', batches=batches)
+    assert [model.stem, *(block for stage in model.stages for block in stage)] == blocks
+    assert model.deploy
+    assert model.block == 'repvgg'
+    assert torch.equal(model(photos.float()), before)
+    optimizer.step()  # which holds parameters of the model still
+    unfold(model, block='acb', batches=[photos.float()])
+
+
 def test_parts_that_are_not_folded_stay():
     model = timm.create_model('repvgg_d2se', deploy=True, device='meta')
     squeeze = model.stages[0][0].attn
@@ -163,8 +217,30 @@ def test_deploy_weights_name_the_remedy(tmp_path):
     with pytest.raises(CheckpointError, match=r'deploy=True, or load with unfold=True'):
         load_checkpoint(model, tmp_path / 'deploy.pth')
     load_checkpoint(model, tmp_path / 'deploy.pth', unfold=True)
-    with pytest.raises(ValueError, match='take one of them'):
-        timm.create_model('test_repvgg', pretrained=True, unfold=True, deploy=True)
+    with pytest.raises(ValueError, match='this one is of the deploy form'):
+        load_checkpoint(timm.create_model('test_repvgg', deploy=True), tmp_path / 'deploy.pth', unfold=True)
+
+
+def test_folder_of_the_deploy_form_unfolds(folded, photos, tmp_path):
+    """Its config.json says `deploy=True`."""
+    convert('test_repvgg.cifar10', tmp_path / 'deploy', form='deploy')
+    model = timm.create_model(f'local-dir:{tmp_path / "deploy"}', pretrained=True, unfold=True, block='acb').eval()
+    assert not model.deploy
+    assert rel_diff(model.double()(photos), folded(photos)) < 1e-4
+
+
+@pytest.mark.parametrize('tag', ['cifar10', 'cifar10_deploy'])
+def test_deploy_form_of_any_block_takes_the_default_blocks_weights(folded, photos, tag):
+    model = timm.create_model(f'test_repvgg.{tag}', pretrained=True, deploy=True, block='acb').eval()
+    assert rel_diff(model.double()(photos), folded(photos)) < 1e-4
+    with pytest.raises(CheckpointError, match=r'another training-time block than acb.*or load with unfold=True'):
+        timm.create_model('test_repvgg.cifar10', pretrained=True, block='acb')
+
+
+def test_weights_of_another_block_name_the_remedy(tmp_path):
+    torch.save(timm.create_model('test_repvgg', block='acb').state_dict(), tmp_path / 'acb.pth')
+    with pytest.raises(CheckpointError, match=r'another training-time block than repvgg.*block=… as'):
+        load_checkpoint(timm.create_model('test_repvgg'), tmp_path / 'acb.pth')
 
 
 @pytest.mark.parametrize('damage', ['missing', 'extra', 'reshaped'])

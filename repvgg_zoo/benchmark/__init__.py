@@ -61,7 +61,7 @@ def plan(
 ) -> list[Case]:
     """Every combination that there is: models of one form have that one, runtimes infer, and loading has no batch.
 
-    Raises `ValueError` for an unknown name.
+    Raises `ValueError` for an unknown name, and where there is none.
     """
     cases = []
     for name, kind in itertools.product(map(ModelName.parse, dict.fromkeys(models)), work):
@@ -78,6 +78,12 @@ def plan(
         elif name.has_forms:
             kept = [form for form in own_forms if kind == 'load' or form == 'training']
             cases += [Case(model=name, form=form, work=kind) for form in kept]
+    if not cases:
+        raise ValueError(
+            f'there is nothing to measure: none of the runtimes {", ".join(runtimes)} takes batch sizes '
+            f'{", ".join(map(str, batches))} in {", ".join(dtypes)}, {", ".join(layouts)}, and loading and folding '
+            'are for models of two forms'
+        )
     return cases
 
 
@@ -142,13 +148,12 @@ def _time(
                 skipped.append(line)
             continue
         try:
-            prepared[case] = case.prepare(_weights(case, folder))
+            set_up, run = case.prepare(_weights(case, folder))
+            run(set_up())
         except Exception as error:  # whatever a runtime raises for a model that it cannot take
             skipped.append(f'{case}: {type(error).__name__}: {" ".join(str(error).split())[:200]}')
-    if not prepared:
-        return {}
-    for set_up, run in prepared.values():
-        run(set_up())
+        else:
+            prepared[case] = set_up, run
     seconds = time_rounds(list(prepared.values()), rounds=rounds, track=track)
     return dict(zip(prepared, seconds, strict=True))
 

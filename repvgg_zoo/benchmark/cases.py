@@ -99,7 +99,7 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
 
 @cache
 def gmacs(model: ModelName, form: Form) -> float:
-    """Multiply-adds of one image in the forward pass, in 1e9, as this form does them one after the other."""
+    """Multiply-adds of one image, in 1e9; of the training form, those of its branches one by one."""
     return forward_gmacs(model.build(form).to('meta'), Case(model=model, form=form).batch_of_images().to('meta'))
 
 
@@ -114,20 +114,22 @@ def rival_of(case: Case, rival: str) -> Case | None:
     """The case that a case is compared with, if any.
 
     `timm` stands for timm's own RepVGG in eager PyTorch, in the same form, folded where another runtime than
-    eager is compared, and contiguous in training, where its channels_last crashes on some CPUs. Any other name is
-    that of a model, in eager PyTorch too.
+    eager is compared. Any other name is that of a model, in eager PyTorch too, and for inference in the deploy form.
+    timm's RepVGG trains contiguous, since its channels_last crashes on some CPUs.
     """
     if rival == 'timm':
         model = own_rival(case.model)
         if model is None:
             return None
         form = case.form if case.runtime == 'eager' else 'deploy'
-        layout = 'contiguous' if case.work == 'train' else case.layout
-        return replace(case, model=model, form=form, runtime='eager', layout=layout)
-    model = ModelName.parse(rival)
-    if case.work not in ('infer', 'train') or model == case.model:
-        return None
-    return replace(case, model=model, form='deploy' if model.has_forms else 'plain', runtime='eager')
+    else:
+        model = ModelName.parse(rival)
+        if case.work not in ('infer', 'train'):
+            return None
+        form = 'plain' if not model.has_forms else 'training' if case.work == 'train' else 'deploy'
+    layout = 'contiguous' if case.work == 'train' and model.is_timms_repvgg else case.layout
+    found = replace(case, model=model, form=form, runtime='eager', layout=layout)
+    return None if found == case else found
 
 
 def _nothing() -> None:

@@ -68,6 +68,10 @@ class ModelName(NamedTuple):
             hint = suggestion(name, known)
             others = '' if source != 'zoo' else '; models of others are called timm:NAME or torchvision:NAME'
             raise ValueError(f'unknown model {text!r};{hint or " see the lists of its source"}{others}')
+        if source == 'timm' and '.' in name:
+            tags = [known.partition('.')[2] for known in timm.list_pretrained(f'{name.partition(".")[0]}.*')]
+            if name.partition('.')[2] not in tags:
+                raise ValueError(f'unknown tag in {text!r}; there are: {", ".join(tags)}')
         return cls(source, name)
 
     def __str__(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from ..blocks import ReparamBlock
+from ..blocks import ReparamBlock, has_identity
 from ..checkpoints import CheckpointError
 from ..reparam import BNStats
 from .branches import KernelBias, Shape, after
@@ -52,8 +51,7 @@ class FamilyBlock(ReparamBlock):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        if identity is None:
-            identity = in_chs == out_chs and stride == 1
+        identity = has_identity(in_chs, out_chs, stride, asked=identity)
         dd = {'device': device, 'dtype': dtype}
         options: dict[str, Any] = dict(stride=stride, dilation=dilation, groups=groups, padding_mode=padding_mode)
         shape = Shape(in_chs=in_chs, out_chs=out_chs, identity=identity, norm_layer=norm_layer, dd=dd, **options)
@@ -101,10 +99,9 @@ class FamilyBlock(ReparamBlock):
         kernel, bias = sum(kernel.to(like) for kernel in kernels), sum(bias.to(like) for bias in biases)
         return after(kernel, self.norm, bias)
 
-    def _holds_training(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
-        return any(key.startswith(f'{prefix}branches.') for key in state_dict)
-
     def _folded(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        if not any(key.startswith('branches.') for key in state_dict):
+            return super()._folded(state_dict)
         parts = tuple(f'{part}.' for part in self.folded_parts)
         own = {key: value for key, value in state_dict.items() if key.startswith(parts)}
         trained = self._of_this_shape(device='meta')
@@ -136,16 +133,38 @@ class FamilyBlock(ReparamBlock):
         like = next(self.branches.parameters())
         conv = self._of_this_shape(deploy=True, device='meta').reparam_conv
         wide = torch.float32 if like.device.type == 'mps' else torch.float64
-        # Kernels that are computed, as pruning leaves them, are neither parameters nor can be copied.
-        computed = [value for m in self.modules() for value in vars(m).values() if isinstance(value, Tensor)]
-        exact = copy.deepcopy(self, {id(value): value.to(wide) for value in computed}).to(wide)
-        kernel, bias = exact.equivalent_kernel_bias()
+        kernel, bias = _in_dtype(self, wide).equivalent_kernel_bias()
         layout = torch.channels_last if _is_channels_last(self.branches) else torch.contiguous_format
         kernel = kernel.to(like.dtype).contiguous(memory_format=layout)
-        requires_grad = any(parameter.requires_grad for parameter in self.branches.parameters())
+        requires_grad = any(parameter.requires_grad for parameter in self.branches.parameters() if parameter.ndim > 2)
         conv.weight = nn.Parameter(kernel, requires_grad=requires_grad)
         conv.bias = nn.Parameter(bias.to(like.dtype), requires_grad=requires_grad)
         return conv.train(self.training)
+
+
+def _in_dtype(module: nn.Module, dtype: torch.dtype) -> Any:
+    """A module with tensors of its own of a dtype; all else is shared, since hooks and the like may not be copied.
+
+    Kernels that are computed, as pruning leaves them, are plain attributes.
+    """
+
+    def converted(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: value.detach().to(dtype, copy=True)
+            if isinstance(value, Tensor) and value.is_floating_point()
+            else value
+            for name, value in values.items()
+        }
+
+    twin = type(module).__new__(type(module))
+    twin.__dict__ |= converted(module.__dict__) | {
+        '_parameters': converted(module._parameters),
+        '_buffers': converted(module._buffers),
+        '_modules': {
+            name: None if child is None else _in_dtype(child, dtype) for name, child in module._modules.items()
+        },
+    }
+    return twin
 
 
 def _is_channels_last(branches: nn.Module) -> bool:

@@ -262,7 +262,8 @@ class Dirac(_Overparameterised):
         self.b = nn.Parameter(torch.full((shape.out_chs,), 0.1, **shape.dd))
 
     def kernel(self) -> Tensor:
-        norm = torch.linalg.vector_norm(self.weight, dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
+        norm = torch.linalg.vector_norm(self.weight, dim=(1, 2, 3), keepdim=True)
+        norm = torch.where(norm == 0, torch.ones_like(norm), norm)
         eye = _eye(self.weight.shape[0], self.weight.shape[1] * self.groups, self.groups, self.weight)
         return _centred(self.a.view(-1, 1, 1, 1) * eye) + self.b.view(-1, 1, 1, 1) * (self.weight / norm)
 
@@ -354,6 +355,11 @@ class _Chain(nn.Module):
         self.stride, self.dilation, self.groups = shape.stride, shape.dilation, shape.groups
         self.padding_mode = shape.padding_mode
         self.inner_bn = shape.norm(inner_chs)
+        if self.inner_bn.running_mean is None:
+            raise ValueError(
+                'the chains of the Diverse Branch Block pad with what normalisation makes of zero, and so need its '
+                'running statistics; take a norm_layer with track_running_stats=True'
+            )
         self.bn = shape.norm()
 
     def point(self) -> Tensor:
