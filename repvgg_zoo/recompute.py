@@ -64,42 +64,46 @@ class _Branches(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autocast('cpu', enabled=False)  # as PyTorch's own backward functions
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        y_3x3, *tensors = ctx.saved_tensors
-        constants, branches = ctx.constants, len(ctx.constants.norms)
-        inputs, statistics = tensors[: 3 + 2 * branches], tensors[3 + 2 * branches :]
-        if torch.is_grad_enabled():
-            return None, *_differentiable_grads(constants, inputs, ctx.needs_input_grad[1:], grad)
-        x, kernel_3x3, kernel_1x1, *affine = inputs
-        needs_x, needs_3x3, needs_1x1 = ctx.needs_input_grad[1:4]
+        with torch.autocast('cpu', enabled=False):  # which PyTorch's own backward functions do not see either
+            return _grads(ctx, grad)
 
-        def through_norm(branch: int, y: Tensor) -> Tensor:
-            """The gradient before a normalisation; those of its parameters go to `affine_grads`."""
-            mean, inv_std = statistics[2 * branch : 2 * branch + 2]
-            grad_y, *grads = _aten.native_batch_norm_backward(
-                grad, y, affine[2 * branch], None, None, mean, inv_std, True, constants.norms[branch].eps, [True] * 3
-            )
-            affine_grads.extend(grads)
-            return grad_y
 
-        affine_grads: list[Tensor] = []
-        conv = constants.conv
-        grad_x, grad_3x3, _ = _aten.convolution_backward(
-            through_norm(0, y_3x3), x, kernel_3x3, None, conv.stride, conv.padding, conv.dilation, False, (0, 0),
-            conv.groups, (needs_x, needs_3x3, False),
-        )  # fmt: skip
-        grad_pixels, grad_1x1, _ = _aten.convolution_backward(
-            through_norm(1, constants.conv_1x1(x, kernel_1x1)), constants.subsampled(x), kernel_1x1, None, (1, 1),
-            (0, 0), (1, 1), False, (0, 0), conv.groups, (needs_x, needs_1x1, False),
-        )  # fmt: skip
+def _grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    y_3x3, *tensors = ctx.saved_tensors
+    constants, branches = ctx.constants, len(ctx.constants.norms)
+    inputs, statistics = tensors[: 3 + 2 * branches], tensors[3 + 2 * branches :]
+    if torch.is_grad_enabled():
+        return None, *_differentiable_grads(constants, inputs, ctx.needs_input_grad[1:], grad)
+    x, kernel_3x3, kernel_1x1, *affine = inputs
+    needs_x, needs_3x3, needs_1x1 = ctx.needs_input_grad[1:4]
+
+    def through_norm(branch: int, y: Tensor) -> Tensor:
+        """The gradient before a normalisation; those of its parameters go to `affine_grads`."""
+        mean, inv_std = statistics[2 * branch : 2 * branch + 2]
+        grad_y, *grads = _aten.native_batch_norm_backward(
+            grad, y, affine[2 * branch], None, None, mean, inv_std, True, constants.norms[branch].eps, [True] * 3
+        )
+        affine_grads.extend(grads)
+        return grad_y
+
+    affine_grads: list[Tensor] = []
+    conv = constants.conv
+    grad_x, grad_3x3, _ = _aten.convolution_backward(
+        through_norm(0, y_3x3), x, kernel_3x3, None, conv.stride, conv.padding, conv.dilation, False, (0, 0),
+        conv.groups, (needs_x, needs_3x3, False),
+    )  # fmt: skip
+    grad_pixels, grad_1x1, _ = _aten.convolution_backward(
+        through_norm(1, constants.conv_1x1(x, kernel_1x1)), constants.subsampled(x), kernel_1x1, None, (1, 1),
+        (0, 0), (1, 1), False, (0, 0), conv.groups, (needs_x, needs_1x1, False),
+    )  # fmt: skip
+    if needs_x:
+        constants.subsampled(grad_x).add_(grad_pixels)
+    if branches == 3:
+        grad_identity = through_norm(2, x)
         if needs_x:
-            constants.subsampled(grad_x).add_(grad_pixels)
-        if branches == 3:
-            grad_identity = through_norm(2, x)
-            if needs_x:
-                grad_x.add_(grad_identity)
-        return None, grad_x, grad_3x3, grad_1x1, *affine_grads
+            grad_x.add_(grad_identity)
+    return None, grad_x, grad_3x3, grad_1x1, *affine_grads
 
 
 def _batch_statistics(norm: nn.BatchNorm2d, y: Tensor) -> tuple[Tensor, Tensor]:
