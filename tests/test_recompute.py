@@ -244,11 +244,15 @@ def test_second_derivatives_of_inputs_that_depend_on_one_another(use, taken):
 
     def penalised(model: RepVGGBlock) -> Tensor:
         x = batch(model).requires_grad_()
-        (grad,) = torch.autograd.grad(loss_of(use(model)(x)), x, create_graph=True)
-        grad.square().sum().backward()
+        run = use(model)
+        parameters = [
+            p for name, p in model.named_parameters() if name != 'identity.weight'
+        ]  # which is not always used
+        grads = torch.autograd.grad(loss_of(run(x)), [x, *parameters], create_graph=True)
+        sum(grad.square().sum() for grad in grads).backward()
         return x.grad
 
-    assert rel_diff(penalised(made), branches(lambda: penalised(plain))) < 1e-11  # float64
+    assert rel_diff(penalised(made), branches(lambda: penalised(plain))) < 1e-10  # float64, of squared sums
     assert all(taken)
 
 

@@ -145,7 +145,7 @@ def test_wrappers_are_looked_through():
     ended = []
     for wrap in (lambda model: model, torch.compile, torch.nn.DataParallel):
         model = timm.create_model('test_repvgg', num_classes=10, block='plain').double()
-        optimizer = rep_optimizer(sgd(model), wrap(model), wrap(like))
+        optimizer = rep_optimizer(sgd(model), wrap(model), like)
         model(torch.ones(2, 3, 32, 32, dtype=torch.float64)).square().mean().backward()
         optimizer.step()
         ended.append(model.stem.branches.kxk.conv.weight)
