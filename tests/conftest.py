@@ -9,11 +9,19 @@ import timm
 import torch
 from hub_server import TOKEN, hub_server
 from huggingface_hub import constants
+from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
 import repvgg_zoo
 from repvgg_zoo import blocks
 from repvgg_zoo.manifest import read_manifest, weights_dir
+
+settings.register_profile(
+    'zoo',  # without a clock: machines may be busy
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile('zoo')
 
 TIMM_NAMES = [name for name in repvgg_zoo.VARIANTS if hasattr(timm.models.byobnet, name)]
 LARGE = {'repvgg_b2', 'repvgg_b3', 'repvgg_b3g2', 'repvgg_b3g4', 'repvgg_d2se', 'repvggplus_l2pse'}

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import rel_diff
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_checkpoints import MMPRETRAIN, OFFICIAL, rename
 from torch import Tensor, nn
@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from repvgg_zoo import VARIANTS, CheckpointError, RepVGG, RepVGGBlock, load_checkpoint
 from repvgg_zoo.checkpoints import fold_state_dict, to_timm_layout
 from repvgg_zoo.variants import SqueezeExcite
-
-settings.register_profile('zoo', deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-settings.load_profile('zoo')
 
 DEVICES = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
 ULP = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}

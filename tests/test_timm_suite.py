@@ -18,7 +18,7 @@ from conftest import TIMM_NAMES
 from repvgg_zoo import VARIANTS
 from repvgg_zoo.manifest import read_manifest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # a quarter of an hour of two cores
 
 HERE = Path(__file__).parent
 STRIDE = 'it expects a total stride of 32, which is 16 here'
