@@ -13,12 +13,12 @@ from xml.etree import ElementTree
 
 import pytest
 import timm
-from conftest import TIMM_NAMES
+from conftest import LARGE, TIMM_NAMES
 
 from repvgg_zoo import VARIANTS
 from repvgg_zoo.manifest import read_manifest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # a quarter of an hour of two cores
+pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
 STRIDE = 'it expects a total stride of 32, which is 16 here'
@@ -76,13 +76,13 @@ def expected(suite):
     return passed
 
 
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize('large', [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=['small', 'large'])
 @pytest.mark.parametrize('form', ['training', 'deploy'])
-def test_what_timms_own_passes_the_zoo_passes(suite, expected, form):
-    names = [
-        record.name if form == 'deploy' else record.arch for record in read_manifest().values() if record.form == form
-    ]
-    assert len(names) == len(VARIANTS)
+def test_what_timms_own_passes_the_zoo_passes(suite, expected, form, large):
+    records = [record for record in read_manifest().values() if record.form == form]
+    assert len(records) == len(VARIANTS)
+    names = [r.name if form == 'deploy' else r.arch for r in records if (r.arch in LARGE) == large]
     found = outcomes(suite, names, '-p', 'repvgg_zoo', tests=expected)
     assert found.keys() == expected
     failures = {
