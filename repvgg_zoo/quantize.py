@@ -30,7 +30,6 @@ from .repvgg import RepVGG
 
 __all__ = ['LayerError', 'QuantizationReport', 'equalize', 'layer_errors', 'quantize']
 
-_logger = logging.getLogger(__name__)
 _BATCH_SIZE, _LATENCY_ROUNDS, _SENSITIVITY_IMAGES = 50, 10, 64
 
 
@@ -55,6 +54,8 @@ class QuantizationReport:
     float32_top1_pct: float | None
     """None unless there are as many folders with images as the model has classes."""
     int8_top1_pct: float | None
+    no_top1: str | None
+    """Why there is no top-1."""
     same_top_class_pct: float
     float32_latency_ms: float
     """Median time of one image, of interleaved rounds."""
@@ -88,7 +89,7 @@ class QuantizationReport:
                 '',
                 f'{self.images} images, the same top class on {self.same_top_class_pct:.2f} % of them; calibrated on '
                 f'{self.calibration_images}; one image a time in OpenVINO with {self.threads} threads: '
-                f'{self.speedup:.2f} times as fast.',
+                f'{self.speedup:.2f} times as fast.' + (f' No top-1: {self.no_top1}.' if self.no_top1 else ''),
                 '',
                 'Error of the logits, relative, with one layer quantized alone:',
                 '',
@@ -246,7 +247,7 @@ def _evaluate(
     dataset: Dataset[Any],
     num_classes: int,
     track: Track,
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
     same, right = 0, [0, 0]
     for x, labels in track(DataLoader(dataset, batch_size=_BATCH_SIZE), description='evaluating'):
         tops = [run(x).argmax(1) for run in runs]
@@ -255,16 +256,17 @@ def _evaluate(
     root = Path(dataset.reader.root)
     folders = sum(path.is_dir() and not path.name.startswith(('.', '__')) for path in root.iterdir())
     labelled = len(dataset.reader.class_to_idx) == folders == num_classes
-    if not labelled:
-        _logger.warning(
-            'no top-1: %s has %d folders, there are images of %d, and the model has %d classes',
-            root,
-            folders,
-            len(dataset.reader.class_to_idx),
-            num_classes,
-        )
     float32, int8 = (100 * count / len(dataset) if labelled else None for count in right)
-    return dict(float32_top1_pct=float32, int8_top1_pct=int8, same_top_class_pct=100 * same / len(dataset))
+    why_not = (
+        f'{root} has {folders} folders, there are images of {len(dataset.reader.class_to_idx)}, and the model has '
+        f'{num_classes} classes'
+    )
+    return dict(
+        float32_top1_pct=float32,
+        int8_top1_pct=int8,
+        no_top1=None if labelled else why_not,
+        same_top_class_pct=100 * same / len(dataset),
+    )
 
 
 def _latencies(runs: list[Callable[[Tensor], Tensor]], x: Tensor, track: Track) -> dict[str, float]:
