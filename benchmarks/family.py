@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument('--script', help="timm's train.py")
     parser.add_argument('--data', type=Path, required=True)
     parser.add_argument('--runs', type=Path, required=True)
-    parser.add_argument('--parallel', type=int, default=2, help='runs at a time, of one thread each (%(default)s)')
+    parser.add_argument('--parallel', type=int, default=2, help='runs at a time, which share the cores (%(default)s)')
     parser.add_argument('--blocks', nargs='+', choices=BLOCKS, default=BLOCKS, metavar='BLOCK', help='of these alone')
     parser.add_argument(
         '--precision',
@@ -84,8 +84,10 @@ def train(block: str, seed: int, args: argparse.Namespace) -> None:
     command += ['--model-kwargs', f'block={block}', '--seed', str(seed), '--output', args.runs, '--experiment', name]
     if (last := args.runs / name / 'last.pth.tar').is_file():
         command += ['--resume', last]
+    threads = max(1, (os.cpu_count() or 1) // args.parallel)
+    env = os.environ | {'OMP_NUM_THREADS': str(threads)}
     with (args.runs / f'{name}.log').open('ab') as log:
-        subprocess.run(command, env=os.environ | {'OMP_NUM_THREADS': '1'}, stdout=log, stderr=log, check=True)  # noqa: S603
+        subprocess.run(command, env=env, stdout=log, stderr=log, check=True)  # noqa: S603
 
 
 def read_rows() -> dict[tuple[str, int], dict[str, str]]:
