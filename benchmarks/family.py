@@ -182,7 +182,8 @@ def plot(rows: dict[tuple[str, int], dict[str, str]], costs: dict[str, tuple[str
         axes.plot([time] * len(top1), top1, 'o', color='C0' if block != 'repvgg' else 'C3', alpha=0.7)
         axes.annotate(block, (time, max(top1)), xytext=(4, 4), textcoords='offset points', fontsize=9)
     axes.set_xlabel('time of a training step, relative to repvgg')
-    axes.set_ylabel(f'top-1 of the deploy form, % (CIFAR-10, {EPOCHS} epochs, a point a seed)')
+    axes.set_ylabel('top-1 of the deploy form, %')
+    axes.set_title(f'test_repvgg, {EPOCHS} epochs of CIFAR-10, a point a seed', fontsize=10)
     axes.grid(alpha=0.3)
     for suffix in ('png', 'svg'):
         figure.savefig(DOCS / f'family.{suffix}', dpi=120)
