@@ -54,18 +54,22 @@ def test_both_forms_compute_the_same_with_dilation(name, output_stride):
 
 @pytest.mark.parametrize('name', params(TIMM_NAMES))
 def test_state_dicts_and_outputs_are_those_of_timm(name):
-    ours, theirs = randomise(timm.create_model(name).double()), timm_model(name).double()
+    ours, theirs = timm.create_model(name), timm_model(name)
     assert isinstance(ours, RepVGG)
     assert not isinstance(theirs, RepVGG)
-    theirs.load_state_dict(ours.state_dict(), strict=True)
+    theirs.load_state_dict(randomise(ours).state_dict(), strict=True)
     theirs.eval()
-    x = images(dtype=torch.float64)
-    # some units in the last place: a library may sum in another order over the subsampled input of a strided 1x1
-    # convolution. In float32, D2se's 40 layers grow that to 1e-6 of the output: too near to what a wrong eps does.
-    assert rel_diff(ours(x), theirs(x)) < 1e-13
-    fresh = timm.create_model(name).double()
+    x = images()
+    y, expected = ours(x), theirs(x)
+    fresh = timm.create_model(name)
     fresh.load_state_dict(theirs.state_dict(), strict=True)
-    assert torch.equal(fresh.eval()(x), ours(x))
+    assert torch.equal(fresh.eval()(x), y)
+
+    # not bitwise: a library may sum in another order over the subsampled input of a strided 1x1 convolution, some units
+    # in the last place that the layers amplify: in float32 and D2se's 40 layers, 1e-6
+    exact = theirs.double()(x.double())
+    assert rel_diff(ours.double()(x.double()), exact) < 1e-13
+    assert rel_diff(y, exact) <= 3 * rel_diff(expected, exact)
 
 
 @pytest.mark.parametrize('name', params(TIMM_NAMES))
