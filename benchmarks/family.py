@@ -21,6 +21,7 @@ from pathlib import Path
 
 import timm
 import torch
+import yaml
 from timm.data import create_dataset, create_transform, resolve_model_data_config
 
 from repvgg_zoo import BLOCKS
@@ -58,7 +59,8 @@ def main() -> None:
         '--precision',
         choices=PRECISIONS,
         default='bfloat16',
-        help='of training (%(default)s, which takes ten times as long on CPUs that cannot compute in it)',
+        help='of training, and of the steps that `report` times (%(default)s, which takes ten times as long on CPUs '
+        'that cannot compute in it)',
     )
     args = parser.parse_args()
     if args.step == 'train':
@@ -102,7 +104,7 @@ def report(args: argparse.Namespace) -> None:
     for block, seed in JOBS:
         run = args.runs / f'{block}-{seed}'
         if (block, seed) not in rows and is_complete(run):
-            measured = dict(precision=args.precision) | accuracies(run, block, args.data)
+            measured = dict(precision=precision_of(run)) | accuracies(run, block, args.data)
             rows[block, seed] = dict(block=block, seed=str(seed)) | measured
             with RESULTS.open('w', newline='') as file:
                 writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
@@ -117,6 +119,11 @@ def report(args: argparse.Namespace) -> None:
     header = ('block', 'training %', 'deploy %', 'INT8 %', 'seeds', 'step', 'saved', 'parameters k')
     print(markdown_table(table, header))  # noqa: T201
     plot(rows, costs)
+
+
+def precision_of(run: Path) -> str:
+    """What timm's train.py wrote down of a run."""
+    return 'bfloat16' if yaml.safe_load((run / 'args.yaml').read_text())['amp'] else 'float32'
 
 
 def accuracies(run: Path, block: str, data: Path) -> dict[str, str]:
