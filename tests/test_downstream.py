@@ -5,7 +5,7 @@ import inspect
 import pytest
 import timm
 import torch
-from conftest import FORMS, images, rel_diff
+from conftest import FORMS, images, randomise, rel_diff
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
@@ -163,18 +163,22 @@ def test_image_tower_of_clip():
     check_training_and_switch(tower, lambda: tower(x).square().mean(), lambda: tower(x))
 
 
-def test_structured_pruning():
+@pytest.mark.parametrize('block', ['repvgg', 'plain', 'acb', 'mobileone', 'qarepvgg', 'no_identity_bn'])
+def test_structured_pruning(block):
     pruning = pytest.importorskip('torch_pruning')
-    model = timm.create_model('test_repvgg', pretrained=True)
+    model = randomise(timm.create_model('test_repvgg', block=block), px=32)
     x = images(2, px=32)
     pruner = pruning.pruner.MagnitudePruner(
         model, x, importance=pruning.importance.MagnitudeImportance(), pruning_ratio=0.5, ignored_layers=[model.head.fc]
     )
     pruner.step()
     model.double().eval()
-    assert model.stem.conv_kxk.conv.out_channels == 24
     before = model(x.double())
     assert rel_diff(model.switch_to_deploy()(x.double()), before) < 1e-9
+    for folded in (model.stem, model.stages[1][1]):
+        conv = folded.reparam_conv
+        assert (conv.out_channels, conv.in_channels) == conv.weight.shape[:2]
+    assert model.stem.reparam_conv.out_channels == 24
 
 
 @FORMS

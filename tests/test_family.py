@@ -229,6 +229,47 @@ def test_what_cannot_be_folded_changes_nothing(member):
     assert bad.reparam_conv is None
 
 
+def dilate(conv: nn.Conv2d) -> None:
+    conv.padding = conv.dilation = (2, 2)
+
+
+def add_bias(conv: nn.Conv2d) -> None:
+    conv.bias = nn.Parameter(torch.ones(8, dtype=F64))
+
+
+def wrap_around(conv: nn.Conv2d) -> None:
+    conv.padding_mode = 'circular'
+
+
+def leave_three_channels(conv: nn.Conv2d) -> None:
+    conv.weight = nn.Parameter(conv.weight[:3])
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dilate, r'its branches.kx1.conv is Conv2d\(8.*dilation=\(2, 2\).* was made with Conv2d\(8.* put that back'),
+        (add_bias, r'its branches.kx1.conv is Conv2d\('),
+        (wrap_around, 'padding_mode=circular'),
+        (leave_three_channels, 'do not fit together'),
+    ],
+)
+def test_convolutions_that_were_changed_are_not_folded_wrong(change, message):
+    good, bad = block('acb'), block('acb')
+    change(bad.branches['kx1'].conv)
+    with pytest.raises(FoldError, match=message):
+        repvgg_zoo.switch_to_deploy(nn.Sequential(good, bad))
+    assert good.reparam_conv is None
+    assert bad.reparam_conv is None
+
+
+def test_what_took_the_place_of_a_convolution_is_named():
+    module = block('plain')
+    module.branches['kxk'].conv = nn.Sequential(module.branches['kxk'].conv)
+    with pytest.raises(FoldError, match=r'its branches\.kxk\.conv is Sequential'):
+        module.switch_to_deploy()
+
+
 @pytest.mark.parametrize('branch', [SqueezeConv, Average])
 def test_border_of_a_chain_is_its_image_of_zero(branch):
     """With a shift between its two convolutions, padding with zeros in the middle is another function."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..blocks import ReparamBlock, has_identity
 from ..checkpoints import CheckpointError
-from ..reparam import BNStats
+from ..reparam import BNStats, FoldError
 from .branches import KernelBias, Shape, after
 from .members import MEMBERS
 
@@ -94,9 +94,12 @@ class FamilyBlock(ReparamBlock):
         return self.act(self.attn(y))
 
     def _sum_of_kernels(self) -> KernelBias:
-        kernels, biases = zip(*(branch.equivalent_kernel_bias() for branch in self.branch_list()), strict=True)
-        like = kernels[0]  # that of an identity alone has neither a device nor a dtype of its own
-        kernel, bias = sum(kernel.to(like) for kernel in kernels), sum(bias.to(like) for bias in biases)
+        kernels, biases = zip(*(branch.equivalent_kernel_bias() for branch in self.branches.values()), strict=True)
+        kernel, bias = sum(kernels), sum(biases)
+        if self.identity is not None:
+            # which without normalisation has no device and dtype of its own, nor, after pruning, a number of channels
+            eye, shift = self.identity.equivalent_kernel_bias(len(kernel))
+            kernel, bias = kernel + eye.to(kernel), bias + shift.to(bias)
         return after(kernel, self.norm, bias)
 
     def _folded(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -121,10 +124,22 @@ class FamilyBlock(ReparamBlock):
 
     @torch.jit.ignore
     def check_foldable(self) -> None:
-        """Raise `FoldError` if a normalisation is not linear in eval mode, or has no finite statistics."""
+        """Raise `FoldError` if a normalisation is not linear in eval mode or has no finite statistics, a convolution is
+        another one than was made here, or the branches do not fit together.
+        """
         norms = [m for branch in self.branch_list() for path, m in branch.named_modules() if path.endswith('bn')]
         for norm in norms if self.norm is None else [*norms, self.norm]:
             BNStats.of(norm).check()
+        for path, made in self._of_this_shape(device='meta').branches.named_modules():
+            if isinstance(made, nn.Conv2d) and _geometry(found := self.branches.get_submodule(path)) != _geometry(made):
+                raise FoldError(
+                    f'its branches.{path} is {found}, where the block was made with {made}; put that back, or create '
+                    'the model as it should be (output_stride= dilates)'
+                )
+        try:
+            _twin(self, device='meta').equivalent_kernel_bias()
+        except RuntimeError as error:
+            raise FoldError(f'the kernels of its branches do not fit together: {error}') from error
 
     @torch.jit.ignore
     @torch.no_grad()
@@ -133,24 +148,34 @@ class FamilyBlock(ReparamBlock):
         like = next(self.branches.parameters())
         conv = self._of_this_shape(deploy=True, device='meta').reparam_conv
         wide = torch.float32 if like.device.type == 'mps' else torch.float64
-        kernel, bias = _in_dtype(self, wide).equivalent_kernel_bias()
+        kernel, bias = _twin(self, dtype=wide).equivalent_kernel_bias()
         layout = torch.channels_last if _is_channels_last(self.branches) else torch.contiguous_format
         kernel = kernel.to(like.dtype).contiguous(memory_format=layout)
+        conv.out_channels, conv.in_channels = len(kernel), kernel.shape[1] * conv.groups  # pruning leaves fewer
         requires_grad = any(parameter.requires_grad for parameter in self.branches.parameters() if parameter.ndim > 2)
         conv.weight = nn.Parameter(kernel, requires_grad=requires_grad)
         conv.bias = nn.Parameter(bias.to(like.dtype), requires_grad=requires_grad)
         return conv.train(self.training)
 
 
-def _in_dtype(module: nn.Module, dtype: torch.dtype) -> Any:
-    """A module with tensors of its own of a dtype; all else is shared, since hooks and the like may not be copied.
+def _geometry(conv: nn.Module) -> tuple[Any, ...] | None:
+    """What a convolution computes, but for its kernel and the number of its channels, which pruning changes."""
+    if not isinstance(conv, nn.Conv2d):
+        return None
+    window = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    return *window, conv.groups, conv.padding_mode, conv.bias is None
+
+
+def _twin(module: nn.Module, **to: Any) -> Any:
+    """A module with tensors of its own, of another dtype or device; all else is shared, since hooks and the like may
+    not be copied.
 
     Kernels that are computed, as pruning leaves them, are plain attributes.
     """
 
     def converted(values: Mapping[str, Any]) -> dict[str, Any]:
         return {
-            name: value.detach().to(dtype, copy=True)
+            name: value.detach().to(**to, copy=True)
             if isinstance(value, Tensor) and value.is_floating_point()
             else value
             for name, value in values.items()
@@ -160,9 +185,7 @@ def _in_dtype(module: nn.Module, dtype: torch.dtype) -> Any:
     twin.__dict__ |= converted(module.__dict__) | {
         '_parameters': converted(module._parameters),
         '_buffers': converted(module._buffers),
-        '_modules': {
-            name: None if child is None else _in_dtype(child, dtype) for name, child in module._modules.items()
-        },
+        '_modules': {name: None if child is None else _twin(child, **to) for name, child in module._modules.items()},
     }
     return twin
 

@@ -174,9 +174,11 @@ class Identity(nn.Module):
         return x if self.bn is None else self.bn(x)
 
     @torch.jit.unused
-    def equivalent_kernel_bias(self) -> KernelBias:
+    def equivalent_kernel_bias(self, chs: int | None = None) -> KernelBias:
+        """`chs`: how many channels there are, where the block was made with more."""
+        chs = self.chs if chs is None else chs
         like = torch.ones((), dtype=torch.float32) if self.bn is None else _wide(self.bn.running_var)
-        return after(_centred(_eye(self.chs, self.chs, self.groups, like)), self.bn)
+        return after(_centred(_eye(chs, chs, self.groups, like)), self.bn)
 
     @torch.jit.unused
     def set_kernel(self, kernel: Tensor) -> None:
@@ -201,8 +203,9 @@ class Scaled(nn.Module):
         return self.branch(x) * self.scale.view(-1, 1, 1)
 
     @torch.jit.unused
-    def equivalent_kernel_bias(self) -> KernelBias:
-        kernel, bias = self.branch.equivalent_kernel_bias()
+    def equivalent_kernel_bias(self, *chs: int) -> KernelBias:
+        """`chs` is for the identity."""
+        kernel, bias = self.branch.equivalent_kernel_bias(*chs)
         scale = _wide(self.scale)
         return kernel.to(scale) * scale.view(-1, 1, 1, 1), bias.to(scale)
 
