@@ -125,7 +125,7 @@ class RepVGGBlock(ReparamBlock):
         )
         self.stride = stride
         self.has_identity = identity
-        self.norm_eps: float = norm_layer(1).eps
+        self.norm_eps: float = norm_layer(out_chs, device='meta').eps
         self.reparam_conv = nn.Conv2d(in_chs, out_chs, 3, **kxk, **dd) if deploy else None
         training: dict[str, Any] = dict(norm_layer=norm_layer, **dd)
         self.identity = norm_layer(out_chs, **dd) if identity and not deploy else None

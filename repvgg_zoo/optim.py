@@ -57,7 +57,10 @@ def equivalent_kernel_l2(model: nn.Module) -> Tensor:
         equivalent = scale_3x3[..., 0] * centre + scale_1x1[..., 0] * kernel_1x1[:, :, 0, 0]
         terms.append((equivalent.square() / (scale_3x3**2 + scale_1x1**2)[..., 0]).sum())
     if not terms:
-        raise ValueError(f'no RepVGG block of the training form in {type(model).__name__}')
+        raise ValueError(
+            f'no block with the two convolution branches of RepVGG in {type(model).__name__}; of other blocks of the '
+            'training form, take equivalent_kernel_bias()'
+        )
     return torch.stack(terms).sum()
 
 

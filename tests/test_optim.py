@@ -59,7 +59,7 @@ def test_equivalent_kernel_norm_is_the_official_one(tmp_path):
     assert equivalent_kernel_l2(ours).item() == pytest.approx(loss.item(), rel=1e-12)
     expected = theirs.stage2[1].rbr_1x1.conv.weight.grad
     torch.testing.assert_close(ours.stages[1][1].conv_1x1.conv.weight.grad, expected, rtol=1e-9, atol=1e-12)
-    with pytest.raises(ValueError, match='no RepVGG block of the training form in RepVGG'):
+    with pytest.raises(ValueError, match='no block with the two convolution branches of RepVGG in RepVGG'):
         equivalent_kernel_l2(ours.eval().switch_to_deploy())
 
 

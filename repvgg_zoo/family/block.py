@@ -57,7 +57,7 @@ class FamilyBlock(ReparamBlock):
         shape = Shape(in_chs=in_chs, out_chs=out_chs, identity=identity, norm_layer=norm_layer, dd=dd, **options)
         self.member = member
         self.has_identity = identity
-        self.norm_eps: float = norm_layer(1).eps
+        self.norm_eps: float = norm_layer(out_chs, device='meta').eps
         self._of_this_shape = functools.partial(
             type(self), in_chs, out_chs, member=member, identity=identity, norm_layer=norm_layer, **options
         )
