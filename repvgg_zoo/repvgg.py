@@ -12,7 +12,6 @@ from timm.layers import ClassifierHead, SEModule, calculate_drop_path_rates, get
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
-    checkpoint_seq,
     generate_default_cfgs,
     register_model,
     resolve_pretrained_cfg,
@@ -26,6 +25,7 @@ from .blocks import ReparamBlock
 from .branches import ConvNorm
 from .checkpoints import StateDict, fold_state_dict, to_timm_layout, without_aux_heads
 from .family import FamilyBlock, block_type
+from .grad_checkpointing import checkpointed
 from .manifest import DEPLOY_SUFFIX, WeightsRecord, read_manifest
 from .pretrained import load_pretrained
 from .variants import VARIANTS, Variant, suggestion
@@ -305,7 +305,9 @@ class RepVGG(nn.Module):
         """`(N, in_chans, H, W)` to `(N, num_features, H / output_stride, W / output_stride)`."""
         x = self.stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.stages, x)
+            for stage in self.stages:
+                x = checkpointed(stage, x)
+            return x
         return self.stages(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -325,10 +327,7 @@ class RepVGG(nn.Module):
         aux_logits = []
         for stage, blocks in enumerate(self.stages):
             for index, block in enumerate(blocks):
-                if self.grad_checkpointing:
-                    x = checkpoint_seq([block], x)
-                else:
-                    x = block(x)
+                x = checkpointed(block, x) if self.grad_checkpointing else block(x)
                 if head := heads.get((stage, index + 1)):
                     aux_logits.append(head(x))
         return self.forward_head(x), aux_logits
@@ -364,7 +363,7 @@ class RepVGG(nn.Module):
             stages = self.stages[:max_index]
         for index, stage in enumerate(stages, start=1):
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint_seq(stage, x)
+                x = checkpointed(stage, x)
             else:
                 x = stage(x)
             if index in take_indices:

@@ -1,6 +1,7 @@
 """The network beside timm's own, its interface, and its entries in timm's registry."""
 
 import copy
+import functools
 import json
 import pickle
 import subprocess
@@ -228,15 +229,35 @@ def test_layer_groups_cover_every_parameter(name):
     assert len(scales) == 2 + sum(model.variant.depths)
 
 
-def test_grad_checkpointing_keeps_gradients():
+@pytest.mark.parametrize('block', repvgg_zoo.BLOCKS)
+@pytest.mark.parametrize('momentum', [0.1, None])
+def test_grad_checkpointing_changes_neither_gradients_nor_statistics(block, momentum):
     x = images(4, px=32, dtype=torch.float64)
-    plain = timm.create_model('test_repvgg').double()
+    norm_layer = functools.partial(nn.BatchNorm2d, momentum=momentum)
+    plain = timm.create_model('test_repvgg', block=block, norm_layer=norm_layer).double()
     saving = copy.deepcopy(plain)
     saving.set_grad_checkpointing()
     for model in (plain, saving):
-        model(x).square().sum().backward()
+        for batch in (x, x.flip(1) ** 2):  # from the second one on, the mean of all batches is not that of this one
+            model(batch).square().sum().backward()
     for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+    for a, b in zip(plain.buffers(), saving.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert {m.momentum for m in saving.modules() if isinstance(m, nn.BatchNorm2d)} == {momentum}
+
+
+@pytest.mark.parametrize('run', ['forward_features', 'forward_intermediates', 'forward'])
+def test_grad_checkpointing_runs_the_stages_twice(run):
+    model = timm.create_model('test_repvgg', num_classes=10)
+    model.set_grad_checkpointing()
+    runs = []
+    model.stages[1][0].register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    outputs = getattr(model, run)(images(2, px=32))
+    output = outputs[0] if isinstance(outputs, tuple) else outputs
+    assert len(runs) == 1
+    output.sum().backward()
+    assert len(runs) == 2
 
 
 def test_channels_last_training_does_not_crash():
