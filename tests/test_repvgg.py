@@ -247,6 +247,34 @@ def test_grad_checkpointing_changes_neither_gradients_nor_statistics(block, mome
     assert {m.momentum for m in saving.modules() if isinstance(m, nn.BatchNorm2d)} == {momentum}
 
 
+@pytest.mark.parametrize('block', ['repvgg', 'dbb'])
+def test_grad_checkpointing_of_two_forward_passes_and_two_backward_passes(block):
+    """The statistics move between a forward pass and its repetition, which takes place once for each backward pass."""
+    plain = timm.create_model('test_repvgg', block=block, num_classes=10).double()
+    saving = copy.deepcopy(plain)
+    saving.set_grad_checkpointing()
+    x = images(4, px=32, dtype=torch.float64)
+    for model in (plain, saving):
+        first, second = model(x), model(x.flip(1) ** 2)
+        first[:, 0].sum().backward(retain_graph=True)
+        (first[:, 1] * second[:, 2]).sum().backward()
+        penalised = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(model(penalised).square().sum(), penalised, create_graph=True)
+        grad.square().sum().backward()
+    for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    for a, b in zip(plain.buffers(), saving.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_grad_checkpointing_without_statistics():
+    norm_layer = functools.partial(nn.BatchNorm2d, momentum=None, track_running_stats=False)
+    model = timm.create_model('test_repvgg', norm_layer=norm_layer)
+    model.set_grad_checkpointing()
+    model(images(4, px=32)).sum().backward()
+    assert model.stages[3][0].conv_kxk.conv.weight.grad is not None
+
+
 @pytest.mark.parametrize('run', ['forward_features', 'forward_intermediates', 'forward'])
 def test_grad_checkpointing_runs_the_stages_twice(run):
     model = timm.create_model('test_repvgg', num_classes=10)
