@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -36,7 +37,7 @@ def unfold(
     *,
     block: str = 'repvgg',
     batches: Iterable[Any] | None = None,
-    norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+    norm_layer: Callable[..., nn.Module] | None = None,
 ) -> nn.Module:
     """Give every deploy-form block inside a module its branches back, in place, and return the module.
 
@@ -50,11 +51,12 @@ def unfold(
         block: The training-time block, a name of `repvgg_zoo.family.BLOCKS`.
         batches: A few batches of the training data, as tensors or as tuples that begin with one, for
             `match_bn_statistics`.
-        norm_layer: Batch normalisation of the branches.
+        norm_layer: Batch normalisation of the branches; by default `nn.BatchNorm2d` with the eps that the blocks were
+            made with.
 
     Raises:
-        ValueError: The module has no block of this package, or one of the training form, or `block` is unknown, or
-            `batches` is empty or has too few pixels.
+        ValueError: The module has no block of this package, or one of the training form or that was compiled by
+            itself, or `block` is unknown, or `batches` is empty, has too few pixels or is no batches of images.
         TypeError: `batches` holds something else.
 
     Whatever is raised, by the module on a batch that it does not take too, the module is then as it was.
@@ -65,6 +67,11 @@ def unfold(
         raise ValueError(f'no block of this package in {type(module).__name__}')
     if training := [path or 'the module' for path, m in found.items() if m.reparam_conv is None]:
         raise ValueError(f'{training[0]} is of the training form; switch_to_deploy() comes first')
+    if compiled := [path for path in found if path.rpartition('.')[2] == '_orig_mod']:
+        raise ValueError(
+            f'{compiled[0].rpartition(".")[0] or "the module"} is a block that was compiled by itself, which goes on '
+            'with the block that it was made of; unfold first, then compile'
+        )
     images = None if batches is None else _images(batches)
     unfolded = {folded: _training_form(folded, make, norm_layer) for folded in found.values()}
     whole = unfolded.get(module, module)
@@ -99,13 +106,17 @@ def _images(batches: Iterable[Any]) -> list[Tensor]:
         raise TypeError(f'batches is an iterable of tensors or of tuples that begin with one; here is a {strangers[0]}')
     if sum(map(len, images)) == 0:
         raise ValueError('the batches have no images; give some of the training data')
+    if other := [tuple(batch.shape) for batch in images if batch.dim() != 4]:
+        raise ValueError(
+            f'batches holds a tensor of shape {other[0]}, which is no (N, C, H, W); a single batch goes in a list'
+        )
     return images
 
 
-_HOOKS = [name for name in nn.Identity().__dict__ if 'hooks' in name and 'state_dict' not in name]
+_HOOKS = [name for name in nn.Identity().__dict__ if 'hook' in name and 'state_dict' not in name]
 
 
-def _training_form(folded: ReparamBlock, make: Any, norm_layer: Callable[..., nn.Module]) -> ReparamBlock:
+def _training_form(folded: ReparamBlock, make: Any, norm_layer: Callable[..., nn.Module] | None) -> ReparamBlock:
     conv = folded.reparam_conv
     unfolded = make(
         conv.in_channels,
@@ -116,7 +127,7 @@ def _training_form(folded: ReparamBlock, make: Any, norm_layer: Callable[..., nn
         padding_mode=conv.padding_mode,
         identity=folded.has_identity,
         attn_last=folded.attn_last,
-        norm_layer=norm_layer,
+        norm_layer=norm_layer or functools.partial(nn.BatchNorm2d, eps=folded.norm_eps),
         device=conv.weight.device,
         dtype=conv.weight.dtype,
     )
@@ -189,10 +200,12 @@ def match_bn_statistics(module: nn.Module, batches: Iterable[Any]) -> None:
     Args:
         batches: Batches of input, as tensors `(N, C, H, W)` or as tuples that begin with one.
     """
+    blocks = [m for m in module.modules() if isinstance(m, ReparamBlock) and m.reparam_conv is None]
+    if not blocks:
+        raise ValueError(f'no block of the training form in {type(module).__name__}')
     norms = [
         norm
-        for block in module.modules()
-        if isinstance(block, ReparamBlock) and block.reparam_conv is None
+        for block in blocks
         for norm in block.modules()
         if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.affine and norm.track_running_stats
     ]

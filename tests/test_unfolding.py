@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
 from itertools import pairwise
 
@@ -175,6 +176,7 @@ def test_errors_tell_what_is_possible(folded):
         ([], ValueError, 'the batches have no images'),
         ([{'x': 1}], TypeError, 'here is a dict'),
         (torch.zeros(2, 3, 32, 32), TypeError, 'here is a Tensor'),
+        ((torch.zeros(2, 3, 32, 32), torch.zeros(2)), ValueError, r'shape \(2,\), .* a single batch goes in a list'),
     ):
         model = copy.deepcopy(folded)
         with pytest.raises(error, match=message):
@@ -184,6 +186,33 @@ def test_errors_tell_what_is_possible(folded):
         timm.create_model('test_repvgg', pretrained=True, block='acb', unfold=True, device='meta')
     model = timm.create_model('test_repvgg', norm_layer=lambda c, **dd: nn.BatchNorm2d(c, affine=False, **dd))
     match_bn_statistics(model, [])  # which has nothing to set
+    with pytest.raises(ValueError, match='no block of the training form in RepVGG'):
+        match_bn_statistics(folded, [images(dtype=F64)])
+    model = copy.deepcopy(folded)
+    model.stem = torch.compile(model.stem, backend='eager')
+    with pytest.raises(ValueError, match=r'stem is a block that was compiled by itself.* unfold first'):
+        unfold(model, block='acb')
+    with pytest.raises(ValueError, match='the module is a block that was compiled by itself'):
+        unfold(model.stem)
+
+
+def test_hooks_on_gradients_go_over(folded):
+    model, fired = copy.deepcopy(folded), []
+    model.stages[0][0].register_full_backward_hook(lambda *_: fired.append(1))
+    unfold(model, block='acb')
+    model(images(2, px=32, dtype=F64)).sum().backward()
+    assert fired == [1]
+
+
+def test_eps_is_that_of_the_model():
+    kwargs = dict(norm_layer=functools.partial(nn.BatchNorm2d, eps=1e-2))
+    model = timm.create_model('test_repvgg', deploy=True, **kwargs).double().eval()
+    x = images(2, px=32, dtype=F64)
+    before = model(x)
+    unfold(model, block='acb', batches=[x])
+    again = timm.create_model('test_repvgg', block='acb', **kwargs).double().eval()
+    again.load_state_dict(model.state_dict())
+    assert rel_diff(again(x), before) < 1e-9
 
 
 # ----------------------------------------------------------------------------------------------- while loading
