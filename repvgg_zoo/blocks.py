@@ -8,7 +8,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from . import deploy as _deploy
-from .branches import ConvNorm, full_precision, subsample, sum_branches
+from .branches import ConvNorm, full_precision, refresh_kernels, subsample, sum_branches
 from .checkpoints import CheckpointError, fold_state_dict
 from .reparam import BNStats, fold_block
 
@@ -40,6 +40,7 @@ class ReparamBlock(nn.Module):
         """
         if self.reparam_conv is not None:
             return self.reparam_conv.weight, self.reparam_conv.bias
+        refresh_kernels(self)
         with full_precision(self):
             return self._sum_of_kernels()
 

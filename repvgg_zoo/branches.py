@@ -23,11 +23,22 @@ from timm.layers import DropBlock2d, DropPath
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .recompute import train_branches
 from .reparam import BNStats, fold_block
 
-__all__ = ['ConvNorm', 'evaluating', 'full_precision', 'is_centred', 'one_by_one', 'subsample', 'sum_branches']
+__all__ = [
+    'ConvNorm',
+    'evaluating',
+    'full_precision',
+    'is_centred',
+    'one_by_one',
+    'refresh_kernels',
+    'subsample',
+    'sum_branches',
+]
 
 _one_by_one = ContextVar('one_by_one', default=False)
 
@@ -78,6 +89,17 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for submodule in module.modules():
             submodule.training = modes.get(submodule, module.training)
+
+
+def refresh_kernels(module: nn.Module) -> None:
+    """Compute anew what pruning and weight normalisation by hooks compute before each forward pass.
+
+    A step of an optimizer since then has changed what they compute from.
+    """
+    for submodule in module.modules():
+        for hook in submodule._forward_pre_hooks.values():
+            if isinstance(hook, (BasePruningMethod, WeightNorm)):
+                hook(submodule, ())
 
 
 def full_precision(module: nn.Module) -> AbstractContextManager[Any]:

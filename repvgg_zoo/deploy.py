@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .branches import evaluating, is_centred
+from .branches import evaluating, is_centred, refresh_kernels
 from .checkpoints import BLOCK_NAMES, FAMILY_BRANCH, BlockNames
 from .optimizer_guard import forget_folded, remember_folded
 from .reparam import BNStats, FoldError, fold_block
@@ -26,6 +26,7 @@ ModuleT = TypeVar('ModuleT', bound=nn.Module)
 _MAX_RELATIVE_DIFF = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
+@torch.inference_mode(False)  # in which parameters would be made that can never be trained
 def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
     """Fold every RepVGG block inside a module into one convolution, in place, and return the module.
 
@@ -43,7 +44,9 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
 
     Raises:
         FoldError: A block cannot be folded, or with `verify` the forms differ by more than rounding explains
-            (1e-3 of the largest output in float32). The module is then as it was before.
+            (1e-3 of the largest output in float32). The module is then as it was before, and so it is after any
+            other error if `verify` is given; without it, running out of memory can leave it half switched, since the
+            branches are released one block after the other.
         ValueError: There is no RepVGG block in the module, or one in a traced, scripted or exported graph.
     """
     for path, submodule in module.named_modules():
@@ -63,17 +66,17 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
         _warn_of_train_mode()
     reference = None if verify is None else _eval_outputs(module, verify)
     undo = []
-    for fold in folds:
-        restore = fold.apply()
-        if reference is not None:  # the undoing holds the branches, which are released one by one otherwise
-            undo.append(restore)
-    if reference is not None:
-        try:
+    try:
+        for fold in folds:
+            restore = fold.apply()
+            if reference is not None:  # the undoing holds the branches, which are released one by one otherwise
+                undo.append(restore)
+        if reference is not None:
             _compare(reference, _eval_outputs(module, verify))
-        except BaseException:
-            for restore in undo:
-                restore()
-            raise
+    except BaseException:
+        for restore in undo:
+            restore()
+        raise
     for submodule in module.modules():
         if callable(finish := getattr(submodule, '_on_switch_to_deploy', None)):
             finish()
@@ -154,6 +157,7 @@ def _is_deploy(block: nn.Module, names: BlockNames | None) -> bool:
 
 def _plan(path: str, block: nn.Module, names: BlockNames | None) -> _Fold:
     """Check everything that could make a fold fail, so that none fails after the first was done."""
+    refresh_kernels(block)
     try:
         if names is None:
             block.check_foldable()

@@ -271,5 +271,34 @@ def test_verify_undoes_a_wrong_fold(model, x, wrap, monkeypatch):
     assert torch.equal(module.eval()(x), before)
 
 
+@pytest.mark.parametrize('verify', [False, True])
+@pytest.mark.parametrize('name', ['repvgg', 'acb'])
+def test_switch_in_inference_mode_leaves_parameters_that_train(name, verify):
+    model = timm.create_model('test_repvgg', block=name)
+    with torch.inference_mode():
+        model.eval().switch_to_deploy(verify=images(1, px=32) if verify else None)
+    assert not torch.is_inference_mode_enabled()
+    model(images(1, px=32)).sum().backward()
+    model.load_state_dict(model.state_dict())
+    assert model.stem.reparam_conv.weight.grad is not None
+
+
+def test_verify_undoes_a_switch_that_failed_halfway(model, x, monkeypatch):
+    folds, fold = [], deploy_room.fold_block
+
+    def failing(*args, **kwargs):
+        folds.append(1)
+        if len(folds) == 4:
+            raise MemoryError
+        return fold(*args, **kwargs)
+
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(deploy_room, 'fold_block', failing)
+    with pytest.raises(MemoryError):
+        model.switch_to_deploy(verify=x)
+    assert model.state_dict().keys() == before.keys()
+    assert not any(block.reparam_conv for block in model.modules() if isinstance(block, RepVGGBlock))
+
+
 def test_public_name():
     assert repvgg_zoo.switch_to_deploy is switch_to_deploy

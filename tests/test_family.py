@@ -10,12 +10,14 @@ import pytest
 import timm
 import torch
 import torch.nn.utils.parametrizations
+import torch.nn.utils.parametrize
 import torch.nn.utils.prune
 from conftest import images, randomise, rel_diff
 from hypothesis import given
 from hypothesis import strategies as st
 from test_blocks import CONFIGURATIONS
 from torch import nn
+from torch.nn.utils import weight_norm
 
 import repvgg_zoo
 from repvgg_zoo import BLOCKS, CheckpointError, FoldError, load_checkpoint
@@ -163,6 +165,35 @@ def test_parametrized_kernels_fold(norm):
     assert rel_diff(module.switch_to_deploy()(x), before) < EXACT
 
 
+class Turned(nn.Module):
+    """Parametrizes a kernel by a matrix that is neither moved nor converted with the module."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.matrix = [torch.eye(8, dtype=dtype).flip(0)]
+
+    def forward(self, kernel: torch.Tensor) -> torch.Tensor:
+        return (self.matrix[0] @ kernel.flatten(1)).view_as(kernel)
+
+
+def test_parametrization_with_tensors_of_its_own():
+    module, x = block('acb'), images(2, 8, in_chans=8, dtype=F64)
+    torch.nn.utils.parametrize.register_parametrization(module.branches['kxk'].conv, 'weight', Turned(F64))
+    before = module(x)
+    assert rel_diff(module.switch_to_deploy()(x), before) < EXACT
+
+
+def test_parametrization_that_fails_in_float64_changes_nothing():
+    good, bad = block('acb'), block('acb').float()
+    torch.nn.utils.parametrize.register_parametrization(bad.branches['kxk'].conv, 'weight', Turned(torch.float32))
+    with pytest.raises(
+        FoldError, match=r"block '1': its branches have no kernel of one shape in torch.float64: expected"
+    ):
+        repvgg_zoo.switch_to_deploy(nn.Sequential(good, bad))
+    assert good.reparam_conv is None
+    assert bad.reparam_conv is None
+
+
 @pytest.mark.parametrize('name', BLOCKS)
 @pytest.mark.parametrize('trainable', ['kernels', 'statistics'])
 def test_folded_kernel_is_frozen_as_the_kernels_are(name, trainable):
@@ -251,7 +282,7 @@ def leave_three_channels(conv: nn.Conv2d) -> None:
         (dilate, r'its branches.kx1.conv is Conv2d\(8.*dilation=\(2, 2\).* was made with Conv2d\(8.* put that back'),
         (add_bias, r'its branches.kx1.conv is Conv2d\('),
         (wrap_around, 'padding_mode=circular'),
-        (leave_three_channels, 'do not fit together'),
+        (leave_three_channels, 'no kernel of one shape'),
     ],
 )
 def test_convolutions_that_were_changed_are_not_folded_wrong(change, message):
@@ -513,12 +544,27 @@ def test_parts_and_first_values_of_the_other_blocks():
     assert all(not p.requires_grad for key, p in csla.named_parameters() if key.endswith('scale'))
 
 
-def test_pruned_kernels_fold():
-    module = block('acb')
-    torch.nn.utils.prune.l1_unstructured(module.branches['kxk'].conv, 'weight', 0.5)
+@pytest.mark.parametrize('name', ['repvgg', 'acb'])
+@pytest.mark.parametrize('reparametrize', [partial(torch.nn.utils.prune.l1_unstructured, amount=0.5), weight_norm])
+def test_kernels_that_hooks_compute_fold(name, reparametrize):
+    """After a step, the kernel of the last forward pass is out of date."""
     x = images(2, 8, in_chans=8, dtype=F64)
-    before = module(x)
-    assert rel_diff(module.switch_to_deploy()(x), before) < EXACT
+
+    def stepped() -> nn.Module:
+        torch.manual_seed(0)
+        module = randomise(block_type(name)(8, 8).double(), px=11, in_chans=8)
+        reparametrize(module.get_submodule('conv_kxk' if name == 'repvgg' else 'branches.kxk').conv, 'weight')
+        module(x)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(1.5)
+        return module
+
+    expected = stepped()(x)
+    assert rel_diff(stepped().switch_to_deploy()(x), expected) < EXACT
+    module = stepped()
+    kernel = module.equivalent_kernel_bias()[0]
+    torch.testing.assert_close(module.switch_to_deploy().reparam_conv.weight, kernel)
 
 
 def test_negative_variance_of_a_file_is_an_error():

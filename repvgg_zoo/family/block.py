@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..blocks import ReparamBlock, has_identity
 from ..checkpoints import CheckpointError
@@ -123,6 +124,7 @@ class FamilyBlock(ReparamBlock):
         return [*self.branches.values()] + ([] if self.identity is None else [self.identity])
 
     @torch.jit.ignore
+    @torch.no_grad()
     def check_foldable(self) -> None:
         """Raise `FoldError` if a normalisation is not linear in eval mode or has no finite statistics, a convolution is
         another one than was made here, or the branches do not fit together.
@@ -136,10 +138,16 @@ class FamilyBlock(ReparamBlock):
                     f'its branches.{path} is {found}, where the block was made with {made}; put that back, or create '
                     'the model as it should be (output_stride= dilates)'
                 )
+        # What parametrizes a kernel may hold tensors that do not go to another device.
+        device = {} if any(map(is_parametrized, self.modules())) else {'device': 'meta'}
         try:
-            _twin(self, device='meta').equivalent_kernel_bias()
+            _twin(self, dtype=self._fold_dtype(), **device).equivalent_kernel_bias()
         except RuntimeError as error:
-            raise FoldError(f'the kernels of its branches do not fit together: {error}') from error
+            raise FoldError(f'its branches have no kernel of one shape in {self._fold_dtype()}: {error}') from error
+
+    @torch.jit.ignore
+    def _fold_dtype(self) -> torch.dtype:
+        return torch.float32 if next(self.branches.parameters()).device.type == 'mps' else torch.float64
 
     @torch.jit.ignore
     @torch.no_grad()
@@ -147,8 +155,7 @@ class FamilyBlock(ReparamBlock):
         """The convolution that the branches are in eval mode: computed in float64, rounded to the block's dtype."""
         like = next(self.branches.parameters())
         conv = self._of_this_shape(deploy=True, device='meta').reparam_conv
-        wide = torch.float32 if like.device.type == 'mps' else torch.float64
-        kernel, bias = _twin(self, dtype=wide).equivalent_kernel_bias()
+        kernel, bias = _twin(self, dtype=self._fold_dtype()).equivalent_kernel_bias()
         layout = torch.channels_last if _is_channels_last(self.branches) else torch.contiguous_format
         kernel = kernel.to(like.dtype).contiguous(memory_format=layout)
         conv.out_channels, conv.in_channels = len(kernel), kernel.shape[1] * conv.groups  # pruning leaves fewer
