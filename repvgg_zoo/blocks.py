@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import deploy as _deploy
 from .branches import ConvNorm, full_precision, refresh_kernels, subsample, sum_branches
 from .checkpoints import CheckpointError, fold_state_dict
-from .reparam import BNStats, fold_block
+from .reparam import BNStats, FoldError, fold_block
 
 __all__ = ['RepVGGBlock', 'ReparamBlock', 'has_identity']
 
@@ -58,7 +58,10 @@ class ReparamBlock(nn.Module):
     def fold_state_dict(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Replace this block's branches, if they are there, by their fold."""
         own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        folded = self._folded(own)
+        try:
+            folded = self._folded(own)
+        except (CheckpointError, FoldError) as error:
+            raise type(error)(f'block {prefix.removesuffix(".")!r}: {error}') from error
         for key in own.keys() - folded.keys():
             del state_dict[prefix + key]
         state_dict.update({prefix + key: value for key, value in folded.items()})

@@ -50,12 +50,12 @@ def verify(
 ) -> dict[str, Comparison]:
     """Compare two checkpoints, or a training-form one and its fold, in float32 and in float64.
 
-    `a` and `b` are what `repvgg_zoo.convert.open_model` takes, `variant` and `block` those of `a` where it does not
-    tell them itself. Runs on the images below a folder, or on random ones.
+    `a` and `b` are what `repvgg_zoo.convert.open_model` takes, `variant` and `block` those of `a`; `variant` is that of
+    `b` too, where it does not tell it itself. Runs on the images below a folder, or on random ones.
     """
     model_a = open_model(a, variant=variant, block=block)
     if b is not None:
-        model_b = open_model(b)
+        model_b = open_model(b, variant=model_a.variant.name)
     elif model_a.deploy:
         raise CheckpointError(f'{str(a)!r} is of the deploy form, so there is no other form of it to compare with')
     else:

@@ -21,7 +21,7 @@ from .checkpoints import (
     read_safetensors_header,
     to_timm_layout,
 )
-from .family import block_type
+from .family import block_type, blocks_with_keys
 from .pretrained import load_state_dict, weights_in
 from .repvgg import RepVGG
 from .unfolding import unfold as unfold_model
@@ -54,7 +54,8 @@ def convert(
         variant: The name of the variant, where the shapes do not tell it.
         block: The training-time block of the source, where a bare file is of another than the default one; with
             `unfold`, the one to make.
-        unfold: Make branches that compute the same from a deploy form, and write the training form.
+        unfold: Make branches that compute the same from a deploy form, and write the training form. Those of a source
+            that has the wanted branches stay as they are; others are folded first.
         use_ema: Take the average of the weights from a training checkpoint that has one.
         overwrite: Replace the target if it exists.
     """
@@ -78,9 +79,9 @@ def convert(
 def _unfold(model: RepVGG, form: Form | None, block: str) -> None:
     if form == 'deploy':
         raise ValueError('unfolding makes the training form; leave it, or the form deploy, out')
-    if not model.deploy:
-        model.eval().switch_to_deploy()
-    unfold_model(model, block=block)
+    if not model.deploy and model.block == block:  # better than what their sum could be unfolded to
+        return
+    unfold_model(model.eval().switch_to_deploy(), block=block)
 
 
 def save_model(model: RepVGG, folder: Path) -> None:
@@ -123,7 +124,8 @@ def open_model(
 
     `source` is a checkpoint file of any layout and form, a model folder with `config.json`, or a timm
     model name whose weights can be had. The variant, classes and input channels of a file are read off
-    its shapes; of other training-time blocks than the default one, both `variant` and `block` must be given. Raises
+    its shapes; of other training-time blocks than the default one `variant` must be given, and `block` where another
+    one has the same keys. Raises
     `FileNotFoundError`, or `CheckpointError` for a file that is of no known variant or
     does not fit the given one, and for a folder or name that is of another variant or block than the given one.
     """
@@ -145,7 +147,7 @@ def open_model(
     if variant is None and found is None:
         raise CheckpointError(
             f'{str(path)!r} has the shapes of no known variant; `repvgg-zoo list` shows them. If it was trained with '
-            'another block than the default one, name both variant and block'
+            'another block than the default one, name the variant'
         )
     name = get_variant(variant).name if variant else found.name
     classifier = state_dict.get('head.fc.weight')
@@ -158,7 +160,7 @@ def open_model(
         num_classes=0 if classifier is None else classifier.shape[0],
         in_chans=min(stem, default=3),  # kernels behind the first of a branch have more
         deploy=deploy,
-        block=block or 'repvgg',
+        block=block or next(iter(blocks_with_keys(state_dict)), 'repvgg'),
         device='meta',
     )
     load_state_dict(model, state_dict)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .blocks import RepVGGBlock
 from .family import FamilyBlock
+from .reparam import BNStats
 
 __all__ = ['equivalent_kernel_l2', 'param_groups']
 
@@ -49,7 +50,7 @@ def equivalent_kernel_l2(model: nn.Module) -> Tensor:
     for block in _training_blocks(model):
         kernel_3x3, kernel_1x1 = _kernels(block)
         scale_3x3, scale_1x1 = (
-            (branch.bn.weight / (branch.bn.running_var + branch.bn.eps).sqrt()).detach().view(-1, 1, 1)
+            BNStats.of(branch.bn).scale_shift(kernel_3x3.dtype)[0].detach().view(-1, 1, 1)
             for branch in (block.conv_kxk, block.conv_1x1)
         )
         centre = kernel_3x3[:, :, 1, 1]

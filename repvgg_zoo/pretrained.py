@@ -23,6 +23,7 @@ from .checkpoints import (
     to_timm_layout,
     without_aux_heads,
 )
+from .family import blocks_with_keys
 from .hub import WEIGHT_FILES, cached_sha256, download_weights, sha256_of
 from .manifest import WeightsRecord, read_manifest
 from .unfolding import unfold_state_dict
@@ -106,8 +107,10 @@ def _for_unfolding(model: RepVGG, state_dict: StateDict) -> StateDict:
     """The deploy form of a state dict that is to be unfolded; weights of the model's own block stay as they are."""
     if model.deploy:
         raise ValueError('unfold=True is for a model of the training form, and this one is of the deploy form')
-    if form_of(state_dict) == 'training' and model.block != 'repvgg' and _is_of_default_block(state_dict):
-        return fold_state_dict(state_dict, eps=model.stem.norm_eps)
+    if form_of(state_dict) == 'training':
+        if model.block != 'repvgg' and _is_of_default_block(state_dict):
+            return fold_state_dict(state_dict, eps=model.stem.norm_eps)
+        _check_block(model, state_dict)
     return state_dict
 
 
@@ -145,20 +148,29 @@ def _owned(value: Tensor, like: Tensor) -> Tensor:
 
 def _to_form_of(model: RepVGG, state_dict: StateDict) -> StateDict:
     form = form_of(state_dict)
-    if model.deploy and form == 'training':
-        return model.fold_state_dict(state_dict)
+    if form == 'training':
+        _check_block(model, state_dict)
+        if model.deploy:
+            return model.fold_state_dict(state_dict)
     if not model.deploy and form == 'deploy':
         raise CheckpointError(
             f'the checkpoint holds {model.variant.name} in the deploy form, whose branches are summed; create the '
             'model with deploy=True, or load with unfold=True, which makes branches that compute the same'
         )
-    if form == 'training' and _is_of_default_block(state_dict) != (model.block == 'repvgg'):
-        raise CheckpointError(
-            f'the checkpoint holds the branches of another training-time block than {model.block}, which the model '
-            'has; create the model with block=… as the weights were trained'
-            + (', or load with unfold=True' if _is_of_default_block(state_dict) else '')
-        )
     return state_dict if model.aux_heads is not None else without_aux_heads(state_dict)
+
+
+def _check_block(model: RepVGG, state_dict: StateDict) -> None:
+    """Raise if training-form weights are of a block that neither fits the model nor folds into its deploy form."""
+    is_default = _is_of_default_block(state_dict)
+    held = ['repvgg'] if is_default else blocks_with_keys(state_dict)
+    if not held or model.block in held or (model.deploy and is_default):
+        return
+    raise CheckpointError(
+        f'the checkpoint holds the branches of block={" or ".join(map(repr, held))}, and the model has those of '
+        f'block={model.block!r}; create it with the block of the weights'
+        + (', or load with unfold=True' if is_default else '')
+    )
 
 
 def _adapt_stem(state_dict: StateDict, in_chans: int, source_chans: int) -> None:

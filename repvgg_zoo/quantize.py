@@ -195,7 +195,7 @@ def _dataset(folder: str | Path) -> Dataset[Any]:
     if not Path(folder).is_dir():
         raise FileNotFoundError(f'no folder of images at {str(folder)!r}')
     try:
-        return create_dataset('', root=str(folder))
+        return create_dataset('', root=str(folder), search_split=False)  # or a class named `val` would be all
     except RuntimeError as error:
         raise FileNotFoundError(f'no images in {str(folder)!r}') from error
 
@@ -330,6 +330,8 @@ def equalize(model: RepVGG, *, sweeps: int = 10) -> RepVGG:
     ranges are then equal, and the function is the same. Blocks with squeeze-excite or without ReLU are left alone,
     since what they compute would change.
     """
+    if not isinstance(model, RepVGG):
+        raise TypeError(f'equalisation is for a RepVGG of this package; here is a {type(model).__name__}')
     blocks = [model.stem, *(block for stage in model.stages for block in stage)]
     if not all(isinstance(block, ReparamBlock) and block.reparam_conv is not None for block in blocks):
         raise ValueError('equalisation is for the deploy form; switch_to_deploy() comes first')

@@ -35,9 +35,10 @@ def rep_optimizer(
     kernel W = s · W3 + t · W1 + u · I moves as that of a plain block does under SGD if gradients are multiplied by
     s² (s² + t² at the centre tap), and under AdamW if updates are by |s| (|s| + |t|) (section 3.2 and appendix A).
     Weight decay does not act on u · I. Equality is up to rounding; with AdamW also up to its `eps`, which the branches
-    see relative to gradients of other sizes. Gradients are multiplied in place at each step. The optimizer's state is
-    saved and loaded as ever, and schedules work; hooks are not part of it, so call this again, with `load=False`, after
-    making the optimizer anew or copying it. Wrappers of either model (compiled, DDP) are looked through.
+    see relative to gradients of other sizes. Clipping, and whatever else looks at the size of gradients, sees other
+    sizes than those of the branches. Gradients are multiplied in place at each step. The optimizer's state is saved and
+    loaded as ever, and schedules work; hooks are not part of it, so call this again, with `load=False`, after making
+    the optimizer anew or copying it. Wrappers of either model (compiled, DDP) are looked through.
 
     The identity is constant, as in `csla`; the authors' code has 1 + s² + t² on its diagonal, as if it were trained.
 
@@ -50,8 +51,8 @@ def rep_optimizer(
 
     Raises:
         TypeError: The optimizer is another one.
-        ValueError: The models are not of these blocks or not of one variant, or the optimizer is fused, maximizes or
-            lacks a kernel of the model; while stepping, a closure was given.
+        ValueError: The models are not of these blocks, not of one variant or eps, or the optimizer is fused, maximizes
+            or lacks a kernel of the model; while stepping, a closure was given.
     """
     for option in ('fused', 'maximize'):
         if any(group.get(option) for group in optimizer.param_groups):
@@ -68,7 +69,16 @@ def rep_optimizer(
             f'{len(plain)} plain blocks in {type(model).__name__} and {len(scaled)} constant-scale ones in '
             f'{type(like).__name__}'
         )
-    equivalents = {block.branches.kxk.conv.weight: _equivalent(scaled[path]) for path, block in plain.items()}
+    kernels = {path: block.branches.kxk.conv.weight for path, block in plain.items()}
+    for path, block in plain.items():
+        ours = tuple(kernels[path].shape), block.branches.kxk.bn.eps
+        theirs = tuple(scaled[path].branches.kxk.branch.conv.weight.shape), scaled[path].norm.eps
+        if ours != theirs:
+            raise ValueError(
+                'the models must be of one variant, take the same images and normalise alike; the kernel and eps of '
+                f'{path or "the block"} are {ours} and {theirs}'
+            )
+    equivalents = {kernel: _equivalent(scaled[path], kernel) for path, kernel in kernels.items()}
     held = {id(parameter) for group in optimizer.param_groups for parameter in group['params']}
     if missing := sum(id(kernel) not in held for kernel in equivalents):
         raise ValueError(f'the optimizer lacks {missing} of the {len(equivalents)} kernels of the model')
@@ -90,17 +100,20 @@ def rep_optimizer(
 def _load(model: nn.Module, like: nn.Module, scaled: dict[str, FamilyBlock]) -> None:
     """All that `like` computes, but for a classifier of another size."""
     state_dict = {
-        key: value for key, value in like.state_dict().items() if '.branches.' not in key and '.identity.' not in key
+        key: value
+        for key, value in like.state_dict().items()
+        if '.branches.' not in f'.{key}' and '.identity.' not in f'.{key}'
     }
     for path, block in scaled.items():
+        prefix = f'{path}.' if path else ''
         kernel = sum(branch.equivalent_kernel_bias()[0] for branch in block.branch_list())
-        state_dict[f'{path}.branches.kxk.conv.weight'] = kernel
+        state_dict[f'{prefix}branches.kxk.conv.weight'] = kernel
         for name in block.norm.state_dict():
-            state_dict[f'{path}.branches.kxk.bn.{name}'] = state_dict.pop(f'{path}.norm.{name}')
+            state_dict[f'{prefix}branches.kxk.bn.{name}'] = state_dict.pop(f'{prefix}norm.{name}')
     own = model.state_dict()
     misfits = [key for key in own if key not in state_dict or state_dict[key].shape != own[key].shape]
     if others := [key for key in misfits if not key.startswith('head.')]:
-        raise ValueError(f'the models must be of one variant and take the same images; they differ in {others[0]}')
+        raise ValueError(f'the models must be of one variant; they differ in {others[0]}')
     model.load_state_dict({key: own[key] if key in misfits else state_dict[key] for key in own})
 
 
@@ -116,7 +129,7 @@ def _blocks(model: nn.Module, member: str) -> dict[str, FamilyBlock]:
     return {path: block for path, block in blocks.items() if block.member == member and block.branches is not None}
 
 
-def _equivalent(block: FamilyBlock) -> _Equivalent:
+def _equivalent(block: FamilyBlock, like: Tensor) -> _Equivalent:
     kernel = block.branches['kxk'].equivalent_kernel_bias()[0]
     s, t = (block.branches[name].scale.detach().view(-1, 1, 1, 1) for name in ('kxk', '1x1'))
     sgd, adamw = s.square().expand_as(kernel).clone(), s.abs().expand_as(kernel).clone()
@@ -125,7 +138,7 @@ def _equivalent(block: FamilyBlock) -> _Equivalent:
     constant = torch.zeros_like(kernel)
     if block.identity is not None:
         constant += block.identity.equivalent_kernel_bias()[0]
-    return _Equivalent(sgd, adamw, constant)
+    return _Equivalent(sgd.to(like), adamw.to(like), constant.to(like))
 
 
 def _held(optimizer: torch.optim.Optimizer, equivalents: dict[Tensor, _Equivalent]) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from timm.layers import get_norm_layer
 from torch import Tensor, nn
 
 from .blocks import ReparamBlock
@@ -32,12 +33,13 @@ bundled weights for four epochs ended a point below the same from their training
 """
 
 
+@torch.inference_mode(False)  # in which parameters would be made that can never be trained
 def unfold(
     module: nn.Module,
     *,
     block: str = 'repvgg',
     batches: Iterable[Any] | None = None,
-    norm_layer: Callable[..., nn.Module] | None = None,
+    norm_layer: str | Callable[..., nn.Module] | None = None,
 ) -> nn.Module:
     """Give every deploy-form block inside a module its branches back, in place, and return the module.
 
@@ -51,8 +53,8 @@ def unfold(
         block: The training-time block, a name of `repvgg_zoo.family.BLOCKS`.
         batches: A few batches of the training data, as tensors or as tuples that begin with one, for
             `match_bn_statistics`.
-        norm_layer: Batch normalisation of the branches; by default `nn.BatchNorm2d` with the eps that the blocks were
-            made with.
+        norm_layer: Batch normalisation of the branches, a layer or timm's name of it; by default `nn.BatchNorm2d` with
+            the eps that the blocks were made with.
 
     Raises:
         ValueError: The module has no block of this package, or one of the training form or that was compiled by
@@ -62,6 +64,7 @@ def unfold(
     Whatever is raised, by the module on a batch that it does not take too, the module is then as it was.
     """
     make = block_type(block)
+    norm_layer = get_norm_layer(norm_layer)
     found = {path: m for path, m in module.named_modules() if isinstance(m, ReparamBlock)}
     if not found:
         raise ValueError(f'no block of this package in {type(module).__name__}')

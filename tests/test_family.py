@@ -22,8 +22,8 @@ from torch.nn.utils import weight_norm
 import repvgg_zoo
 from repvgg_zoo import BLOCKS, CheckpointError, FoldError, load_checkpoint
 from repvgg_zoo.compare import verify
-from repvgg_zoo.convert import convert, open_model
-from repvgg_zoo.family import MEMBERS, FamilyBlock, block_type
+from repvgg_zoo.convert import convert, open_model, save_model
+from repvgg_zoo.family import MEMBERS, FamilyBlock, block_type, blocks_with_keys
 from repvgg_zoo.family.branches import Average, SqueezeConv
 
 F64 = torch.float64
@@ -464,13 +464,10 @@ def test_default_block_is_as_ever():
     assert type(timm.create_model('test_repvgg').stem) is repvgg_zoo.RepVGGBlock
 
 
-def test_weights_of_another_block_are_an_error(tmp_path):
-    torch.save(timm.create_model('test_repvgg', block='acb').state_dict(), tmp_path / 'acb.pth')
-    model = timm.create_model('test_repvgg', block='dbb')
-    with pytest.raises(CheckpointError, match='does not fit test_repvgg'):
-        load_checkpoint(model, tmp_path / 'acb.pth')
-    with pytest.raises(CheckpointError, match='no dbb block'):
-        load_checkpoint(timm.create_model('test_repvgg', block='dbb', deploy=True), tmp_path / 'acb.pth')
+def test_weights_of_another_block_are_an_error():
+    state_dict = timm.create_model('test_repvgg', block='acb').state_dict()
+    with pytest.raises(CheckpointError, match="block 'stem': no dbb block"):
+        timm.create_model('test_repvgg', block='dbb', deploy=True).load_state_dict(state_dict)
 
 
 def test_timm_is_told_which_convolutions_take_the_images():
@@ -570,7 +567,7 @@ def test_kernels_that_hooks_compute_fold(name, reparametrize):
 def test_negative_variance_of_a_file_is_an_error():
     state_dict = timm.create_model('test_repvgg', block='acb').state_dict()
     state_dict['stem.branches.kxk.bn.running_var'][1] = -1
-    with pytest.raises(FoldError, match='channel 1'):
+    with pytest.raises(FoldError, match=r"block 'stem': .*channel 1"):
         timm.create_model('test_repvgg', block='acb', deploy=True).load_state_dict(state_dict)
 
 
@@ -595,10 +592,39 @@ def test_folders_and_names_are_of_the_block_that_they_say(tmp_path):
     assert verify(tmp_path / 'deploy', tmp_path / 'dbb')['float64'].max_rel_diff < 1e-4  # rounded to float32 twice
 
 
+@pytest.mark.parametrize('name', BLOCKS)
+def test_keys_tell_the_block(name):
+    found = blocks_with_keys(timm.create_model('test_repvgg', block=name, device='meta').state_dict())
+    assert found == {'repvgg': [], 'plain': ['plain', 'plain_delta'], 'plain_delta': ['plain', 'plain_delta']}.get(
+        name, [name]
+    )
+
+
+@pytest.mark.parametrize('deploy', [False, True], ids=['training', 'deploy'])
+def test_weights_of_another_block_are_named(deploy, tmp_path):
+    torch.save(timm.create_model('test_repvgg', block='acb').state_dict(), tmp_path / 'acb.pth')
+    for other in ('repvgg', 'dbb'):
+        model = timm.create_model('test_repvgg', block=other, deploy=deploy)
+        with pytest.raises(CheckpointError, match=f"of block='acb', and the model has those of block='{other}'"):
+            load_checkpoint(model, tmp_path / 'acb.pth')
+    assert open_model(tmp_path / 'acb.pth', variant='test_repvgg').block == 'acb'
+
+
+@MEMBER
+def test_deploy_model_of_other_images(member, tmp_path):
+    """Training weights for three channels, folded and then adapted as timm does it."""
+    model = randomise(timm.create_model('test_repvgg', block=member).double(), px=32)
+    save_model(model, tmp_path)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, in_chans=1, num_classes=3, deploy=True).double()
+    x = images(2, px=32, in_chans=1, dtype=F64)
+    expected = model.switch_to_deploy().eval().forward_features(x.expand(-1, 3, -1, -1))
+    assert rel_diff(again.eval().forward_features(x), expected) < 1e-5  # weights in float32
+
+
 def test_a_missing_identity_is_told_from_one_without_normalisation(tmp_path):
     for saved, loaded in (('no_identity', 'no_identity_bn'), ('no_identity_bn', 'no_identity')):
         torch.save(timm.create_model('test_repvgg', block=saved).state_dict(), tmp_path / 'file.pth')
-        with pytest.raises(CheckpointError, match=r'identity\.is_there'):
+        with pytest.raises(CheckpointError, match=r'those of block='):
             load_checkpoint(timm.create_model('test_repvgg', block=loaded), tmp_path / 'file.pth')
 
 

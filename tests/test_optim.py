@@ -1,6 +1,7 @@
 """Weight decay as the paper and the official code have it, and optimizers after a switch."""
 
 import copy
+import functools
 
 import pytest
 import timm
@@ -61,6 +62,14 @@ def test_equivalent_kernel_norm_is_the_official_one(tmp_path):
     torch.testing.assert_close(ours.stages[1][1].conv_1x1.conv.weight.grad, expected, rtol=1e-9, atol=1e-12)
     with pytest.raises(ValueError, match='no block with the two convolution branches of RepVGG in RepVGG'):
         equivalent_kernel_l2(ours.eval().switch_to_deploy())
+
+
+def test_equivalent_kernel_norm_without_affine_parameters():
+    norm_layer = functools.partial(nn.BatchNorm2d, affine=False)
+    model = timm.create_model('test_repvgg', norm_layer=norm_layer).double()
+    model_affine = timm.create_model('test_repvgg').double()
+    model_affine.load_state_dict(model.state_dict(), strict=False)
+    assert equivalent_kernel_l2(model).item() == pytest.approx(equivalent_kernel_l2(model_affine).item(), rel=1e-12)
 
 
 def step(model, optimizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -16,7 +17,15 @@ from timm.data import create_dataset, create_transform, resolve_model_data_confi
 
 from repvgg_zoo.convert import save_model
 from repvgg_zoo.manifest import weights_dir
-from repvgg_zoo.quantize import _fake_quantized_input, _fake_quantized_weight, _spread, equalize, layer_errors, quantize
+from repvgg_zoo.quantize import (
+    _dataset,
+    _fake_quantized_input,
+    _fake_quantized_weight,
+    _spread,
+    equalize,
+    layer_errors,
+    quantize,
+)
 
 TRAIN, VALIDATION = (weights_dir() / 'cifar10' / split for split in ('train', 'validation'))
 
@@ -132,6 +141,12 @@ def test_folders_that_programs_leave_are_no_classes(tmp_path, other):
     (tmp_path / 'photos' / other).mkdir()
     report = quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'photos', subset=4, track=no_bar)
     assert report.float32_top1_pct is not None
+
+
+def test_a_class_named_as_a_split_is_a_class(tmp_path):
+    for name in ('cat', 'val'):
+        shutil.copytree(VALIDATION / 'cat', tmp_path / name)
+    assert _dataset(tmp_path).reader.class_to_idx == {'cat': 0, 'val': 1}
 
 
 def test_an_empty_class_folder_does_not_shift_the_others(tmp_path):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import timm
 import torch
 from conftest import images, rel_diff
+from torch import nn
 
 from repvgg_zoo import rep_optimizer
+from repvgg_zoo.family import block_type
 
 STEPS = 20
 
@@ -130,14 +134,26 @@ def test_what_multipliers_do_not_go_with_is_refused():
         optimizer.step(lambda: 1)
 
 
-def test_models_that_differ_are_refused_and_left_alone():
+@pytest.mark.parametrize('load', [False, True])
+@pytest.mark.parametrize('kwargs', [dict(in_chans=1), dict(norm_layer=partial(nn.BatchNorm2d, eps=1e-2))], ids=str)
+def test_models_that_differ_are_refused_and_left_alone(kwargs, load):
     model = timm.create_model('test_repvgg', block='plain').double()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     optimizer = sgd(model)
-    with pytest.raises(ValueError, match=r'they differ in stem\.branches\.kxk\.conv\.weight'):
-        rep_optimizer(optimizer, model, timm.create_model('test_repvgg', block='csla', in_chans=1).double())
+    like = timm.create_model('test_repvgg', block='csla', **kwargs).double()
+    with pytest.raises(
+        ValueError, match=r'one variant.* the kernel and eps of stem are \(\(48, 3, 3, 3\), 1e-05\) and'
+    ):
+        rep_optimizer(optimizer, model, like, load=load)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_a_block_is_a_model():
+    model, like = (block_type(name)(4, 4).double() for name in ('plain', 'csla'))
+    rep_optimizer(sgd(model), model, like)
+    x = images(2, 8, in_chans=4, dtype=torch.float64)
+    assert rel_diff(model(x), like(x)) < 1e-12
 
 
 def test_wrappers_are_looked_through():

@@ -196,6 +196,18 @@ def test_errors_tell_what_is_possible(folded):
         unfold(model.stem)
 
 
+def test_conversion_keeps_branches_that_are_there(tmp_path):
+    branches = timm.create_model('test_repvgg.cifar10', pretrained=True).stem.state_dict()
+    kept = convert('test_repvgg.cifar10', tmp_path / 'kept', unfold=True).stem.state_dict()
+    assert all(torch.equal(value, branches[key]) for key, value in kept.items())
+    assert convert('test_repvgg.cifar10', tmp_path / 'others', unfold=True, block='acb').block == 'acb'
+
+
+def test_norm_layer_by_name(folded):
+    model = unfold(copy.deepcopy(folded), norm_layer='batchnorm2d')
+    assert type(model.stem.conv_kxk.bn) is nn.BatchNorm2d
+
+
 def test_hooks_on_gradients_go_over(folded):
     model, fired = copy.deepcopy(folded), []
     model.stages[0][0].register_full_backward_hook(lambda *_: fired.append(1))
@@ -209,7 +221,9 @@ def test_eps_is_that_of_the_model():
     model = timm.create_model('test_repvgg', deploy=True, **kwargs).double().eval()
     x = images(2, px=32, dtype=F64)
     before = model(x)
-    unfold(model, block='acb', batches=[x])
+    with torch.inference_mode():
+        unfold(model, block='acb', batches=[x])
+    model(x).sum().backward()
     again = timm.create_model('test_repvgg', block='acb', **kwargs).double().eval()
     again.load_state_dict(model.state_dict())
     assert rel_diff(again(x), before) < 1e-9
@@ -262,13 +276,17 @@ def test_folder_of_the_deploy_form_unfolds(folded, photos, tmp_path):
 def test_deploy_form_of_any_block_takes_the_default_blocks_weights(folded, photos, tag):
     model = timm.create_model(f'test_repvgg.{tag}', pretrained=True, deploy=True, block='acb').eval()
     assert rel_diff(model.double()(photos), folded(photos)) < 1e-4
-    with pytest.raises(CheckpointError, match=r'another training-time block than acb.*or load with unfold=True'):
+    with pytest.raises(
+        CheckpointError, match=r"of block='repvgg', .* those of block='acb'; .*or load with unfold=True"
+    ):
         timm.create_model('test_repvgg.cifar10', pretrained=True, block='acb')
 
 
 def test_weights_of_another_block_name_the_remedy(tmp_path):
     torch.save(timm.create_model('test_repvgg', block='acb').state_dict(), tmp_path / 'acb.pth')
-    with pytest.raises(CheckpointError, match=r'another training-time block than repvgg.*block=… as'):
+    with pytest.raises(
+        CheckpointError, match=r"of block='acb', and the model has those of block='repvgg'; create it with"
+    ):
         load_checkpoint(timm.create_model('test_repvgg'), tmp_path / 'acb.pth')
 
 

@@ -9,8 +9,9 @@ from ..blocks import ReparamBlock, RepVGGBlock
 from ..variants import suggestion
 from .block import FamilyBlock
 from .members import MEMBERS, Member
+from .recognition import blocks_with_keys
 
-__all__ = ['BLOCKS', 'MEMBERS', 'FamilyBlock', 'Member', 'block_type']
+__all__ = ['BLOCKS', 'MEMBERS', 'FamilyBlock', 'Member', 'block_type', 'blocks_with_keys']
 
 BLOCKS = ('repvgg', *MEMBERS)
 """The names that `block=` takes."""

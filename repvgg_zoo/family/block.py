@@ -60,7 +60,13 @@ class FamilyBlock(ReparamBlock):
         self.has_identity = identity
         self.norm_eps: float = norm_layer(out_chs, device='meta').eps
         self._of_this_shape = functools.partial(
-            type(self), in_chs, out_chs, member=member, identity=identity, norm_layer=norm_layer, **options
+            type(self),
+            in_chs=in_chs,
+            out_chs=out_chs,
+            member=member,
+            identity=identity,
+            norm_layer=norm_layer,
+            **options,
         )
         self.reparam_conv = nn.Conv2d(in_chs, out_chs, 3, padding=dilation, **options, **dd) if deploy else None
         branches = {} if deploy else dict(MEMBERS[member].branches(shape))
@@ -108,7 +114,9 @@ class FamilyBlock(ReparamBlock):
             return super()._folded(state_dict)
         parts = tuple(f'{part}.' for part in self.folded_parts)
         own = {key: value for key, value in state_dict.items() if key.startswith(parts)}
-        trained = self._of_this_shape(device='meta')
+        # The weights may take other images than the block does: their stem is adapted when it is folded.
+        channels = next(value.shape[1] for value in own.values() if value.ndim == 4)
+        trained = self._of_this_shape(in_chs=channels * self._of_this_shape.keywords['groups'], device='meta')
         try:
             trained.load_state_dict(own, assign=True)
         except RuntimeError as error:
