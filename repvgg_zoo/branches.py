@@ -23,7 +23,6 @@ from timm.layers import DropBlock2d, DropPath
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
-from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .recompute import train_branches
@@ -96,8 +95,10 @@ def refresh_kernels(module: nn.Module) -> None:
 
     A step of an optimizer since then has changed what they compute from.
     """
-    for submodule in module.modules():
-        for hook in submodule._forward_pre_hooks.values():
+    if hooks := [(hook, m) for m in module.modules() for hook in m._forward_pre_hooks.values()]:
+        from torch.nn.utils.prune import BasePruningMethod
+
+        for hook, submodule in hooks:
             if isinstance(hook, (BasePruningMethod, WeightNorm)):
                 hook(submodule, ())
 
