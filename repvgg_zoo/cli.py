@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('dst', metavar='DST', help='folder to write: model.safetensors and config.json')
     sub.add_argument('--form', choices=('training', 'deploy'), help='form to write (that of SRC)')
     sub.add_argument('--variant', help='variant of SRC, where its shapes do not tell')
-    sub.add_argument('--block', help='training-time block of a bare SRC, or to unfold to (repvgg)')
+    sub.add_argument('--block', help='training-time block of a bare SRC (told by its keys), or to unfold to (repvgg)')
     sub.add_argument('--unfold', action='store_true', help='make branches that compute the same from a deploy form')
     sub.add_argument('--no-ema', action='store_true', help='take the plain weights where SRC holds an average too')
     sub.add_argument('--overwrite', action='store_true', help='replace DST if it exists')
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--subset', type=int, metavar='N', default=300, help='images to calibrate on (%(default)s)')
     sub.add_argument('--equalize', action='store_true', help='cross-layer equalisation first')
     sub.add_argument('--variant', help='variant of SRC, where its shapes do not tell')
-    sub.add_argument('--block', help='training-time block of a bare checkpoint file (repvgg)')
+    sub.add_argument('--block', help='training-time block of a bare checkpoint file (told by its keys)')
     sub.add_argument('--overwrite', action='store_true', help='replace DST if it exists')
 
     sub = add(
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('a', metavar='A', help='checkpoint file, model folder, or timm model name')
     sub.add_argument('b', metavar='B', nargs='?', help='another one; by default the fold of A')
     sub.add_argument('--variant', help='variant of A, where its shapes do not tell')
-    sub.add_argument('--block', help='training-time block of A, where that is a bare checkpoint file (repvgg)')
+    sub.add_argument('--block', help='training-time block of A, where that is a bare checkpoint file (told by its keys)')
     sub.add_argument('--images', metavar='FOLDER', help='real images to compare on (random ones)')
 
     sub = add(

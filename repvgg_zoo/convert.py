@@ -52,8 +52,7 @@ def convert(
         form: The form to write; that of the source by default. Training weights are folded for the deploy
             form; the reverse takes `unfold`.
         variant: The name of the variant, where the shapes do not tell it.
-        block: The training-time block of the source, where a bare file is of another than the default one; with
-            `unfold`, the one to make.
+        block: The training-time block of a bare file, where its keys do not tell it; with `unfold`, the one to make.
         unfold: Make branches that compute the same from a deploy form, and write the training form. Those of a source
             that has the wanted branches stay as they are; others are folded first.
         use_ema: Take the average of the weights from a training checkpoint that has one.

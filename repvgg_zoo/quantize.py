@@ -130,7 +130,7 @@ def quantize(
         subset: Images to calibrate on, spread evenly over the folder.
         equalize_layers: Apply `equalize` first.
         variant: The name of the variant, where the shapes do not tell it.
-        block: The training-time block of a bare checkpoint file of another than the default one.
+        block: The training-time block of a bare checkpoint file, where its keys do not tell it.
         overwrite: Replace the target if it exists.
         track: See `repvgg_zoo.progress`.
 
