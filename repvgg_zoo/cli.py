@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('a', metavar='A', help='checkpoint file, model folder, or timm model name')
     sub.add_argument('b', metavar='B', nargs='?', help='another one; by default the fold of A')
     sub.add_argument('--variant', help='variant of A, where its shapes do not tell')
-    sub.add_argument('--block', help='training-time block of A, where that is a bare checkpoint file (told by its keys)')
+    sub.add_argument('--block', help='training-time block of A, if that is a bare file (told by its keys)')
     sub.add_argument('--images', metavar='FOLDER', help='real images to compare on (random ones)')
 
     sub = add(
