@@ -124,8 +124,7 @@ def open_model(
     `source` is a checkpoint file of any layout and form, a model folder with `config.json`, or a timm
     model name whose weights can be had. The variant, classes and input channels of a file are read off
     its shapes; of other training-time blocks than the default one `variant` must be given, and `block` where another
-    one has the same keys. Raises
-    `FileNotFoundError`, or `CheckpointError` for a file that is of no known variant or
+    one has the same keys. Raises `FileNotFoundError`, or `CheckpointError` for a file that is of no known variant or
     does not fit the given one, and for a folder or name that is of another variant or block than the given one.
     """
     block_type(block or 'repvgg')  # an error now if there is none of that name

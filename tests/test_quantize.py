@@ -293,3 +293,5 @@ def test_impossible_requests_are_refused(tmp_path):
     save_model(timm.create_model('test_repvgg', in_chans=1), tmp_path / 'grey')
     with pytest.raises(ValueError, match='the model takes 1'):
         quantize(tmp_path / 'grey', tmp_path / 'out', images=VALIDATION, track=no_bar)
+    with pytest.raises(TypeError, match='here is a Linear'):
+        equalize(torch.nn.Linear(1, 1))
