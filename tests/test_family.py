@@ -470,6 +470,22 @@ def test_weights_of_another_block_are_an_error():
         timm.create_model('test_repvgg', block='dbb', deploy=True).load_state_dict(state_dict)
 
 
+@pytest.mark.parametrize(
+    'damage', [lambda kernel: None, lambda kernel: kernel[:, :3]], ids=['missing', 'fewer channels']
+)
+@pytest.mark.parametrize('path', ['stem', 'stages.1.1'])
+def test_damaged_branches_are_an_error(path, damage):
+    state_dict = timm.create_model('test_repvgg', block='plain').state_dict()
+    key = f'{path}.branches.kxk.conv.weight'
+    state_dict[key] = damage(state_dict[key])
+    if state_dict[key] is None:
+        del state_dict[key]
+    elif path == 'stem':
+        state_dict[key] = state_dict[key][:5]
+    with pytest.raises(CheckpointError, match=f"block '{path}': no plain block"):
+        timm.create_model('test_repvgg', block='plain', deploy=True).load_state_dict(state_dict)
+
+
 def test_timm_is_told_which_convolutions_take_the_images():
     model = timm.create_model('test_repvgg', block='acb')
     assert model.pretrained_cfg['first_conv'] == tuple(f'stem.branches.{name}.conv' for name in ('kxk', 'kx1', '1xk'))

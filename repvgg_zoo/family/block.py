@@ -114,14 +114,16 @@ class FamilyBlock(ReparamBlock):
             return super()._folded(state_dict)
         parts = tuple(f'{part}.' for part in self.folded_parts)
         own = {key: value for key, value in state_dict.items() if key.startswith(parts)}
-        # The weights may take other images than the block does: their stem is adapted when it is folded.
-        channels = next(value.shape[1] for value in own.values() if value.ndim == 4)
-        trained = self._of_this_shape(in_chs=channels * self._of_this_shape.keywords['groups'], device='meta')
+        shape = {}
+        kernel = next((value for value in own.values() if value.ndim == 4), None)
+        if kernel is not None and not self.has_identity:  # a stem for other images, which is adapted when it is folded
+            shape = {'in_chs': kernel.shape[1] * self._of_this_shape.keywords['groups']}
+        trained = self._of_this_shape(**shape, device='meta')
         try:
             trained.load_state_dict(own, assign=True)
         except RuntimeError as error:
             raise CheckpointError(f'no {self.member} block, which this one is: {error}') from error
-        trained.check_foldable()
+        trained._check_norms()  # all else is as it was made
         conv = trained.folded_conv()
         rest = {key: value for key, value in state_dict.items() if key not in own}
         return rest | {f'reparam_conv.{name}': value for name, value in conv.state_dict().items()}
@@ -137,9 +139,7 @@ class FamilyBlock(ReparamBlock):
         """Raise `FoldError` if a normalisation is not linear in eval mode or has no finite statistics, a convolution is
         another one than was made here, or the branches do not fit together.
         """
-        norms = [m for branch in self.branch_list() for path, m in branch.named_modules() if path.endswith('bn')]
-        for norm in norms if self.norm is None else [*norms, self.norm]:
-            BNStats.of(norm).check()
+        self._check_norms()
         for path, made in self._of_this_shape(device='meta').branches.named_modules():
             if isinstance(made, nn.Conv2d) and _geometry(found := self.branches.get_submodule(path)) != _geometry(made):
                 raise FoldError(
@@ -152,6 +152,12 @@ class FamilyBlock(ReparamBlock):
             _twin(self, dtype=self._fold_dtype(), **device).equivalent_kernel_bias()
         except RuntimeError as error:
             raise FoldError(f'its branches have no kernel of one shape in {self._fold_dtype()}: {error}') from error
+
+    @torch.jit.ignore
+    def _check_norms(self) -> None:
+        norms = [m for branch in self.branch_list() for path, m in branch.named_modules() if path.endswith('bn')]
+        for norm in norms if self.norm is None else [*norms, self.norm]:
+            BNStats.of(norm).check()
 
     @torch.jit.ignore
     def _fold_dtype(self) -> torch.dtype:
