@@ -109,7 +109,10 @@ def _for_unfolding(model: RepVGG, state_dict: StateDict) -> StateDict:
         raise ValueError('unfold=True is for a model of the training form, and this one is of the deploy form')
     if form_of(state_dict) == 'training':
         if model.block != 'repvgg' and _is_of_default_block(state_dict):
-            return fold_state_dict(state_dict, eps=model.stem.norm_eps)
+            folded = fold_state_dict(state_dict, eps=model.stem.norm_eps)
+            if model.aux_heads is None:
+                return folded
+            return folded | {key: state_dict[key] for key in state_dict.keys() - without_aux_heads(state_dict).keys()}
         _check_block(model, state_dict)
     return state_dict
 

@@ -56,7 +56,8 @@ class QuantizationReport:
     int8_top1_pct: float | None
     no_top1: str | None
     """Why there is no top-1."""
-    same_top_class_pct: float
+    same_top_class_pct: float | None
+    """None of a model without a classifier."""
     float32_latency_ms: float
     """Median time of one image, of interleaved rounds."""
     int8_latency_ms: float
@@ -68,6 +69,12 @@ class QuantizationReport:
     @property
     def speedup(self) -> float:
         return self.float32_latency_ms / self.int8_latency_ms
+
+    @property
+    def same_top_class(self) -> str:
+        """What is said of it after something else; nothing of a model without a classifier."""
+        same = self.same_top_class_pct
+        return '' if same is None else f'; the same top class on {same:.2f} % of the images'
 
     def rows(self) -> list[tuple[str, ...]]:
         """One for each precision: top-1, latency, size."""
@@ -87,9 +94,9 @@ class QuantizationReport:
                 '',
                 markdown_table(self.rows(), REPORT_HEADER),
                 '',
-                f'{self.images} images, the same top class on {self.same_top_class_pct:.2f} % of them; calibrated on '
-                f'{self.calibration_images}; one image a time in OpenVINO with {self.threads} threads: '
-                f'{self.speedup:.2f} times as fast.' + (f' No top-1: {self.no_top1}.' if self.no_top1 else ''),
+                f'{self.images} images, calibrated on {self.calibration_images}; one image a time in OpenVINO with '
+                f'{self.threads} threads: {self.speedup:.2f} times as fast{self.same_top_class}.'
+                + (f' No top-1: {self.no_top1}.' if self.no_top1 else ''),
                 '',
                 'Error of the logits, relative, with one layer quantized alone:',
                 '',
@@ -248,18 +255,22 @@ def _evaluate(
     num_classes: int,
     track: Track,
 ) -> dict[str, Any]:
+    if num_classes == 0:
+        why_not = 'the model has no classifier'
+        return dict(float32_top1_pct=None, int8_top1_pct=None, no_top1=why_not, same_top_class_pct=None)
     same, right = 0, [0, 0]
     for x, labels in track(DataLoader(dataset, batch_size=_BATCH_SIZE), description='evaluating'):
         tops = [run(x).argmax(1) for run in runs]
         same += int((tops[0] == tops[1]).sum())
         right = [count + int((top == labels).sum()) for count, top in zip(right, tops, strict=True)]
     root = Path(dataset.reader.root)
-    folders = sum(path.is_dir() and not path.name.startswith(('.', '__')) for path in root.iterdir())
-    labelled = len(dataset.reader.class_to_idx) == folders == num_classes
+    folders = {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(('.', '__'))}
+    classes = dataset.reader.class_to_idx  # by the names of the folders that images lie in
+    labelled = classes.keys() == folders and len(folders) == num_classes
     float32, int8 = (100 * count / len(dataset) if labelled else None for count in right)
     why_not = (
-        f'{root} has {folders} folders, there are images of {len(dataset.reader.class_to_idx)}, and the model has '
-        f'{num_classes} classes'
+        f'it takes {num_classes} folders in {root}, one for each class, with the images in them; there are '
+        f'{len(folders)}, {len(classes.keys() & folders)} of them with images'
     )
     return dict(
         float32_top1_pct=float32,

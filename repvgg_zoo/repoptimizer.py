@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from timm.utils import unwrap_model
@@ -80,13 +81,16 @@ def rep_optimizer(
             )
     equivalents = {kernel: _equivalent(scaled[path], kernel) for path, kernel in kernels.items()}
     held = {id(parameter) for group in optimizer.param_groups for parameter in group['params']}
-    if missing := sum(id(kernel) not in held for kernel in equivalents):
-        raise ValueError(f'the optimizer lacks {missing} of the {len(equivalents)} kernels of the model')
+    if missing := [path for path, kernel in kernels.items() if kernel.requires_grad and id(kernel) not in held]:
+        raise ValueError(
+            f'the optimizer lacks {len(missing)} of the {len(kernels)} kernels of the model, first that of '
+            f'{missing[0] or "the block"}; give it all parameters that require gradients'
+        )
     if load:
         _load(model, like, scaled)
     for handle in optimizer.__dict__.pop('_rep_hooks', ()):
         handle.remove()
-    before: dict[Tensor, Tensor] = {}
+    before: _Before = {}
     hooks = [optimizer.register_step_pre_hook(_refuse_closure)]
     if type(optimizer) is torch.optim.SGD:
         hooks.append(optimizer.register_step_pre_hook(partial(_multiply_gradients, equivalents)))
@@ -98,7 +102,7 @@ def rep_optimizer(
 
 
 def _load(model: nn.Module, like: nn.Module, scaled: dict[str, FamilyBlock]) -> None:
-    """All that `like` computes, but for a classifier of another size."""
+    """All that `like` computes, but for heads of another size or that it does not have."""
     state_dict = {
         key: value
         for key, value in like.state_dict().items()
@@ -112,9 +116,14 @@ def _load(model: nn.Module, like: nn.Module, scaled: dict[str, FamilyBlock]) -> 
             state_dict[f'{prefix}branches.kxk.bn.{name}'] = state_dict.pop(f'{prefix}norm.{name}')
     own = model.state_dict()
     misfits = [key for key in own if key not in state_dict or state_dict[key].shape != own[key].shape]
-    if others := [key for key in misfits if not key.startswith('head.')]:
-        raise ValueError(f'the models must be of one variant; they differ in {others[0]}')
+    if others := [key for key in misfits if not _HEAD.search(key)]:
+        raise ValueError(
+            f'the models must be of one variant; they differ in {others[0]} (load=False leaves all but the multipliers)'
+        )
     model.load_state_dict({key: own[key] if key in misfits else state_dict[key] for key in own})
+
+
+_HEAD = re.compile(r'(?:^|\.)(?:head|aux_heads\.\d+)\.')
 
 
 def _refuse_closure(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -155,19 +164,22 @@ def _multiply_gradients(equivalents: dict[Tensor, _Equivalent], optimizer: torch
         kernel.grad.mul_(equivalent.sgd).sub_(equivalent.constant, alpha=group['weight_decay'])
 
 
+_Before: TypeAlias = dict[Tensor, tuple[Tensor, Any]]
+"""Of each kernel that is about to be moved: its value, and lr · weight decay."""
+
+
 @torch.no_grad()
 def _remember(
-    equivalents: dict[Tensor, _Equivalent], before: dict[Tensor, Tensor], optimizer: torch.optim.Optimizer, *_: Any
+    equivalents: dict[Tensor, _Equivalent], before: _Before, optimizer: torch.optim.Optimizer, *_: Any
 ) -> None:
-    before.update({kernel: kernel.clone() for _, kernel, _ in _held(optimizer, equivalents)})
+    before.clear()
+    for group, kernel, _multipliers in _held(optimizer, equivalents):
+        before[kernel] = kernel.clone(), group['lr'] * group['weight_decay']
 
 
 @torch.no_grad()
-def _multiply_updates(
-    equivalents: dict[Tensor, _Equivalent], before: dict[Tensor, Tensor], optimizer: torch.optim.Optimizer, *_: Any
-) -> None:
-    for group, kernel, equivalent in _held(optimizer, equivalents):
-        decay = group['lr'] * group['weight_decay']
-        decayed = before.pop(kernel) * (1 - decay)
-        update = kernel - decayed
-        kernel.copy_(decayed + decay * equivalent.constant + equivalent.adamw * update)
+def _multiply_updates(equivalents: dict[Tensor, _Equivalent], before: _Before, *_: Any) -> None:
+    for kernel, (value, decay) in before.items():
+        equivalent, decayed = equivalents[kernel], value * (1 - decay)
+        kernel.copy_(decayed + decay * equivalent.constant + equivalent.adamw * (kernel - decayed))
+    before.clear()

@@ -52,13 +52,14 @@ def unfold(
     Args:
         block: The training-time block, a name of `repvgg_zoo.family.BLOCKS`.
         batches: A few batches of the training data, as tensors or as tuples that begin with one, for
-            `match_bn_statistics`.
+            `match_bn_statistics`; all are held in memory, so of a loader take some, as `itertools.islice` does.
         norm_layer: Batch normalisation of the branches, a layer or timm's name of it; by default `nn.BatchNorm2d` with
             the eps that the blocks were made with.
 
     Raises:
         ValueError: The module has no block of this package, or one of the training form or that was compiled by
-            itself, or `block` is unknown, or `batches` is empty, has too few pixels or is no batches of images.
+            itself, or `block` is unknown, or `batches` is empty, has too few pixels, has any that are
+            not finite or is no batches of images.
         TypeError: `batches` holds something else.
 
     Whatever is raised, by the module on a batch that it does not take too, the module is then as it was.
@@ -103,16 +104,17 @@ def _replace(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> 
 def _images(batches: Iterable[Any]) -> list[Tensor]:
     """The tensors of batches; raises before anything else is done."""
     given = [batches] if isinstance(batches, Tensor) else list(batches)
-    images = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in given]
+    images = [batch[0] if isinstance(batch, (tuple, list)) and batch else batch for batch in given]
     strangers = [type(batch).__name__ for batch in images if batch is batches or not isinstance(batch, Tensor)]
     if strangers:
         raise TypeError(f'batches is an iterable of tensors or of tuples that begin with one; here is a {strangers[0]}')
-    if sum(map(len, images)) == 0:
-        raise ValueError('the batches have no images; give some of the training data')
     if other := [tuple(batch.shape) for batch in images if batch.dim() != 4]:
         raise ValueError(
             f'batches holds a tensor of shape {other[0]}, which is no (N, C, H, W); a single batch goes in a list'
         )
+    images = [batch for batch in images if len(batch)]
+    if not images:
+        raise ValueError('the batches have no images; give some of the training data')
     return images
 
 
@@ -225,9 +227,14 @@ def match_bn_statistics(module: nn.Module, batches: Iterable[Any]) -> None:
             handle.remove()
     if unseen := sum(moments.count < 2 for moments in seen.values()):
         raise ValueError(f'{unseen} of {len(seen)} normalisation layers saw no more than one pixel of the batches')
-    for norm, moments in seen.items():
+    statistics = {norm: moments.mean_and_var(norm.running_var.dtype) for norm, moments in seen.items()}
+    if infinite := sum(not bool(var.isfinite().all()) for _, var in statistics.values()):
+        raise ValueError(
+            f'{infinite} of {len(seen)} normalisation layers have statistics of the batches that are not finite; look '
+            'for NaN and infinite pixels, and for images that are not prepared as in training'
+        )
+    for norm, (mean, var) in statistics.items():
         scale, shift = BNStats.of(norm).scale_shift()
-        mean, var = moments.mean, moments.sum_of_squares / (moments.count - 1)
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(var)
         norm.weight.copy_(scale * (norm.running_var.to(scale) + norm.eps).sqrt())
@@ -252,6 +259,9 @@ class _Moments:
         )
         self.mean = self.mean + distance * (count / total)
         self.count = total
+
+    def mean_and_var(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.mean.to(dtype), (self.sum_of_squares / (self.count - 1)).to(dtype)
 
 
 def unfold_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], *, what: str) -> StateDict:

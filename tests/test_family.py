@@ -16,6 +16,7 @@ from conftest import images, randomise, rel_diff
 from hypothesis import given
 from hypothesis import strategies as st
 from test_blocks import CONFIGURATIONS
+from timm.layers import LayerNorm2d, convert_splitbn_model
 from torch import nn
 from torch.nn.utils import weight_norm
 
@@ -204,6 +205,25 @@ def test_folded_kernel_is_frozen_as_the_kernels_are(name, trainable):
     assert conv.weight.requires_grad == conv.bias.requires_grad == (trainable == 'kernels')
 
 
+def test_fold_of_a_partly_frozen_block_trains():
+    module = block('acb')
+    module.branches['kx1'].requires_grad_(False)
+    assert module.switch_to_deploy().reparam_conv.weight.requires_grad
+
+
+@pytest.mark.parametrize('name', BLOCKS)
+def test_split_batch_normalisation_folds_to_its_first_part(name):
+    torch.manual_seed(0)
+    model = convert_splitbn_model(timm.create_model('test_repvgg', block=name, num_classes=3), 2)
+    model(torch.randn(8, 3, 32, 32))
+    x, deploy = images(px=32), timm.create_model('test_repvgg', block=name, num_classes=3, deploy=True).eval()
+    expected = model.eval()(x)
+    deploy.load_state_dict(model.state_dict())
+    # float32, ten blocks deep; the second part's statistics are off by a tenth
+    assert rel_diff(deploy(x), expected) < 1e-4
+    assert rel_diff(model.switch_to_deploy()(x), expected) < 1e-4
+
+
 @MEMBER
 def test_branches_in_a_graph_are_fixed(member):
     model, x = timm.create_model('test_repvgg', block=member).eval(), images(1, 32)
@@ -247,6 +267,8 @@ def test_row_of_zeros_in_half_precision():
 def test_chains_need_statistics_to_pad_with():
     with pytest.raises(ValueError, match='track_running_stats=True'):
         block_type('dbb')(4, 4, norm_layer=partial(nn.BatchNorm2d, track_running_stats=False))
+    with pytest.raises(ValueError, match='track_running_stats=True'):
+        block_type('dbb')(4, 4, norm_layer=LayerNorm2d)
 
 
 @MEMBER
@@ -272,6 +294,14 @@ def wrap_around(conv: nn.Conv2d) -> None:
     conv.padding_mode = 'circular'
 
 
+def group(conv: nn.Conv2d) -> None:
+    conv.groups, conv.weight = 2, nn.Parameter(conv.weight[:, :4])
+
+
+def stride(conv: nn.Conv2d) -> None:
+    conv.stride = (2, 2)
+
+
 def leave_three_channels(conv: nn.Conv2d) -> None:
     conv.weight = nn.Parameter(conv.weight[:3])
 
@@ -282,6 +312,8 @@ def leave_three_channels(conv: nn.Conv2d) -> None:
         (dilate, r'its branches.kx1.conv is Conv2d\(8.*dilation=\(2, 2\).* was made with Conv2d\(8.* put that back'),
         (add_bias, r'its branches.kx1.conv is Conv2d\('),
         (wrap_around, 'padding_mode=circular'),
+        (group, r'is Conv2d\(8.*groups=2'),
+        (stride, r'is Conv2d\(8.*stride=\(2, 2\)'),
         (leave_three_channels, 'no kernel of one shape'),
     ],
 )

@@ -149,6 +149,32 @@ def test_a_class_named_as_a_split_is_a_class(tmp_path):
     assert _dataset(tmp_path).reader.class_to_idx == {'cat': 0, 'val': 1}
 
 
+def test_images_in_folders_of_folders_have_no_top1(tmp_path):
+    for folder in sorted(VALIDATION.iterdir()):
+        for part, path in enumerate(sorted(folder.glob('*.jpg'))[:10]):
+            (tmp_path / 'photos' / folder.name / f'part{part}').mkdir(parents=True)
+            shutil.copy(path, tmp_path / 'photos' / folder.name / f'part{part}')
+    report = quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'photos', subset=4, track=no_bar)
+    assert report.float32_top1_pct is None
+    assert report.no_top1.endswith('with the images in them; there are 10, 0 of them with images')
+
+
+def test_fewer_classes_than_the_models_have_no_top1(tmp_path):
+    for name in ('cat', 'dog', 'frog'):
+        shutil.copytree(VALIDATION / name, tmp_path / 'photos' / name)
+    report = quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'photos', subset=4, track=no_bar)
+    assert report.int8_top1_pct is None
+    assert report.no_top1.endswith('there are 3, 3 of them with images')
+
+
+def test_a_model_without_a_classifier_has_neither_top1_nor_top_classes(tmp_path):
+    (tmp_path / 'backbone').mkdir()
+    save_model(timm.create_model('test_repvgg', pretrained=True, num_classes=0, global_pool=''), tmp_path / 'backbone')
+    report = quantize(tmp_path / 'backbone', tmp_path / 'out', images=VALIDATION, subset=4, track=no_bar)
+    assert (report.float32_top1_pct, report.same_top_class_pct) == (None, None)
+    assert 'No top-1: the model has no classifier' in report.markdown()
+
+
 def test_an_empty_class_folder_does_not_shift_the_others(tmp_path):
     for path in sorted(VALIDATION.glob('*/*.jpg'))[::50]:
         (tmp_path / 'photos' / path.parent.name).mkdir(parents=True)
@@ -156,7 +182,7 @@ def test_an_empty_class_folder_does_not_shift_the_others(tmp_path):
     (tmp_path / 'photos' / 'aardvark').mkdir()
     report = quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'photos', subset=4, track=no_bar)
     assert report.float32_top1_pct is None
-    assert report.no_top1.endswith('has 11 folders, there are images of 10, and the model has 10 classes')
+    assert report.no_top1.endswith('there are 11, 10 of them with images')
     assert report.no_top1 in (tmp_path / 'out' / 'report.md').read_text()
 
 
@@ -284,6 +310,15 @@ def test_equalisation_leaves_dead_channels_alone():
     x = images(8, 32)
     before = layer_errors(model, x, track=no_bar)[0].rel_error
     assert layer_errors(equalize(model), x, track=no_bar)[0].rel_error < 2 * before
+
+
+def test_equalisation_leaves_channels_alone_that_nothing_reads():
+    model = deployed()
+    with torch.no_grad():
+        model.stages[0][2].reparam_conv.weight[:, 5] *= 1e-12
+    bias = model.stages[0][1].reparam_conv.bias[5].item()
+    equalize(model, sweeps=1)
+    assert abs(model.stages[0][1].reparam_conv.bias[5].item()) < 100 * abs(bias)
 
 
 def test_impossible_requests_are_refused(tmp_path):

@@ -127,11 +127,12 @@ def test_what_multipliers_do_not_go_with_is_refused():
     for option in ('fused', 'maximize'):
         with pytest.raises(ValueError, match=f'made with {option}=True'):
             rep_optimizer(sgd(model, **{option: True}), model, like)
-    with pytest.raises(ValueError, match='the optimizer lacks 11 of the 11 kernels'):
+    with pytest.raises(ValueError, match='the optimizer lacks 11 of the 11 kernels of the model, first that of stem;'):
         rep_optimizer(sgd(like), model, like)
     optimizer = rep_optimizer(sgd(model), model, like)
-    with pytest.raises(ValueError, match='without a closure'):
-        optimizer.step(lambda: 1)
+    for step in (lambda: optimizer.step(lambda: 1), lambda: optimizer.step(closure=lambda: 1)):
+        with pytest.raises(ValueError, match='without a closure'):
+            step()
 
 
 @pytest.mark.parametrize('load', [False, True])
@@ -157,9 +158,9 @@ def test_a_block_is_a_model():
 
 
 def test_wrappers_are_looked_through():
-    like = constant_scale()
     ended = []
     for wrap in (lambda model: model, torch.compile, torch.nn.DataParallel):
+        like = wrap(constant_scale())
         model = timm.create_model('test_repvgg', num_classes=10, block='plain').double()
         optimizer = rep_optimizer(sgd(model), wrap(model), like)
         model(torch.ones(2, 3, 32, 32, dtype=torch.float64)).square().mean().backward()
@@ -188,3 +189,77 @@ def test_scales_that_were_found_on_other_classes():
     assert torch.equal(model.head.fc.weight, head)
     kernel = like.stem.branches.kxk.equivalent_kernel_bias()[0] + like.stem.branches['1x1'].equivalent_kernel_bias()[0]
     assert torch.equal(model.stem.branches.kxk.conv.weight, kernel)
+
+
+def test_what_is_computed_at_first_is_what_the_branches_compute():
+    like, x = constant_scale(), images(2, 32, dtype=torch.float64)
+    for _ in range(2):
+        like(torch.randn(8, 3, 32, 32, dtype=torch.float64))
+    with torch.no_grad():
+        for norm in (m for m in like.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.weight.uniform_(0.5, 2)
+            norm.bias.normal_()
+    model = timm.create_model('test_repvgg', num_classes=10, block='plain').double()
+    rep_optimizer(sgd(model), model, like)
+    assert rel_diff(model.eval()(x), like.eval()(x)) < 1e-12
+
+
+def with_an_auxiliary_head(model: nn.Module, classes: int) -> nn.Module:
+    model.aux_heads = nn.ModuleList([nn.Sequential(nn.Linear(4, classes))])
+    return model
+
+
+def test_heads_may_differ_and_nothing_else():
+    plain, like = (partial(timm.create_model, 'test_repvgg', block=block) for block in ('plain', 'csla'))
+    for model, other in (
+        (with_an_auxiliary_head(plain(), 3), like()),
+        (with_an_auxiliary_head(plain(), 3), with_an_auxiliary_head(like(), 7)),
+        (nn.Sequential(plain(num_classes=3)), nn.Sequential(like(num_classes=7))),
+    ):
+        rep_optimizer(sgd(model), model, other)
+    model, other = nn.Sequential(plain(), nn.Linear(1000, 2)), nn.Sequential(like(), nn.Linear(1000, 3))
+    with pytest.raises(ValueError, match=r'one variant; they differ in 1.weight \(load=False'):
+        rep_optimizer(sgd(model), model, other)
+    rep_optimizer(sgd(model), model, other, load=False)
+    deeper = timm.create_model('repvgg_a0', block='csla', device='meta')
+    with pytest.raises(ValueError, match='there are 11 plain blocks in RepVGG and 22 constant-scale ones in RepVGG'):
+        rep_optimizer(sgd(model := plain()), model, deeper)
+
+
+@pytest.mark.parametrize('kind', [torch.optim.SGD, torch.optim.AdamW])
+def test_frozen_kernels_stay_and_need_no_optimizer(kind):
+    ended = []
+    for held in (True, False):
+        model, like = (timm.create_model('test_repvgg', block=block).double() for block in ('plain', 'csla'))
+        model.stem.requires_grad_(False)
+        parameters = [p for p in model.parameters() if held or p.requires_grad]
+        optimizer = rep_optimizer(kind(parameters, lr=0.01, weight_decay=0.1), model, constant_scale_of(like))
+        before = model.stem.branches.kxk.conv.weight.clone()
+        model(torch.ones(2, 3, 32, 32, dtype=torch.float64)).square().mean().backward()
+        optimizer.step()
+        assert torch.equal(model.stem.branches.kxk.conv.weight, before)
+        ended.append(model.stages[0][0].branches.kxk.conv.weight.clone())
+    assert torch.equal(*ended)
+
+
+@torch.no_grad()
+def constant_scale_of(model: nn.Module) -> nn.Module:
+    """A model with the values that depend on the shapes alone."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.copy_(torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return model
+
+
+def test_gradients_that_another_hook_drops_are_multiplied():
+    ended = []
+    for drops in (False, True):
+        model, like = (timm.create_model('test_repvgg', block=block).double() for block in ('plain', 'csla'))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        if drops:
+            optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
+        rep_optimizer(optimizer, model, constant_scale_of(like))
+        model(torch.ones(2, 3, 32, 32, dtype=torch.float64)).square().mean().backward()
+        optimizer.step()
+        ended.append(model.stem.branches.kxk.conv.weight.clone())
+    assert torch.equal(*ended)

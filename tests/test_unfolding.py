@@ -141,7 +141,14 @@ def test_autocast_changes_nothing(block, folded, photos):
 
 
 @pytest.mark.parametrize(
-    'batches', [[torch.zeros(2, 1, 32, 32)], [torch.zeros(1, 3, 8, 8)], [torch.zeros(2, 3, 32, 32, dtype=torch.int64)]]
+    'batches',
+    [
+        [torch.zeros(2, 1, 32, 32)],
+        [torch.zeros(1, 3, 8, 8)],
+        [torch.zeros(2, 3, 32, 32, dtype=torch.int64)],
+        [torch.zeros(2, 3, 32, 32), torch.full((2, 3, 32, 32), torch.nan)],
+    ],
+    ids=['channels', 'pixels', 'dtype', 'nan'],
 )
 def test_data_that_does_not_fit_changes_nothing(folded, photos, batches):
     model = copy.deepcopy(folded).float()
@@ -155,6 +162,22 @@ def test_data_that_does_not_fit_changes_nothing(folded, photos, batches):
     assert torch.equal(model(photos.float()), before)
     optimizer.step()  # which holds parameters of the model still
     unfold(model, block='acb', batches=[photos.float()])
+
+
+@pytest.mark.parametrize('place', [0, 1])
+def test_an_empty_batch_adds_nothing(folded, photos, place):
+    batches, made = [photos], []
+    batches.insert(place, photos[:0])
+    for given in (batches, [photos]):
+        torch.manual_seed(0)
+        made.append(unfold(copy.deepcopy(folded), block='acb', batches=given))
+    ours, expected = (model.state_dict() for model in made)
+    assert all(torch.equal(ours[key], expected[key]) for key in expected)
+
+
+def test_data_leaves_no_hooks(folded, photos):
+    model = unfold(copy.deepcopy(folded), block='acb', batches=[photos])
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_parts_that_are_not_folded_stay():
@@ -172,9 +195,15 @@ def test_errors_tell_what_is_possible(folded):
         unfold(timm.create_model('test_repvgg'))
     with pytest.raises(ValueError, match=r"unknown block 'abc'; did you mean 'acb'"):
         unfold(copy.deepcopy(folded), block='abc')
+    for block in (None, ['acb']):
+        with pytest.raises(ValueError, match=r'unknown block .* it can be: repvgg, plain'):
+            unfold(copy.deepcopy(folded), block=block)
     for batches, error, message in (
         ([], ValueError, 'the batches have no images'),
+        ([torch.zeros(0, 3, 32, 32)], ValueError, 'the batches have no images'),
         ([{'x': 1}], TypeError, 'here is a dict'),
+        ([()], TypeError, 'here is a tuple'),
+        ([torch.tensor(1.0)], ValueError, r'shape \(\)'),
         (torch.zeros(2, 3, 32, 32), TypeError, 'here is a Tensor'),
         ((torch.zeros(2, 3, 32, 32), torch.zeros(2)), ValueError, r'shape \(2,\), .* a single batch goes in a list'),
     ):
@@ -252,6 +281,17 @@ def test_other_classes_and_channels(folded, photos):
     deployed = timm.create_model('test_repvgg.cifar10_deploy', pretrained=True, in_chans=1).eval()
     grey = photos.float().mean(1, keepdim=True)
     assert rel_diff(model.eval().forward_features(grey), deployed.forward_features(grey)) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('aux_heads', [True, False])
+def test_auxiliary_heads_go_into_another_block(tmp_path, aux_heads):
+    trained = timm.create_model('repvggplus_l2pse', aux_heads=True, num_classes=3).state_dict()
+    torch.save(trained, tmp_path / 'training.pth')
+    model = timm.create_model('repvggplus_l2pse', aux_heads=aux_heads, num_classes=3, block='plain')
+    loaded = load_checkpoint(model, tmp_path / 'training.pth', unfold=True).state_dict()
+    assert {key for key in loaded if 'aux_heads' in key} == {key for key in trained if aux_heads and 'aux_heads' in key}
+    assert all(torch.equal(loaded[key], trained[key]) for key in loaded if 'head' in key)
 
 
 def test_deploy_weights_name_the_remedy(tmp_path):

@@ -21,6 +21,6 @@ def block_type(name: str) -> Callable[..., ReparamBlock]:
     """What makes blocks of a name; raises `ValueError` that names the nearest one."""
     if name == 'repvgg':
         return RepVGGBlock
-    if name in MEMBERS:
+    if isinstance(name, str) and name in MEMBERS:
         return functools.partial(FamilyBlock, member=name)
-    raise ValueError(f'unknown block {name!r};{suggestion(name, BLOCKS)} it can be: {", ".join(BLOCKS)}')
+    raise ValueError(f'unknown block {name!r};{suggestion(str(name), BLOCKS)} it can be: {", ".join(BLOCKS)}')

@@ -113,7 +113,8 @@ class FamilyBlock(ReparamBlock):
         if not any(key.startswith('branches.') for key in state_dict):
             return super()._folded(state_dict)
         parts = tuple(f'{part}.' for part in self.folded_parts)
-        own = {key: value for key, value in state_dict.items() if key.startswith(parts)}
+        folded = {key: value for key, value in state_dict.items() if key.startswith(parts)}
+        own = {key: value for key, value in folded.items() if '.aux_bn.' not in key}  # of timm's split BN, to train
         shape = {}
         kernel = next((value for value in own.values() if value.ndim == 4), None)
         if kernel is not None and not self.has_identity:  # a stem for other images, which is adapted when it is folded
@@ -125,7 +126,7 @@ class FamilyBlock(ReparamBlock):
             raise CheckpointError(f'no {self.member} block, which this one is: {error}') from error
         trained._check_norms()  # all else is as it was made
         conv = trained.folded_conv()
-        rest = {key: value for key, value in state_dict.items() if key not in own}
+        rest = {key: value for key, value in state_dict.items() if key not in folded}
         return rest | {f'reparam_conv.{name}': value for name, value in conv.state_dict().items()}
 
     @torch.jit.ignore
@@ -155,7 +156,9 @@ class FamilyBlock(ReparamBlock):
 
     @torch.jit.ignore
     def _check_norms(self) -> None:
-        norms = [m for branch in self.branch_list() for path, m in branch.named_modules() if path.endswith('bn')]
+        norms = [
+            m for branch in self.branch_list() for path, m in branch.named_modules() if path.split('.')[-1] in _NORMS
+        ]
         for norm in norms if self.norm is None else [*norms, self.norm]:
             BNStats.of(norm).check()
 
@@ -177,6 +180,9 @@ class FamilyBlock(ReparamBlock):
         conv.weight = nn.Parameter(kernel, requires_grad=requires_grad)
         conv.bias = nn.Parameter(bias.to(like.dtype), requires_grad=requires_grad)
         return conv.train(self.training)
+
+
+_NORMS = ('bn', 'inner_bn')
 
 
 def _geometry(conv: nn.Module) -> tuple[Any, ...] | None:

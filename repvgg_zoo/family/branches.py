@@ -358,7 +358,7 @@ class _Chain(nn.Module):
         self.stride, self.dilation, self.groups = shape.stride, shape.dilation, shape.groups
         self.padding_mode = shape.padding_mode
         self.inner_bn = shape.norm(inner_chs)
-        if self.inner_bn.running_mean is None:
+        if getattr(self.inner_bn, 'running_mean', None) is None:
             raise ValueError(
                 'the chains of the Diverse Branch Block pad with what normalisation makes of zero, and so need its '
                 'running statistics; take a norm_layer with track_running_stats=True'
