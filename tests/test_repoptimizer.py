@@ -263,3 +263,23 @@ def test_gradients_that_another_hook_drops_are_multiplied():
         optimizer.step()
         ended.append(model.stem.branches.kxk.conv.weight.clone())
     assert torch.equal(*ended)
+
+
+def test_a_step_that_failed_leaves_nothing_to_multiply():
+    model, like = (timm.create_model('test_repvgg', block=block).double() for block in ('plain', 'csla'))
+    optimizer = rep_optimizer(torch.optim.AdamW(model.parameters()), model, like)
+    model(torch.ones(2, 3, 32, 32, dtype=torch.float64)).square().mean().backward()
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    failing = optimizer.register_step_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    failing.remove()
+    model.stem.requires_grad_(False)
+    optimizer.zero_grad()
+    with torch.no_grad():
+        model.stem.branches.kxk.conv.weight.fill_(1)
+    optimizer.step()
+    assert (model.stem.branches.kxk.conv.weight == 1).all()

@@ -213,8 +213,9 @@ def test_errors_tell_what_is_possible(folded):
         assert model.deploy
     with pytest.raises(ValueError, match="on device 'meta'"):
         timm.create_model('test_repvgg', pretrained=True, block='acb', unfold=True, device='meta')
-    model = timm.create_model('test_repvgg', norm_layer=lambda c, **dd: nn.BatchNorm2d(c, affine=False, **dd))
-    match_bn_statistics(model, [])  # which has nothing to set
+    for missing in ('affine', 'track_running_stats'):
+        norm_layer = functools.partial(nn.BatchNorm2d, **{missing: False})
+        match_bn_statistics(timm.create_model('test_repvgg', norm_layer=norm_layer), [])  # which has nothing to set
     with pytest.raises(ValueError, match='no block of the training form in RepVGG'):
         match_bn_statistics(folded, [images(dtype=F64)])
     model = copy.deepcopy(folded)
