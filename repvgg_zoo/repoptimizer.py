@@ -53,7 +53,7 @@ def rep_optimizer(
     Raises:
         TypeError: The optimizer is another one.
         ValueError: The models are not of these blocks, not of one variant or eps, or the optimizer is fused, maximizes
-            or lacks a kernel of the model; while stepping, a closure was given.
+            or lacks a kernel of the model that requires gradients; while stepping, a closure was given.
     """
     for option in ('fused', 'maximize'):
         if any(group.get(option) for group in optimizer.param_groups):
