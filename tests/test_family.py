@@ -338,9 +338,10 @@ def test_what_took_the_place_of_a_convolution_is_named():
 @pytest.mark.parametrize('branch', [SqueezeConv, Average])
 def test_border_of_a_chain_is_its_image_of_zero(branch):
     """With a shift between its two convolutions, padding with zeros in the middle is another function."""
+    torch.manual_seed(0)
     module = block('dbb')
     chain = next(m for m in module.modules() if isinstance(m, branch))
-    assert chain._image_of_zero().abs().min() > 1e-3
+    assert chain._image_of_zero().abs().mean() > 1e-2
     x = images(px=7, in_chans=8, dtype=F64)
     kernel, bias = chain.equivalent_kernel_bias()
     assert rel_diff(torch.nn.functional.conv2d(x, kernel, bias, padding=1), chain(x)) < EXACT
