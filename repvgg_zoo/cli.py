@@ -274,7 +274,7 @@ def _quantize(args: argparse.Namespace) -> int:
             track=progress.track,
         )
     _print_table(REPORT_HEADER, report.rows())
-    print(f'{report.speedup:.2f} times as fast{report.same_top_class}')
+    print(report.summary)
     if report.no_top1:
         print(f'no top-1: {report.no_top1}')
     worst = ', '.join(f'{error.layer} {error.rel_error:.1e}' for error in report.sensitivity[:3])

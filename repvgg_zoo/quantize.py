@@ -71,10 +71,10 @@ class QuantizationReport:
         return self.float32_latency_ms / self.int8_latency_ms
 
     @property
-    def same_top_class(self) -> str:
-        """What is said of it after something else; nothing of a model without a classifier."""
-        same = self.same_top_class_pct
-        return '' if same is None else f'; the same top class on {same:.2f} % of the images'
+    def summary(self) -> str:
+        """How fast, and how often of the same opinion, INT8 is."""
+        summary, same = f'{self.speedup:.2f} times as fast', self.same_top_class_pct
+        return summary if same is None else f'{summary}; the same top class on {same:.2f} % of the images'
 
     def rows(self) -> list[tuple[str, ...]]:
         """One for each precision: top-1, latency, size."""
@@ -95,8 +95,7 @@ class QuantizationReport:
                 markdown_table(self.rows(), REPORT_HEADER),
                 '',
                 f'{self.images} images, calibrated on {self.calibration_images}; one image a time in OpenVINO with '
-                f'{self.threads} threads: {self.speedup:.2f} times as fast{self.same_top_class}.'
-                + (f' No top-1: {self.no_top1}.' if self.no_top1 else ''),
+                f'{self.threads} threads: {self.summary}.' + (f' No top-1: {self.no_top1}.' if self.no_top1 else ''),
                 '',
                 'Error of the logits, relative, with one layer quantized alone:',
                 '',

@@ -218,8 +218,9 @@ def test_split_batch_normalisation_folds_to_its_first_part(name):
     model(torch.randn(8, 3, 32, 32))
     x, deploy = images(px=32), timm.create_model('test_repvgg', block=name, num_classes=3, deploy=True).eval()
     expected = model.eval()(x)
+    assert name == 'repvgg' or name in blocks_with_keys(model.state_dict())
     deploy.load_state_dict(model.state_dict())
-    # float32, ten blocks deep; the second part's statistics are off by a tenth
+    # float32, ten blocks deep; with the statistics of the second part, outputs are 1 to 15 % off
     assert rel_diff(deploy(x), expected) < 1e-4
     assert rel_diff(model.switch_to_deploy()(x), expected) < 1e-4
 
@@ -341,7 +342,7 @@ def test_border_of_a_chain_is_its_image_of_zero(branch):
     torch.manual_seed(0)
     module = block('dbb')
     chain = next(m for m in module.modules() if isinstance(m, branch))
-    assert chain._image_of_zero().abs().mean() > 1e-2
+    assert chain._image_of_zero().abs().min() > 1e-3
     x = images(px=7, in_chans=8, dtype=F64)
     kernel, bias = chain.equivalent_kernel_bias()
     assert rel_diff(torch.nn.functional.conv2d(x, kernel, bias, padding=1), chain(x)) < EXACT

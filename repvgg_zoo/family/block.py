@@ -17,7 +17,7 @@ from ..reparam import BNStats, FoldError
 from .branches import KernelBias, Shape, after
 from .members import MEMBERS
 
-__all__ = ['FamilyBlock']
+__all__ = ['SPLIT_BN', 'FamilyBlock']
 
 
 class FamilyBlock(ReparamBlock):
@@ -114,7 +114,7 @@ class FamilyBlock(ReparamBlock):
             return super()._folded(state_dict)
         parts = tuple(f'{part}.' for part in self.folded_parts)
         folded = {key: value for key, value in state_dict.items() if key.startswith(parts)}
-        own = {key: value for key, value in folded.items() if '.aux_bn.' not in key}  # of timm's split BN, to train
+        own = {key: value for key, value in folded.items() if SPLIT_BN not in key}
         shape = {}
         kernel = next((value for value in own.values() if value.ndim == 4), None)
         if kernel is not None and not self.has_identity:  # a stem for other images, which is adapted when it is folded
@@ -183,6 +183,8 @@ class FamilyBlock(ReparamBlock):
 
 
 _NORMS = ('bn', 'inner_bn')
+SPLIT_BN = '.aux_bn.'
+"""In the keys of the further parts of timm's split normalisation, which only training uses."""
 
 
 def _geometry(conv: nn.Module) -> tuple[Any, ...] | None:

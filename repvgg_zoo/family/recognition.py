@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Iterable
 
-from .block import FamilyBlock
+from .block import SPLIT_BN, FamilyBlock
 from .members import MEMBERS
 
 __all__ = ['blocks_with_keys']
@@ -20,7 +20,7 @@ def blocks_with_keys(keys: Iterable[str]) -> list[str]:
     More than one where blocks differ in their first values alone; none if it is of the default block, or of no block
     that is known.
     """
-    held = _modules(_BLOCK.sub('', key) for key in keys if _BLOCK.match(key) and '.aux_bn.' not in key)
+    held = _modules(_BLOCK.sub('', key) for key in keys if _BLOCK.match(key) and SPLIT_BN not in key)
     return [name for name, modules in _modules_of_members().items() if modules == held]
 
 
