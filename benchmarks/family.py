@@ -25,11 +25,11 @@ import yaml
 from timm.data import create_dataset, create_transform, resolve_model_data_config
 
 from repvgg_zoo import BLOCKS
-from repvgg_zoo.benchmark.cases import saved_bytes
-from repvgg_zoo.benchmark.measure import time_rounds
-from repvgg_zoo.convert import convert
-from repvgg_zoo.listing import markdown_table
-from repvgg_zoo.quantize import quantize
+from repvgg_zoo.tools.benchmark.cases import saved_bytes
+from repvgg_zoo.tools.benchmark.measure import time_rounds
+from repvgg_zoo.tools.convert import convert
+from repvgg_zoo.tools.listing import markdown_table
+from repvgg_zoo.tools.quantize import quantize
 
 EPOCHS = 10
 RECIPE = """

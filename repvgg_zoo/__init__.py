@@ -1,15 +1,16 @@
 """The RepVGG model zoo for timm: importing it registers every variant with timm's registry."""
 
-from .blocks import RepVGGBlock
-from .checkpoints import CheckpointError
-from .deploy import switch_to_deploy
-from .family import BLOCKS, FamilyBlock
-from .optim import equivalent_kernel_l2, param_groups
-from .pretrained import load_checkpoint
-from .reparam import FoldError
-from .repoptimizer import rep_optimizer
+from .blocks.factory import BLOCKS
+from .blocks.multi_branch import FamilyBlock
+from .blocks.repvgg_block import RepVGGBlock
+from .blocks.unfold import match_bn_statistics, unfold
+from .checkpoints.errors import CheckpointError
+from .pretrained.load import load_checkpoint
+from .reparam.fold import FoldError
+from .reparam.switch import switch_to_deploy
 from .repvgg import RepVGG
-from .unfolding import match_bn_statistics, unfold
+from .training.param_groups import equivalent_kernel_l2, param_groups
+from .training.rep_optimizer import rep_optimizer
 from .variants import VARIANTS, Variant
 
 __all__ = [

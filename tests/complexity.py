@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from repvgg_zoo import RepVGG, Variant
-from repvgg_zoo.benchmark.cases import forward_gmacs
+from repvgg_zoo.tools.benchmark.cases import forward_gmacs
 
 __all__ = ['count_gmacs', 'count_params']
 

@@ -1,0 +1,392 @@
+"""RepVGG with timm's model interface."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from timm.layers import ClassifierHead, SEModule, calculate_drop_path_rates, get_act_layer, get_norm_layer
+from timm.models._features import feature_take_indices
+from timm.models.byobnet import drop_blocks
+from torch import Tensor, nn
+
+from .blocks.base import ReparamBlock
+from .blocks.factory import block_type
+from .blocks.fast_sum import ConvNorm
+from .blocks.grad_checkpointing import checkpointed
+from .blocks.multi_branch import FamilyBlock
+from .checkpoints.layouts import to_timm_layout
+from .checkpoints.state_dicts import StateDict, fold_state_dict, without_aux_heads
+from .reparam import switch as _deploy
+from .variants import VARIANTS, Variant
+
+__all__ = ['AuxHead', 'RepVGG']
+
+
+class AuxHead(nn.Module):
+    """An auxiliary classifier on an intermediate feature map: `(N, C, H, W)` to `(N, num_classes)`.
+
+    3x3 convolution of stride 2 with batch normalisation and ReLU, global average, linear layer, as in the
+    official RepVGGplus.
+    """
+
+    def __init__(self, chs: int, num_classes: int, *, norm_layer: Callable[..., nn.Module], **dd: Any) -> None:
+        super().__init__()
+        conv_norm = ConvNorm(chs, chs, 3, stride=2, padding=1, norm_layer=norm_layer, **dd)
+        self.conv, self.bn = conv_norm.conv, conv_norm.bn
+        self.act = nn.ReLU(inplace=True)
+        self.fc = nn.Linear(chs, num_classes, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.act(self.bn(self.conv(x))).mean((2, 3)))
+
+
+class RepVGG(nn.Module):
+    """RepVGG (arXiv 2101.03697) and RepVGGplus: `(N, in_chans, H, W)` to `(N, num_classes)`.
+
+    The training form has three branches in a block; `switch_to_deploy()` folds them into one 3x3
+    convolution. State dicts of every known layout and of either form load, as long as they need no
+    branches that they do not have.
+    """
+
+    __jit_unused_properties__: ClassVar = [
+        'deploy',
+        'device',
+        'dtype',
+        'classifier_names',
+        'head_hidden_size',
+        '_model_args',
+    ]
+
+    def __init__(
+        self,
+        variant: Variant,
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = 'avg',
+        output_stride: int = 32,
+        img_size: int | tuple[int, int] | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        drop_block_rate: float = 0.0,
+        drop_block_size: int = 3,
+        act_layer: str | Callable[..., nn.Module] = nn.ReLU,
+        norm_layer: str | Callable[..., nn.Module] = nn.BatchNorm2d,
+        block: str = 'repvgg',
+        deploy: bool = False,
+        aux_heads: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        """Weights are initialised as in the official code: by PyTorch's defaults.
+
+        Args:
+            output_stride: 32, or 16 or 8 to keep resolution by dilation instead of stride.
+            img_size: No effect, as in timm's RepVGG: images of any size are taken.
+            drop_rate: Dropout before the classifier.
+            drop_path_rate: Stochastic depth of the convolution branches, growing by stage.
+            drop_block_rate: DropBlock (arXiv 1810.12890) of the 3x3 branches in the last two stages, as in timm.
+            drop_block_size: Side of the dropped squares in the last stage, in pixels of the feature map.
+            act_layer: Activation, by timm's name or as a class.
+            norm_layer: Batch normalisation, by timm's name or as a class.
+            block: Training-time block, a name of `repvgg_zoo.family.BLOCKS`; the deploy form is the same for all.
+            deploy: Build the deploy form.
+            aux_heads: Add the auxiliary heads of RepVGGplus. The model then returns
+                `(logits, [logits of each head])` in train mode; in eval mode and in the deploy form it
+                returns the logits alone.
+        """
+        super().__init__()
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f'output_stride is {output_stride}; it can be 8, 16 or 32')
+        if aux_heads and not variant.aux_heads:
+            having = ', '.join(v.name for v in VARIANTS.values() if v.aux_heads)
+            raise ValueError(f'{variant.name} has no auxiliary heads; these have: {having}')
+        act_layer, norm_layer = get_act_layer(act_layer), get_norm_layer(norm_layer)
+        dd = {'device': device, 'dtype': dtype}
+        self.variant = variant
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.block = block
+        self.drop_rate = drop_rate
+        self.drop_path_rate = drop_path_rate
+        self.grad_checkpointing = False
+
+        make_block = functools.partial(
+            block_type(block),
+            deploy=deploy,
+            attn_layer=_attn_layer(variant),
+            attn_last=variant.se is not None and variant.se.position == 'after_act',
+            act_layer=act_layer,
+            norm_layer=norm_layer,
+            **dd,
+        )
+        chs, total_stride, dilation = variant.stem_channels, variant.strides[0], 1
+        self.stem = make_block(in_chans, chs, stride=total_stride)
+        self.feature_info = [dict(num_chs=chs, reduction=total_stride, module='stem', stage=0)]
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(variant.depths), stagewise=True)
+        stage_drop_blocks = drop_blocks(drop_block_rate, drop_block_size, len(variant.depths))
+        stages, block_index = [], 1
+        for stage, (depth, out_chs) in enumerate(zip(variant.depths, variant.stage_channels, strict=True)):
+            stride, first_dilation = variant.strides[stage + 1], dilation
+            dilated = total_stride >= output_stride and stride > 1
+            if dilated:
+                stride, dilation = 1, dilation * stride
+            total_stride *= stride
+            blocks = []
+            for index in range(depth):
+                first = index == 0
+                blocks.append(
+                    make_block(
+                        chs,
+                        out_chs,
+                        stride=stride if first else 1,
+                        dilation=first_dilation if first else dilation,
+                        groups=variant.groups if block_index % 2 == 0 else 1,
+                        identity=False if first and dilated else None,
+                        drop_path_rate=drop_path_rates[stage][index],
+                        drop_block=stage_drop_blocks[stage],
+                    )
+                )
+                chs, block_index = out_chs, block_index + 1
+            stages.append(nn.Sequential(*blocks))
+            self.feature_info.append(
+                dict(num_chs=chs, reduction=total_stride, module=f'stages.{stage}', stage=stage + 1)
+            )
+        self.stages = nn.Sequential(*stages)
+        self.stage_ends = [info['stage'] for info in self.feature_info]
+        self.output_stride = total_stride
+        self.num_features = chs
+        self.head = ClassifierHead(chs, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.global_pool = global_pool
+        self.aux_heads = (
+            nn.ModuleList(
+                AuxHead(variant.stage_channels[stage], num_classes, norm_layer=norm_layer, **dd)
+                for stage, _ in variant.aux_blocks
+            )
+            if aux_heads and not deploy
+            else None
+        )
+
+    @property
+    def deploy(self) -> bool:
+        """Whether the model is of the deploy form."""
+        return all(m.reparam_conv is not None for m in self.modules() if isinstance(m, ReparamBlock))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Features that the classifier sees."""
+        return self.head.in_features * self.head.global_pool.feat_mult()
+
+    @property
+    def classifier_names(self) -> tuple[str, ...]:
+        """Paths of the linear layers whose size is the number of classes."""
+        return 'head.fc', *(f'aux_heads.{index}.fc' for index in range(len(self.aux_heads or ())))
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """What timm writes into `config.json` to build the model again; the form belongs to it."""
+        args = dict(self.__dict__.get('_creation_args', {}))
+        # Not every timm tells a model what it was created with.
+        own = {'deploy': (self.deploy, False), 'block': (self.block, 'repvgg'), 'in_chans': (self.in_chans, 3)}
+        return args | {name: value for name, (value, default) in own.items() if value != default}
+
+    @_model_args.setter
+    def _model_args(self, args: dict[str, Any]) -> None:
+        self._creation_args = {
+            name: value
+            for name, value in args.items()
+            if name not in ('deploy', 'block')  # which the model knows, and timm's own RepVGG does not take
+        }
+
+    @torch.jit.ignore
+    def switch_to_deploy(self, *, verify: Tensor | None = None) -> 'RepVGG':
+        """Fold every block into one convolution, in place; see `repvgg_zoo.switch_to_deploy`."""
+        return _deploy.switch_to_deploy(self, verify=verify)
+
+    @torch.jit.ignore
+    def reparameterize(self) -> 'RepVGG':
+        """`switch_to_deploy()` by timm's name."""
+        return self.switch_to_deploy()
+
+    @torch.jit.ignore
+    def _on_switch_to_deploy(self) -> None:
+        self._remove_aux_heads()
+        self._describe_first_conv()
+
+    @torch.jit.ignore
+    def _describe_first_conv(self) -> None:
+        """Tell timm which convolutions take the images."""
+        parts = [f'stem.{path}' for path, m in self.stem.named_modules() if isinstance(m, nn.Conv2d)]
+        parts = [path for path in parts if not path.startswith('stem.attn.') and '1x1_kxk' not in path]
+        first_conv = tuple(parts) if len(parts) > 1 else next(iter(parts), None)  # some compute their kernel
+        for description in ('pretrained_cfg', '_traits'):  # timm's, of the model and of its inputs
+            if hasattr(self, description):
+                getattr(self, description)['first_conv'] = first_conv
+
+    @torch.jit.ignore
+    def _on_unfold(self, block: str) -> None:
+        self.block = block
+        self._describe_first_conv()
+
+    @torch.jit.ignore
+    def fold_state_dict(self, state_dict: StateDict) -> StateDict:
+        """The deploy form of a training-form state dict in timm's layout, which is used up.
+
+        The branches are those of this model's block or of the default one.
+        """
+        folded = fold_state_dict(state_dict, eps=self.stem.norm_eps, in_place=True)
+        for path, block in self.named_modules():
+            if isinstance(block, FamilyBlock):
+                block.fold_state_dict(folded, f'{path}.')
+        return folded
+
+    @torch.jit.ignore
+    def _remove_aux_heads(self) -> None:
+        if self.aux_heads is not None:
+            del self.aux_heads  # or None would stay among the modules
+            self.aux_heads = None
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that put parameters into layer groups: the stem, then stages or blocks."""
+        return dict(
+            stem=r'^stem',
+            blocks=[
+                (r'^stages\.(\d+)' if coarse else r'^stages\.(\d+)\.(\d+)', None),
+                (r'^aux_heads', (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifiers by fresh ones; `num_classes=0` removes the classifier."""
+        self.num_classes = num_classes
+        like = next(self.head.parameters(), next(self.parameters()))  # a head without a classifier has no dtype
+        self.head.reset(num_classes, global_pool)
+        self.head.to(like.device, like.dtype).train(self.training)
+        if global_pool is not None:
+            self.global_pool = global_pool
+        if num_classes == 0:
+            self._remove_aux_heads()
+        for aux in self.aux_heads or ():
+            aux.fc = nn.Linear(aux.fc.in_features, num_classes, device=self.device, dtype=self.dtype)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """`(N, in_chans, H, W)` to `(N, num_features, H / output_stride, W / output_stride)`."""
+        x = self.stem(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            for stage in self.stages:
+                x = checkpointed(stage, x)
+            return x
+        return self.stages(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Feature map to logits, or to the pooled features that the classifier sees."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        has_aux = self.aux_heads is not None and self.stem.reparam_conv is None
+        if not torch.jit.is_scripting() and has_aux and self.training:
+            return self._forward_with_aux(x)
+        return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def _forward_with_aux(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        x = self.stem(x)
+        heads = dict(zip(self.variant.aux_blocks, self.aux_heads, strict=True))
+        aux_logits = []
+        for stage, blocks in enumerate(self.stages):
+            for index, block in enumerate(blocks):
+                x = checkpointed(block, x) if self.grad_checkpointing else block(x)
+                if head := heads.get((stage, index + 1)):
+                    aux_logits.append(head(x))
+        return self.forward_head(x), aux_logits
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Forward features and the feature maps of the stem (0) and the stages (1 to 4).
+
+        Args:
+            indices: Which of them: the last n if an int, all if None.
+            norm: No effect; there is no norm layer outside the blocks.
+            stop_early: Stop behind the last one asked for.
+            output_fmt: 'NCHW'.
+            intermediates_only: Return the list alone.
+        """
+        if output_fmt != 'NCHW':
+            raise ValueError(f"output_fmt is '{output_fmt}'; it can be 'NCHW'")
+        take_indices, max_index = feature_take_indices(len(self.stage_ends), indices)
+        intermediates = []
+        x = self.stem(x)
+        if 0 in take_indices:
+            intermediates.append(x)
+        if torch.jit.is_scripting() or not stop_early:
+            stages = self.stages
+        else:
+            stages = self.stages[:max_index]
+        for index, stage in enumerate(stages, start=1):
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpointed(stage, x)
+            else:
+                x = stage(x)
+            if index in take_indices:
+                intermediates.append(x)
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages behind the last feature map asked for, and the head that sits on them."""
+        take_indices, max_index = feature_take_indices(len(self.stage_ends), indices)
+        pruned = max_index < len(self.stages)
+        self.stages = self.stages[:max_index]
+        if pruned:
+            self.num_features = self.head.in_features = self.feature_info[max_index]['num_chs']
+        if prune_head or pruned:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Rename the keys of foreign layouts, wherever the model stands."""
+        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        renamed = to_timm_layout(own, strict=False)
+        if self.aux_heads is None:
+            renamed = without_aux_heads(renamed)
+        if renamed.keys() != own.keys():
+            for key in own:
+                del state_dict[prefix + key]
+            state_dict.update({prefix + key: value for key, value in renamed.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _attn_layer(variant: Variant) -> Callable[..., nn.Module] | None:
+    return functools.partial(SEModule, rd_ratio=variant.se.rd_ratio, rd_divisor=1) if variant.se else None

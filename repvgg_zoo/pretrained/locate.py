@@ -1,0 +1,103 @@
+"""From a pretrained configuration to a file of weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import urlparse
+
+import torch
+from timm.models import PretrainedCfg
+
+from ..checkpoints.errors import CheckpointError
+from .hub import WEIGHT_FILES, cached_sha256, download_weights, sha256_of
+from .manifest import WeightsRecord, read_manifest
+
+__all__ = ['WEIGHTS_VARIABLE', 'locate', 'weights_in']
+
+WEIGHTS_VARIABLE = 'REPVGG_ZOO_WEIGHTS'
+"""Environment variable: a folder of model folders, named `arch.tag`, that go before the Hub and the bundled files."""
+
+
+def locate(cfg: PretrainedCfg, *, cache_dir: str | Path | None = None, own: bool = True) -> Path:
+    """The local path of the weights that a pretrained configuration names, downloaded to the cache if need be.
+
+    A file that the manifest has the sha256 of is checked against it, and a downloaded one against the Hub's.
+    With `own`, the user's own folder goes first. Raises `CheckpointError`.
+    """
+    record = _record_of(cfg)
+    if own and record is not None and (path := _in_own_folder(record)):
+        return path
+    if cfg.file:
+        path = Path(cfg.file)
+        path = weights_in(path) if path.is_dir() else path
+    elif cfg.hf_hub_id:
+        path = download_weights(cfg.hf_hub_id, cfg.hf_hub_filename, cache_dir=cache_dir)
+    elif cfg.url:
+        path = _from_url(cfg.url, cache_dir)
+    else:
+        raise CheckpointError(_how_to_get(cfg, record))
+    if record is not None and record.available.sha256 is not None:
+        _check_sha256(path, record.available)
+    return path
+
+
+def _record_of(cfg: PretrainedCfg) -> WeightsRecord | None:
+    """The record that a configuration stands for; None where it was told another place than the record's."""
+    record = read_manifest().get(f'{cfg.architecture}.{cfg.tag}')
+    if record is None or cfg.source:
+        return None
+    file, hub_id = cfg.file or None, cfg.hf_hub_id or None
+    return record if (file, hub_id) == (record.path and str(record.path), record.available.hub_ref) else None
+
+
+def _in_own_folder(record: WeightsRecord) -> Path | None:
+    """The weights of a record, or those that it is the fold of, in the user's own folder of model folders."""
+    if not (own := os.environ.get(WEIGHTS_VARIABLE)):
+        return None
+    if not Path(own).is_dir():
+        raise CheckpointError(f'{WEIGHTS_VARIABLE} is {own!r}, which is no folder; set it to one, or unset it')
+    for name in (record.name, record.training_name):
+        if (folder := Path(own) / name).is_dir():
+            return weights_in(folder)
+    return None
+
+
+def _how_to_get(cfg: PretrainedCfg, record: WeightsRecord | None) -> str:
+    name = f'{cfg.architecture}.{cfg.tag}'
+    if record is None or record.upstream is None:
+        return f"{name} has no weights; use pretrained=False, or give a file with pretrained_cfg_overlay=dict(file='…')"
+    own = os.environ.get(WEIGHTS_VARIABLE)
+    missing = f' and {own!r} has no folder {record.training_name}' if own else ''
+    return (
+        f'nobody has published weights of {name} on the Hub{missing}; get {record.upstream} from the official release '
+        f'({record.origin}), run `repvgg-zoo convert {record.upstream} zoo/{record.training_name}`, and set '
+        f'{WEIGHTS_VARIABLE}=zoo'
+    )
+
+
+def weights_in(folder: Path) -> Path:
+    """The file of weights in a model folder; raises `CheckpointError` if there is none."""
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise CheckpointError(f'no weights in {str(folder)!r}: neither {" nor ".join(WEIGHT_FILES)}')
+
+
+def _from_url(url: str, cache_dir: str | Path | None) -> Path:
+    folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / 'checkpoints'
+    path = folder / Path(urlparse(url).path).name
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), progress=False)
+    return path
+
+
+def _check_sha256(path: Path, record: WeightsRecord) -> None:
+    if cached_sha256(path) == record.sha256:  # which was compared with the content
+        return
+    if (actual := sha256_of(path)) != record.sha256:
+        raise CheckpointError(
+            f'{str(path)!r} is not the file that was published as {record.name}: its sha256 is {actual}, not '
+            f'{record.sha256}; delete it and get it again'
+        )

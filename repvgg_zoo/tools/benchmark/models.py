@@ -1,0 +1,139 @@
+"""What is compared: the zoo's models, timm's own RepVGG, and peers of timm and torchvision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, TypeAlias
+
+import timm
+import torchvision
+from timm.models import byobnet, get_pretrained_cfg
+from timm.utils import reparameterize_model
+from torch import nn
+
+from ...pretrained.manifest import read_manifest
+from ...variants import VARIANTS, suggestion
+
+__all__ = ['PEERS', 'Form', 'ModelName', 'own_rival']
+
+Form: TypeAlias = Literal['training', 'deploy', 'plain']
+"""The two forms of RepVGG, and `plain` for models that have one."""
+
+PEERS = (
+    'torchvision:resnet18',
+    'torchvision:resnet34',
+    'torchvision:resnet50',
+    'torchvision:resnet101',
+    'torchvision:resnext50_32x4d',
+    'torchvision:vgg16',
+    'torchvision:googlenet',
+    'torchvision:densenet121',
+    'torchvision:efficientnet_b0',
+    'torchvision:regnet_x_3_2gf',
+    'torchvision:mobilenet_v2',
+    'torchvision:shufflenet_v2_x1_0',
+    'timm:mobilenetv1_100.ra4_e3600_r224_in1k',
+    'timm:legacy_xception.tf_in1k',
+    'timm:inception_resnet_v2.tf_in1k',
+    'timm:nasnetalarge.tf_in1k',
+    'timm:pnasnet5large.tf_in1k',
+)
+"""The architectures of the tables and of the related work of arXiv 2101.03697."""
+
+_TIMM_TOP1_PCT = {
+    'mobilenetv1_100.ra4_e3600_r224_in1k': 75.388,
+    'legacy_xception.tf_in1k': 79.058,
+    'inception_resnet_v2.tf_in1k': 80.434,
+    'nasnetalarge.tf_in1k': 82.638,
+    'pnasnet5large.tf_in1k': 82.814,
+}
+"""Of timm's results/results-imagenet.csv, at the pixels of the configuration; its wheel does not hold them."""
+
+
+class ModelName(NamedTuple):
+    """`ARCH` of the zoo, `timm:NAME` or `torchvision:NAME`."""
+
+    source: Literal['zoo', 'timm', 'torchvision']
+    name: str
+
+    @classmethod
+    def parse(cls, text: str) -> ModelName:
+        """Raises `ValueError` for a name that its source does not have, with those that it might be."""
+        source, _, name = text.rpartition(':')
+        source = source or 'zoo'
+        if source not in _LISTS:
+            raise ValueError(f'unknown source {source!r} of {text!r}; it can be timm: or torchvision:')
+        known = _LISTS[source]()
+        if (name.partition('.')[0] if source == 'timm' else name) not in known:
+            hint = suggestion(name, known)
+            others = '' if source != 'zoo' else '; models of others are called timm:NAME or torchvision:NAME'
+            raise ValueError(f'unknown model {text!r};{hint or " see the lists of its source"}{others}')
+        if source == 'timm' and '.' in name:
+            tags = [known.partition('.')[2] for known in timm.list_pretrained(f'{name.partition(".")[0]}.*')]
+            if name.partition('.')[2] not in tags:
+                raise ValueError(f'unknown tag in {text!r}; there are: {", ".join(tags)}')
+        return cls(source, name)
+
+    def __str__(self) -> str:
+        return self.name if self.source == 'zoo' else f'{self.source}:{self.name}'
+
+    @property
+    def is_timms_repvgg(self) -> bool:
+        return self.source == 'timm' and self.name in VARIANTS
+
+    @property
+    def has_forms(self) -> bool:
+        return self.source == 'zoo' or self.is_timms_repvgg
+
+    @property
+    def input_px(self) -> int:
+        """Side of the square images that the published accuracy holds for."""
+        if self.source == 'torchvision':
+            return _torchvision_weights(self.name).transforms().crop_size[0]
+        return get_pretrained_cfg(self.name).input_size[-1]
+
+    @property
+    def top1_pct(self) -> float | None:
+        """As published on ImageNet-1k: for torchvision its first weights, whose recipe is that of the papers."""
+        if self.source == 'torchvision':
+            return _torchvision_weights(self.name).meta['_metrics']['ImageNet-1K']['acc@1']
+        if self.source == 'timm' and not self.is_timms_repvgg:
+            return _TIMM_TOP1_PCT.get(self.name)
+        published = next(r.published for r in read_manifest().values() if r.arch == self.name)
+        return published[0].top1_pct if published else None
+
+    def build(self, form: Form, *, weights: str | None = None) -> nn.Module:
+        """The model in eval mode, with fresh weights, or for RepVGG those of a file in the training form."""
+        load = {} if weights is None else dict(pretrained=True, pretrained_cfg_overlay=dict(file=weights))
+        if self.source == 'torchvision':
+            fresh = dict(aux_logits=False, init_weights=False) if self.name == 'googlenet' else {}
+            model = torchvision.models.get_model(self.name, weights=None, **fresh)
+        elif self.source == 'zoo':
+            model = timm.create_model(self.name, deploy=form == 'deploy', **load)
+        elif self.is_timms_repvgg:
+            model = getattr(byobnet, self.name)(**load)  # not the registry, whose entry is the zoo's
+            model = reparameterize_model(model, inplace=True) if form == 'deploy' else model
+        else:
+            model = timm.create_model(self.name)
+        return model.eval()
+
+
+def _timms_models() -> list[str]:
+    """Without those of the zoo in timm's registry that timm itself has not."""
+    return [name for name in timm.list_models() if name not in VARIANTS or hasattr(byobnet, name)]
+
+
+_LISTS: dict[str, Callable[[], list[str]]] = {
+    'zoo': lambda: list(VARIANTS),
+    'timm': _timms_models,
+    'torchvision': lambda: torchvision.models.list_models(torchvision.models),
+}
+
+
+def own_rival(name: ModelName) -> ModelName | None:
+    """timm's own implementation of a variant of the zoo, if it has one."""
+    return ModelName('timm', name.name) if name.source == 'zoo' and hasattr(byobnet, name.name) else None
+
+
+def _torchvision_weights(name: str) -> torchvision.models.WeightsEnum:
+    return next(iter(torchvision.models.get_model_weights(name)))

@@ -1,0 +1,122 @@
+"""Plots of the results, as PNG and SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...variants import VARIANTS
+from .report import Results, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ['save_plots']
+
+
+_COLOURS = [f'C{index}' for index in range(10)] + ['#1a3d5c', '#7a3b00', '#145214', '#5c1414']
+
+
+def save_plots(results: Results, folder: Path) -> list[str]:
+    """Write those plots that the rows suffice for into a folder; returns the names of the files.
+
+    Raises `ImportError` if matplotlib is not there.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams['svg.hashsalt'] = ''  # the same bytes each time
+    inferred = [row for row in results.rows if row.work == 'infer' and (row.form == 'plain' or row.model in VARIANTS)]
+    accuracy = _of_first_setting([row for row in inferred if row.top1_pct and row.form != 'training'])
+    forms = _of_first_setting([row for row in inferred if row.form != 'plain'])
+    runtimes = [row for row in inferred if row.form == 'deploy']
+    plots = [
+        ('speed_accuracy', _speed_accuracy, accuracy, {row.model for row in accuracy}),
+        ('forms', _forms, forms, {row.form for row in forms}),
+        ('runtimes', _runtimes, runtimes, {row.runtime for row in runtimes}),
+    ]
+    names = []
+    for name, draw, rows, compared in plots:
+        if len(compared) < 2:
+            continue
+        figure = Figure(figsize=(8, 5), layout='constrained')
+        draw(figure.add_subplot(), rows)
+        for suffix in ('png', 'svg'):
+            figure.savefig(folder / f'{name}.{suffix}', dpi=120, metadata={'Date': None} if suffix == 'svg' else None)
+            names.append(f'{name}.{suffix}')
+    return names
+
+
+def _setting(row: Row) -> tuple[str, int, str, str]:
+    return row.runtime, row.batch, row.dtype, row.layout
+
+
+def _of_first_setting(rows: list[Row]) -> list[Row]:
+    """The rows that agree with the first one in everything but model and form."""
+    return [row for row in rows if _setting(row) == _setting(rows[0])]
+
+
+def _name(row: Row) -> str:
+    return row.model.rpartition(':')[2].partition('.')[0]
+
+
+def _speed_accuracy(axes: Axes, rows: list[Row]) -> None:
+    family = [row for row in rows if row.form == 'deploy']
+    peers = [row for row in rows if row.form == 'plain']
+    plain_family = sorted((r for r in family if VARIANTS[r.model].groups == 1), key=lambda row: row.images_per_s)
+    axes.plot([r.images_per_s for r in plain_family], [r.top1_pct for r in plain_family], color='C3', zorder=1)
+    for label, group, color, above in (('RepVGG, deploy form', family, 'C3', 4), ('others', peers, 'C0', -9)):
+        axes.scatter([r.images_per_s for r in group], [r.top1_pct for r in group], color=color, label=label, zorder=2)
+        for row in group:
+            place = (row.images_per_s, row.top1_pct)
+            axes.annotate(_name(row), place, xytext=(4, above), textcoords='offset points', fontsize=7)
+    axes.margins(x=0.12)
+    axes.set(xscale='log', xlabel='images per second', ylabel='published ImageNet top-1 (%)')
+    axes.set_title(f'Speed and accuracy: {_setting_text(rows[0])}')
+    axes.legend()
+    axes.grid(alpha=0.3, which='both')
+
+
+def _forms(axes: Axes, rows: list[Row]) -> None:
+    _bars(axes, rows, series=lambda row: row.form, group=_name, value=lambda row: row.latency_ms)
+    axes.set(ylabel='latency (ms)', title=f'Time of the two forms: {_setting_text(rows[0])}')
+
+
+def _runtimes(axes: Axes, rows: list[Row]) -> None:
+    def label(row: Row) -> str:
+        return row.runtime if row.dtype == 'float32' else f'{row.runtime}, {row.dtype}'
+
+    first = [row for row in rows if (row.batch, row.layout) == (rows[0].batch, rows[0].layout)]
+    _bars(axes, first, series=label, group=_name, value=lambda row: row.peak_share_pct)
+    axes.set(
+        ylabel="share of the matrix product's peak (%)",
+        title=f'Deploy form by runtime: batch {first[0].batch}, {first[0].layout}',
+    )
+
+
+def _bars(
+    axes: Axes,
+    rows: list[Row],
+    *,
+    series: Callable[[Row], str],
+    group: Callable[[Row], str],
+    value: Callable[[Row], float],
+) -> None:
+    groups, names = _in_order(map(group, rows)), _in_order(map(series, rows))
+    width = 0.8 / len(names)
+    for index, name in enumerate(names):
+        found = {group(row): value(row) for row in rows if series(row) == name}
+        places = [groups.index(key) + (index - (len(names) - 1) / 2) * width for key in found]
+        axes.bar(places, list(found.values()), width, label=name, color=_COLOURS[index])
+    axes.set_xticks(range(len(groups)), groups, rotation=30 if len(groups) > 6 else 0)
+    axes.legend(loc='upper left', bbox_to_anchor=(1, 1), fontsize=8)
+    axes.grid(axis='y', alpha=0.3)
+
+
+def _in_order(items: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(items))
+
+
+def _setting_text(row: Row) -> str:
+    return f'{row.runtime}, batch {row.batch}, {row.dtype}, {row.layout}'

@@ -1,0 +1,364 @@
+"""INT8 by post-training quantization of the deploy form, with a report of what it costs and what it gains."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import statistics
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import create_dataset, create_transform, resolve_model_data_config
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..blocks.base import ReparamBlock
+from ..model import RepVGG
+from .atomic import new_folder
+from .benchmark.measure import time_rounds
+from .benchmark.runtimes import compile_openvino
+from .convert import open_model
+from .listing import markdown_table
+from .progress import Track
+
+__all__ = ['LayerError', 'QuantizationReport', 'equalize', 'layer_errors', 'quantize']
+
+_BATCH_SIZE, _LATENCY_ROUNDS, _SENSITIVITY_IMAGES = 50, 10, 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerError:
+    """What quantizing one layer alone does to the logits."""
+
+    layer: str
+    rel_error: float
+    """Root mean square of the logits' error, relative to that of the logits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationReport:
+    """The quantized model beside the float32 one, both in OpenVINO with the same threads."""
+
+    variant: str
+    images: int
+    calibration_images: int
+    equalized: bool
+    threads: int
+    float32_top1_pct: float | None
+    """None unless there are as many folders with images as the model has classes."""
+    int8_top1_pct: float | None
+    no_top1: str | None
+    """Why there is no top-1."""
+    same_top_class_pct: float | None
+    """None of a model without a classifier."""
+    float32_latency_ms: float
+    """Median time of one image, of interleaved rounds."""
+    int8_latency_ms: float
+    float32_bytes: int
+    int8_bytes: int
+    sensitivity: tuple[LayerError, ...]
+    """The largest error first."""
+
+    @property
+    def speedup(self) -> float:
+        return self.float32_latency_ms / self.int8_latency_ms
+
+    @property
+    def summary(self) -> str:
+        """How fast, and how often of the same opinion, INT8 is."""
+        summary, same = f'{self.speedup:.2f} times as fast', self.same_top_class_pct
+        return summary if same is None else f'{summary}; the same top class on {same:.2f} % of the images'
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """One for each precision: top-1, latency, size."""
+        return [
+            (name, '' if top1 is None else f'{top1:.2f}', f'{latency:.2f}', f'{size / 1e6:.2f}')
+            for name, top1, latency, size in (
+                ('float32', self.float32_top1_pct, self.float32_latency_ms, self.float32_bytes),
+                ('int8', self.int8_top1_pct, self.int8_latency_ms, self.int8_bytes),
+            )
+        ]
+
+    def markdown(self) -> str:
+        layers = [(error.layer, f'{error.rel_error:.2e}') for error in self.sensitivity]
+        return '\n'.join(
+            [
+                f'# {self.variant} in INT8',
+                '',
+                markdown_table(self.rows(), REPORT_HEADER),
+                '',
+                f'{self.images} images, calibrated on {self.calibration_images}; one image a time in OpenVINO with '
+                f'{self.threads} threads: {self.summary}.' + (f' No top-1: {self.no_top1}.' if self.no_top1 else ''),
+                '',
+                'Error of the logits, relative, with one layer quantized alone:',
+                '',
+                markdown_table(layers, ('layer', 'error')),
+                '',
+            ]
+        )
+
+
+REPORT_HEADER = ('precision', 'top1_pct', 'latency_ms', 'MB')
+
+
+def quantize(
+    source: str | Path,
+    target: str | Path,
+    *,
+    images: str | Path,
+    calibration: str | Path | None = None,
+    subset: int = 300,
+    equalize_layers: bool = False,
+    variant: str | None = None,
+    block: str | None = None,
+    overwrite: bool = False,
+    track: Track,
+) -> QuantizationReport:
+    """Write a checkpoint's deploy form in INT8 as a folder, and return the report that lies in it.
+
+    The folder holds `model.onnx`, which has 8-bit weights, per channel, and quantizers of the activations (QDQ), with
+    a free batch; `report.json` and `report.md`. NNCF quantizes, and corrects the biases for the shift of each layer's
+    mean. Activations and weights are calibrated on real images, prepared as the model wants them.
+
+    Args:
+        source: What `repvgg_zoo.convert.open_model` takes, in either form.
+        target: The folder to write.
+        images: Folder of images to evaluate on; top-1 where it has a folder for each class, in the order of the
+            model's classes.
+        calibration: Folder of images to calibrate on, best of the training set; `images` by default.
+        subset: Images to calibrate on, spread evenly over the folder.
+        equalize_layers: Apply `equalize` first.
+        variant: The name of the variant, where the shapes do not tell it.
+        block: The training-time block of a bare checkpoint file, where its keys do not tell it.
+        overwrite: Replace the target if it exists.
+        track: See `repvgg_zoo.progress`.
+
+    Raises:
+        ModuleNotFoundError: NNCF, ONNX or OpenVINO are not installed: they are the extra `quantize`.
+        FileNotFoundError: There is no such folder of images, or it is empty.
+    """
+    _require()
+    if subset < 1:
+        raise ValueError(f'subset is {subset}; it takes at least one image to calibrate')
+    evaluated = _dataset(images)
+    calibrated = _dataset(calibration or images)
+    with new_folder(target, overwrite=overwrite) as folder:
+        model = open_model(source, variant=variant, block=block).float().eval().switch_to_deploy()
+        if model.in_chans != 3:
+            raise ValueError(f'the images have 3 channels, and the model takes {model.in_chans}')
+        if equalize_layers:
+            equalize(model)
+        for dataset in (evaluated, calibrated):
+            dataset.transform = create_transform(**resolve_model_data_config(model))
+        chosen = [calibrated[index][0] for index in _spread(len(calibrated), subset)]
+        sample = torch.stack(chosen)
+        exact, quantized = folder / 'float32.onnx', folder / 'model.onnx'
+        _export(model, sample[:2], exact)
+        _quantize_onnx(exact, chosen, quantized)
+        runs = [_compile(path) for path in (exact, quantized)]
+        scores = _evaluate(runs, evaluated, model.num_classes, track)
+        latencies = _latencies(runs, sample[:1], track)
+        sensitivity = layer_errors(model, sample[:_SENSITIVITY_IMAGES], track=track)
+        report = QuantizationReport(
+            variant=model.variant.name,
+            images=len(evaluated),
+            calibration_images=len(sample),
+            equalized=equalize_layers,
+            threads=torch.get_num_threads(),
+            **scores,
+            **latencies,
+            float32_bytes=exact.stat().st_size,
+            int8_bytes=quantized.stat().st_size,
+            sensitivity=tuple(sensitivity),
+        )
+        exact.unlink()
+        (folder / 'report.json').write_text(json.dumps(asdict(report) | {'speedup': report.speedup}, indent=2) + '\n')
+        (folder / 'report.md').write_text(report.markdown())
+    return report
+
+
+def _require() -> None:
+    try:
+        import nncf
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+        import openvino  # noqa: F401
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"{error}; `pip install 'repvgg-zoo[quantize]'` brings what quantizing needs"
+        ) from error
+    nncf.set_log_level(logging.ERROR)
+
+
+def _dataset(folder: str | Path) -> Dataset[Any]:
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f'no folder of images at {str(folder)!r}')
+    try:
+        return create_dataset('', root=str(folder), search_split=False)  # or a class named `val` would be all
+    except RuntimeError as error:
+        raise FileNotFoundError(f'no images in {str(folder)!r}') from error
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """Indices of `wanted` items, or of all of fewer, at even distances: of every class of a sorted folder."""
+    taken = min(count, wanted)
+    return [index * count // taken for index in range(taken)]
+
+
+def _export(model: nn.Module, x: Tensor, path: Path) -> None:
+    with _quiet():
+        torch.onnx.export(
+            model,
+            (x if len(x) > 1 else x.repeat(2, 1, 1, 1),),  # a batch of one would be taken for a constant
+            path,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+            input_names=['x'],
+            dynamic_shapes=({0: torch.export.Dim('batch')},),
+        )
+
+
+def _quantize_onnx(exact: Path, calibration: list[Tensor], path: Path) -> None:
+    import nncf
+    import onnx
+
+    with _quiet():
+        data = nncf.Dataset([{'x': image[None].numpy()} for image in calibration])
+        onnx.save(nncf.quantize(onnx.load(exact), data, subset_size=len(calibration)), path)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' own progress and warnings of deprecated parts of each other."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter('ignore')
+        yield
+
+
+def _compile(path: Path) -> Callable[[Tensor], Tensor]:
+    compiled = compile_openvino(path, 'float32')
+    return lambda x: torch.from_numpy(compiled(x.numpy())[0])
+
+
+def _evaluate(
+    runs: list[Callable[[Tensor], Tensor]],
+    dataset: Dataset[Any],
+    num_classes: int,
+    track: Track,
+) -> dict[str, Any]:
+    if num_classes == 0:
+        why_not = 'the model has no classifier'
+        return dict(float32_top1_pct=None, int8_top1_pct=None, no_top1=why_not, same_top_class_pct=None)
+    same, right = 0, [0, 0]
+    for x, labels in track(DataLoader(dataset, batch_size=_BATCH_SIZE), description='evaluating'):
+        tops = [run(x).argmax(1) for run in runs]
+        same += int((tops[0] == tops[1]).sum())
+        right = [count + int((top == labels).sum()) for count, top in zip(right, tops, strict=True)]
+    root = Path(dataset.reader.root)
+    folders = {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(('.', '__'))}
+    classes = dataset.reader.class_to_idx  # by the names of the folders that images lie in
+    labelled = classes.keys() == folders and len(folders) == num_classes
+    float32, int8 = (100 * count / len(dataset) if labelled else None for count in right)
+    why_not = (
+        f'it takes {num_classes} folders in {root}, one for each class, with the images in them; there are '
+        f'{len(folders)}, {len(classes.keys() & folders)} of them with images'
+    )
+    return dict(
+        float32_top1_pct=float32,
+        int8_top1_pct=int8,
+        no_top1=None if labelled else why_not,
+        same_top_class_pct=100 * same / len(dataset),
+    )
+
+
+def _latencies(runs: list[Callable[[Tensor], Tensor]], x: Tensor, track: Track) -> dict[str, float]:
+    seconds = time_rounds([(lambda: x, run) for run in runs], rounds=_LATENCY_ROUNDS, track=track)
+    float32, int8 = (1e3 * statistics.median(times) for times in seconds)
+    return dict(float32_latency_ms=float32, int8_latency_ms=int8)
+
+
+# -------------------------------------------------------------------------------------------------- sensitivity
+
+
+@torch.no_grad()
+def layer_errors(model: RepVGG, images: Tensor, *, track: Track) -> list[LayerError]:
+    """What quantizing each convolution, and the classifier, alone does to the logits; the largest error first.
+
+    Weights to 8 bits by output channel, symmetric about 0; the layer's input to 8 bits between its extremes on
+    `images`, `(N, C, H, W)`. The model is of the deploy form, in eval mode.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    reference = model(images)
+    errors = []
+    for name, layer in track(list(layers.items()), description='sensitivity'):
+        handle = layer.register_forward_pre_hook(lambda _, inputs: (_fake_quantized_input(inputs[0]),))
+        weight = layer.weight.data
+        try:
+            layer.weight.data = _fake_quantized_weight(weight)
+            error = (model(images) - reference).square().mean().sqrt() / reference.square().mean().sqrt()
+        finally:
+            layer.weight.data = weight
+            handle.remove()
+        errors.append(LayerError(layer=name, rel_error=error.item()))
+    return sorted(errors, key=lambda error: -error.rel_error)
+
+
+def _fake_quantized_weight(weight: Tensor) -> Tensor:
+    largest = weight.flatten(1).abs().amax(1)
+    scale = torch.where(largest > 0, largest / 127, 1.0)
+    zero = torch.zeros_like(scale, dtype=torch.int32)
+    return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -127, 127)
+
+
+def _fake_quantized_input(x: Tensor) -> Tensor:
+    low, high = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
+    scale = (high - low) / 255 or 1.0
+    return torch.fake_quantize_per_tensor_affine(x, scale, round(-low / scale), 0, 255)
+
+
+# ------------------------------------------------------------------------------------------------- equalisation
+
+
+_DEAD = 1e-3
+"""Channels whose range is less of the median one are left alone: to equalize them makes their bias huge."""
+
+
+@torch.no_grad()
+def equalize(model: RepVGG, *, sweeps: int = 10) -> RepVGG:
+    """Cross-layer equalisation of the deploy form, in place (arXiv 1906.04721, section 4.1); returns the model.
+
+    ReLU lets a channel's scale s pass: the output channel of one convolution is divided by s = sqrt(r1 / r2), and
+    the next one's input channel multiplied by it, where r1 and r2 are the largest absolute weights of either. Both
+    ranges are then equal, and the function is the same. Blocks with squeeze-excite or without ReLU are left alone,
+    since what they compute would change.
+    """
+    if not isinstance(model, RepVGG):
+        raise TypeError(f'equalisation is for a RepVGG of this package; here is a {type(model).__name__}')
+    blocks = [model.stem, *(block for stage in model.stages for block in stage)]
+    if not all(isinstance(block, ReparamBlock) and block.reparam_conv is not None for block in blocks):
+        raise ValueError('equalisation is for the deploy form; switch_to_deploy() comes first')
+    for _ in range(sweeps):
+        for block, following in pairwise(blocks):
+            if isinstance(block.attn, nn.Identity) and type(block.act) is nn.ReLU:
+                _equalize_pair(block.reparam_conv, following.reparam_conv)
+    return model
+
+
+def _equalize_pair(first: nn.Conv2d, second: nn.Conv2d) -> None:
+    by_input = second.weight.view(
+        second.groups, -1, *second.weight.shape[1:]
+    )  # (groups, C_out / groups, C_in / groups …)
+    range_1, range_2 = first.weight.abs().amax((1, 2, 3)), by_input.abs().amax((1, 3, 4)).flatten()
+    dead = (range_1 < _DEAD * range_1.median()) | (range_2 < _DEAD * range_2.median())
+    scale = torch.where(dead | (range_1 == 0) | (range_2 == 0), 1.0, (range_1 / range_2).sqrt())
+    first.weight /= scale.view(-1, 1, 1, 1)
+    first.bias /= scale
+    by_input *= scale.view(second.groups, 1, -1, 1, 1)

@@ -1,0 +1,185 @@
+"""RepOptimizer: the plain network, trained as if it had constant-scale branches (arXiv 2205.15242)."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from ..blocks.multi_branch import FamilyBlock
+
+__all__ = ['rep_optimizer']
+
+
+class _Equivalent(NamedTuple):
+    """How a plain kernel moves with the parameters of a constant-scale block; each `(C_out, C_in / groups, 3, 3)`."""
+
+    sgd: Tensor
+    """s² + t² at the centre tap, s² elsewhere."""
+    adamw: Tensor
+    """|s| + |t| at the centre tap, |s| elsewhere."""
+    constant: Tensor
+    """The kernel of the identity branch, which no weight decay acts on."""
+
+
+@torch.no_grad()
+def rep_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, like: nn.Module, *, load: bool = True
+) -> torch.optim.Optimizer:
+    """Make an optimizer train a plain model step for step as it would train a constant-scale one; returns it.
+
+    A constant-scale block computes BN(s · 3x3(x) + t · 1x1(x) + u · x) with fixed scales s, t, u of each channel. Its
+    kernel W = s · W3 + t · W1 + u · I moves as that of a plain block does under SGD if gradients are multiplied by
+    s² (s² + t² at the centre tap), and under AdamW if updates are by |s| (|s| + |t|) (section 3.2 and appendix A).
+    Weight decay does not act on u · I. Equality is up to rounding; with AdamW also up to its `eps`, which the branches
+    see relative to gradients of other sizes. Clipping, and whatever else looks at the size of gradients, sees other
+    sizes than those of the branches. Gradients are multiplied in place at each step. The optimizer's state is saved and
+    loaded as ever, and schedules work; hooks are not part of it, so call this again, with `load=False`, after making
+    the optimizer anew or copying it. Wrappers of either model (compiled, DDP) are looked through.
+
+    The identity is constant, as in `csla`; the authors' code has 1 + s² + t² on its diagonal, as if it were trained.
+
+    Args:
+        optimizer: `torch.optim.SGD` or `torch.optim.AdamW` over the parameters of `model`.
+        model: Created with `block='plain'`.
+        like: The same variant with `block="csla"`, whose scales count. To find some (the hyper-search of section 3.3),
+            let those of another such model require gradients, train it on anything, and copy them to a fresh one.
+        load: Give the model the kernels, normalisation and classifier of `like`, to start from; not when resuming.
+
+    Raises:
+        TypeError: The optimizer is another one.
+        ValueError: The models are not of these blocks, not of one variant or eps, or the optimizer is fused, maximizes
+            or lacks a kernel of the model that requires gradients; while stepping, a closure was given.
+    """
+    for option in ('fused', 'maximize'):
+        if any(group.get(option) for group in optimizer.param_groups):
+            raise ValueError(f'the optimizer was made with {option}=True, which its multipliers do not go with')
+    if type(optimizer) not in (torch.optim.SGD, torch.optim.AdamW):
+        raise TypeError(
+            f'the optimizer is a {type(optimizer).__name__}; it can be torch.optim.SGD or torch.optim.AdamW'
+        )
+    model, like = unwrap_model(model), unwrap_model(like)
+    plain, scaled = _blocks(model, 'plain'), _blocks(like, 'csla')
+    if plain.keys() != scaled.keys() or not plain:
+        raise ValueError(
+            "the models must be of one variant, with block='plain' and like=… with block='csla'; there are "
+            f'{len(plain)} plain blocks in {type(model).__name__} and {len(scaled)} constant-scale ones in '
+            f'{type(like).__name__}'
+        )
+    kernels = {path: block.branches.kxk.conv.weight for path, block in plain.items()}
+    for path, block in plain.items():
+        ours = tuple(kernels[path].shape), block.branches.kxk.bn.eps
+        theirs = tuple(scaled[path].branches.kxk.branch.conv.weight.shape), scaled[path].norm.eps
+        if ours != theirs:
+            raise ValueError(
+                'the models must be of one variant, take the same images and normalise alike; the kernel and eps of '
+                f'{path or "the block"} are {ours} and {theirs}'
+            )
+    equivalents = {kernel: _equivalent(scaled[path], kernel) for path, kernel in kernels.items()}
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group['params']}
+    if missing := [path for path, kernel in kernels.items() if kernel.requires_grad and id(kernel) not in held]:
+        raise ValueError(
+            f'the optimizer lacks {len(missing)} of the {len(kernels)} kernels of the model, first that of '
+            f'{missing[0] or "the block"}; give it all parameters that require gradients'
+        )
+    if load:
+        _load(model, like, scaled)
+    for handle in optimizer.__dict__.pop('_rep_hooks', ()):
+        handle.remove()
+    before: _Before = {}
+    hooks = [optimizer.register_step_pre_hook(_refuse_closure)]
+    if type(optimizer) is torch.optim.SGD:
+        hooks.append(optimizer.register_step_pre_hook(partial(_multiply_gradients, equivalents)))
+    else:
+        hooks.append(optimizer.register_step_pre_hook(partial(_remember, equivalents, before)))
+        hooks.append(optimizer.register_step_post_hook(partial(_multiply_updates, equivalents, before)))
+    optimizer._rep_hooks = hooks
+    return optimizer
+
+
+def _load(model: nn.Module, like: nn.Module, scaled: dict[str, FamilyBlock]) -> None:
+    """All that `like` computes, but for heads of another size or that it does not have."""
+    state_dict = {
+        key: value
+        for key, value in like.state_dict().items()
+        if '.branches.' not in f'.{key}' and '.identity.' not in f'.{key}'
+    }
+    for path, block in scaled.items():
+        prefix = f'{path}.' if path else ''
+        kernel = sum(branch.equivalent_kernel_bias()[0] for branch in block.branch_list())
+        state_dict[f'{prefix}branches.kxk.conv.weight'] = kernel
+        for name in block.norm.state_dict():
+            state_dict[f'{prefix}branches.kxk.bn.{name}'] = state_dict.pop(f'{prefix}norm.{name}')
+    own = model.state_dict()
+    misfits = [key for key in own if key not in state_dict or state_dict[key].shape != own[key].shape]
+    if others := [key for key in misfits if not _HEAD.search(key)]:
+        raise ValueError(
+            f'the models must be of one variant; they differ in {others[0]} (load=False leaves all but the multipliers)'
+        )
+    model.load_state_dict({key: own[key] if key in misfits else state_dict[key] for key in own})
+
+
+_HEAD = re.compile(r'(?:^|\.)(?:head|aux_heads\.\d+)\.')
+
+
+def _refuse_closure(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if any(argument is not None for argument in (*args[1:], kwargs.get('closure'))):
+        raise ValueError(
+            'rep_optimizer multiplies the gradients that are there before step(); call it without a closure'
+        )
+
+
+def _blocks(model: nn.Module, member: str) -> dict[str, FamilyBlock]:
+    blocks = {path: m for path, m in model.named_modules() if isinstance(m, FamilyBlock)}
+    return {path: block for path, block in blocks.items() if block.member == member and block.branches is not None}
+
+
+def _equivalent(block: FamilyBlock, like: Tensor) -> _Equivalent:
+    kernel = block.branches['kxk'].equivalent_kernel_bias()[0]
+    s, t = (block.branches[name].scale.detach().view(-1, 1, 1, 1) for name in ('kxk', '1x1'))
+    sgd, adamw = s.square().expand_as(kernel).clone(), s.abs().expand_as(kernel).clone()
+    sgd[:, :, 1:2, 1:2] += t.square()
+    adamw[:, :, 1:2, 1:2] += t.abs()
+    constant = torch.zeros_like(kernel)
+    if block.identity is not None:
+        constant += block.identity.equivalent_kernel_bias()[0]
+    return _Equivalent(sgd.to(like), adamw.to(like), constant.to(like))
+
+
+def _held(optimizer: torch.optim.Optimizer, equivalents: dict[Tensor, _Equivalent]) -> Any:
+    """The kernels that an optimizer is about to move, with their group."""
+    for group in optimizer.param_groups:
+        for kernel in group['params']:
+            if kernel in equivalents and kernel.grad is not None:
+                yield group, kernel, equivalents[kernel]
+
+
+@torch.no_grad()
+def _multiply_gradients(equivalents: dict[Tensor, _Equivalent], optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group, kernel, equivalent in _held(optimizer, equivalents):
+        kernel.grad.mul_(equivalent.sgd).sub_(equivalent.constant, alpha=group['weight_decay'])
+
+
+_Before: TypeAlias = dict[Tensor, tuple[Tensor, Any]]
+"""Of each kernel that is about to be moved: its value, and lr · weight decay."""
+
+
+@torch.no_grad()
+def _remember(
+    equivalents: dict[Tensor, _Equivalent], before: _Before, optimizer: torch.optim.Optimizer, *_: Any
+) -> None:
+    before.clear()
+    for group, kernel, _multipliers in _held(optimizer, equivalents):
+        before[kernel] = kernel.clone(), group['lr'] * group['weight_decay']
+
+
+@torch.no_grad()
+def _multiply_updates(equivalents: dict[Tensor, _Equivalent], before: _Before, *_: Any) -> None:
+    for kernel, (value, decay) in before.items():
+        equivalent, decayed = equivalents[kernel], value * (1 - decay)
+        kernel.copy_(decayed + decay * equivalent.constant + equivalent.adamw * (kernel - decayed))
+    before.clear()

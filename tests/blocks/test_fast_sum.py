@@ -1,0 +1,641 @@
+"""The faster ways to sum the branches: where they are taken, and that they give what the branches give."""
+
+import contextlib
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from helpers import branches, images, randomise, rel_diff
+from timm.layers import DropBlock2d
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+from torch.nn.utils import parametrizations, prune
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from repvgg_zoo import FoldError, RepVGGBlock
+from repvgg_zoo.blocks import repvgg_block as blocks
+from repvgg_zoo.blocks.fast_sum import one_by_one
+from repvgg_zoo.reparam import fold as reparam
+from repvgg_zoo.reparam import switch as deploy
+from repvgg_zoo.tools.verify import compare, float64_rel_diff
+
+BLOCKS = {
+    'identity': dict(in_chs=8, out_chs=8),
+    'no identity': dict(in_chs=8, out_chs=8, identity=False),
+    'stride': dict(in_chs=6, out_chs=10, stride=2),
+    'groups': dict(in_chs=8, out_chs=8, groups=4),
+    'groups and stride': dict(in_chs=8, out_chs=12, groups=2, stride=2),
+    'dilation': dict(in_chs=8, out_chs=8, dilation=2),
+    'reflect': dict(in_chs=8, out_chs=8, padding_mode='reflect'),
+    'without affine': dict(in_chs=8, out_chs=8, norm_layer=lambda c, **dd: nn.BatchNorm2d(c, affine=False, **dd)),
+    'synchronised': dict(in_chs=8, out_chs=8, norm_layer=nn.SyncBatchNorm),
+}
+MODES = pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
+
+
+def block(kind: str = 'identity', *, dtype: torch.dtype = torch.float64, **kwargs) -> RepVGGBlock:
+    """In eval mode, with statistics, affine parameters and ε of each normalisation's own."""
+    torch.manual_seed(0)
+    made = RepVGGBlock(**(BLOCKS[kind] | kwargs))
+    for i, norm in enumerate(m for m in made.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+        norm.eps = 0.01 * (i + 1)
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        if norm.affine:
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+    return made.to(dtype).eval()
+
+
+def batch(made: RepVGGBlock, *, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Of odd size; in eval mode large enough for a fold with stride 2."""
+    return images(3, 9 if made.training else 41, in_chans=made.conv_kxk.conv.in_channels, dtype=dtype)
+
+
+def run(made: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output; in training mode, also gradients of the input and of all parameters."""
+    torch.manual_seed(1)  # of what is dropped
+    if not made.training:
+        with torch.no_grad():
+            return [made(x)]
+    x = x.detach().clone().requires_grad_()
+    y = made(x)
+    y.square().mean().backward()
+    return [y.detach(), *(t.grad for t in (x, *made.parameters()) if t.grad is not None)]
+
+
+def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected)
+    assert all(map(torch.equal, found, expected))
+
+
+def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
+    """In float64; gradients of kernels before a normalisation cancel, so that they are measured in absolute terms."""
+    differences = [((a - b).abs().max() / (1 + b.abs().max())).item() for a, b in zip(found, expected, strict=True)]
+    assert max(differences) < 1e-12
+
+
+# ------------------------------------------------------------------------------------ folded for one call
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=['contiguous', 'channels_last'])
+@pytest.mark.parametrize('kind', BLOCKS)
+def test_folded_for_one_call(kind, layout, taken):
+    made = block(kind).to(memory_format=layout)
+    x = batch(made).to(memory_format=layout)
+    for without_gradients in (torch.no_grad, torch.inference_mode):
+        with without_gradients():
+            y, expected = made(x), branches(lambda: made(x))
+        assert rel_diff(y, expected) < 1e-13  # float64
+        assert y.stride() == expected.stride()
+    assert taken == [True, True]
+
+
+@pytest.mark.parametrize('kind', BLOCKS)
+def test_folded_for_one_call_in_float32(kind, taken):
+    made = block(kind, dtype=torch.float32)
+    x = batch(made, dtype=torch.float32)
+    with torch.no_grad():
+        y, expected = made(x), branches(lambda: made(x))
+        exact = branches(lambda: made.double()(x.double()))
+    assert taken == [True]
+    for found in (y, expected):
+        assert rel_diff(found, exact) < 1e-6  # some ten roundings of 6e-8
+
+
+def test_folded_for_one_call_in_a_deep_model(taken):
+    model = randomise(timm.create_model('repvgg_a0'))
+    x = images(4, 128)
+    taken.clear()
+    with torch.inference_mode():
+        y, reference = model(x), branches(lambda: model(x))
+        exact = branches(lambda: model.double()(x.double()))
+    assert sum(taken) == 1 + 2 + 4  # those behind have fewer pixels than a fold is worth
+    assert rel_diff(y, exact) < 2 * rel_diff(reference, exact)
+    assert rel_diff(y, exact) < 1e-5  # some twenty layers of float32
+
+
+@pytest.mark.parametrize('kind', ['identity', 'stride'])
+def test_folded_for_one_call_is_the_papers_formula(kind, taken):
+    """PyTorch's own fusion of each branch, each kernel padded to 3x3, added up."""
+    made = block(kind)
+    x = batch(made)
+    identity = torch.eye(8, dtype=torch.float64)[:, :, None, None]
+    fused = [
+        fuse_conv_bn_weights(kernel, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+        for kernel, norm in [
+            (made.conv_kxk.conv.weight, made.conv_kxk.bn),
+            (made.conv_1x1.conv.weight, made.conv_1x1.bn),
+            (identity, made.identity),
+        ]
+        if norm is not None
+    ]
+    kernel = fused[0][0] + sum(nn.functional.pad(k, (1, 1, 1, 1)) for k, _ in fused[1:])
+    with torch.no_grad():
+        expected = nn.functional.conv2d(x, kernel, sum(b for _, b in fused), stride=made.stride, padding=1)
+        assert rel_diff(made(x), expected.relu()) < 1e-13  # float64
+    assert taken == [True]
+
+
+def test_mixed_precision_in_evaluation(taken):
+    made = block(dtype=torch.float32)
+    x = batch(made, dtype=torch.float32)
+    with torch.no_grad():
+        expected = made(x)
+        with torch.autocast('cpu', torch.bfloat16):
+            y = made(x)
+    assert y.dtype == torch.bfloat16
+    assert rel_diff(y, expected) < 2e-2  # bfloat16 has eight bits
+    assert taken == [True, True]
+
+
+def test_nothing_is_remembered(taken):
+    made = block()
+    x = batch(made)
+
+    def change_data() -> None:
+        made.conv_kxk.conv.weight.data *= 2
+
+    def replace_data() -> None:
+        made.conv_1x1.conv.weight.data = made.conv_1x1.conv.weight.data.flip(0)
+
+    def change_parameter() -> None:
+        made.conv_1x1.bn.bias.add_(1)
+
+    def change_statistics() -> None:
+        made.identity.running_var.add_(1)
+
+    def load() -> None:
+        made.load_state_dict({key: value + 1 for key, value in made.state_dict().items()})
+
+    def load_by_assignment() -> None:
+        made.load_state_dict({key: value + 1 for key, value in made.state_dict().items()}, assign=True)
+
+    def train() -> None:
+        made.train()(x)
+        made.eval()
+
+    def replace_eps() -> None:
+        made.conv_1x1.bn.eps = 0.5
+
+    changes = (change_data, replace_data, change_parameter, change_statistics, load, load_by_assignment, train)
+    with torch.no_grad():
+        before = made(x)
+        for change in (*changes, replace_eps):
+            change()
+            after = made(x)
+            assert rel_diff(after, branches(lambda: made(x))) < 1e-13, change  # float64
+            assert rel_diff(after, before) > 1e-3, change
+            before = after
+    assert all(taken)
+
+
+def test_evaluation_leaves_the_block_as_it_is(taken):
+    made = block()
+    before, names = copy.deepcopy(made.state_dict()), set(vars(made))
+    versions = [t._version for t in (*made.parameters(), *made.buffers())]
+    with torch.no_grad():
+        made(batch(made))
+    assert taken == [True]
+    assert set(vars(made)) == names
+    assert [t._version for t in (*made.parameters(), *made.buffers())] == versions
+    assert all(torch.equal(value, before[key]) for key, value in made.state_dict().items())
+
+
+def test_copies_are_independent():
+    made = block()
+    x = batch(made)
+    other = copy.deepcopy(made)
+    with torch.no_grad():
+        other.conv_kxk.conv.weight.mul_(2)
+        assert rel_diff(made(x), branches(lambda: made(x))) < 1e-13  # float64
+        assert rel_diff(other(x), branches(lambda: other(x))) < 1e-13
+
+
+# ------------------------------------------------------------------------------ where the branches are run
+
+
+def test_frozen_blocks_are_folded_and_others_are_not(taken):
+    made = block()
+    x = batch(made)
+    assert made(x).requires_grad
+    assert not made.requires_grad_(False)(x).requires_grad
+    assert made(x.requires_grad_()).requires_grad
+    assert taken == [False, True, False]
+
+
+def test_one_parameter_that_learns_is_enough(taken):
+    x = batch(block())
+    for name, _ in block().named_parameters():
+        made, plain = block().requires_grad_(False), block().requires_grad_(False)
+        found, expected = (m.get_parameter(name).requires_grad_() for m in (made, plain))
+        made(x).square().sum().backward()
+        branches(lambda: plain(x).square().sum().backward())  # noqa: B023
+        assert torch.equal(found.grad, expected.grad), name
+    assert taken == [False] * 8
+
+
+def test_few_pixels_are_not_worth_a_fold(taken):
+    made = block()
+    with torch.no_grad():
+        for px in (31, 32):
+            made(images(1, px, in_chans=8, dtype=torch.float64))
+        for count in (3, 4):  # over the batch, of the output
+            block('stride')(images(count, 32, in_chans=6, dtype=torch.float64))
+    assert taken == [False, True, False, True]
+
+
+@MODES
+def test_no_images_are_no_error(training, taken):
+    assert block().train(training)(torch.empty(0, 8, 41, 41, dtype=torch.float64)).shape == (0, 8, 41, 41)
+    assert taken == [False]
+
+
+HOOKS = {
+    'register_forward_hook': lambda module, args, y: 2 * y,
+    'register_forward_pre_hook': lambda module, args: (2 * args[0],),
+    'register_full_backward_hook': lambda module, grads_in, grads_out: (2 * grads_in[0],),
+    'register_full_backward_pre_hook': lambda module, grads_out: (2 * grads_out[0],),
+}
+HOOKED = [
+    *(f'{branch}{part}' for branch in ('conv_kxk', 'conv_1x1') for part in ('', '.conv', '.bn')),
+    *('identity', 'drop_path', 'drop_block'),
+]
+
+
+def counted(hook: Callable[..., Any], fired: list[nn.Module]) -> Callable[..., Any]:
+    def counting(module: nn.Module, *args: Any) -> Any:
+        fired.append(module)
+        return hook(module, *args)
+
+    return counting
+
+
+@MODES
+@pytest.mark.parametrize('register', HOOKS)
+def test_hooks_on_branches_fire(register, training, taken):
+    x = batch(block().train(training))
+    for name in HOOKED:
+        made, plain, fired = block().train(training), block().train(training), []
+        getattr(made.get_submodule(name), register)(counted(HOOKS[register], fired))
+        getattr(plain.get_submodule(name), register)(HOOKS[register])
+        assert_equal(run(made, x), branches(lambda: run(plain, x)))  # noqa: B023
+        assert len(fired) == (training or 'backward' not in register), name
+    assert not any(taken)
+
+
+@MODES
+@pytest.mark.parametrize('register', HOOKS)
+def test_hooks_on_all_modules_fire(register, training, taken):
+    made, fired = block().train(training), []
+    made.act = nn.ReLU()  # PyTorch lets no hook on gradients stand before an activation in place
+    register_for_all = getattr(nn_module, register.replace('register_', 'register_module_'))
+    handle = register_for_all(counted(lambda *_: None, fired))
+    try:
+        run(made, batch(made))
+    finally:
+        handle.remove()
+    assert ({made.conv_1x1.conv, made.identity} <= set(fired)) == (training or 'backward' not in register)
+    assert taken == [False]
+    run(made, batch(made))
+    assert taken == [False, True]
+
+
+@MODES
+def test_hooks_on_the_block_need_no_branches(training, taken):
+    made, fired = block().train(training), []
+    made.register_forward_hook(counted(lambda *_: None, fired))
+    run(made, batch(made))
+    assert fired == [made]
+    assert taken == [True]
+
+
+def patch_forward_of_conv(made: RepVGGBlock) -> None:
+    made.conv_kxk.conv.forward = lambda x: nn.functional.conv2d(x, made.conv_kxk.conv.weight, padding=1).sigmoid()
+
+
+def patch_conv_forward(made: RepVGGBlock) -> None:
+    made.conv_kxk.conv._conv_forward = lambda x, weight, bias: nn.functional.conv2d(x, weight, padding=1).sigmoid()
+
+
+def patch_forward_of_norm(made: RepVGGBlock) -> None:
+    made.identity.forward = lambda x: x
+
+
+def patch_forward_of_branch(made: RepVGGBlock) -> None:
+    made.conv_1x1.forward = lambda x: x
+
+
+def weight_norm(made: RepVGGBlock) -> None:
+    parametrizations.weight_norm(made.conv_1x1.conv)
+    with torch.no_grad():
+        made.conv_1x1.conv.parametrizations.weight.original0.mul_(2)
+
+
+def pruned(made: RepVGGBlock) -> None:
+    prune.l1_unstructured(made.conv_kxk.conv, 'weight', 0.5)
+
+
+def subclass_of_conv(made: RepVGGBlock) -> None:
+    class Sigmoid(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x).sigmoid()
+
+    made.conv_kxk.conv.__class__ = Sigmoid
+
+
+def subclass_of_branch(made: RepVGGBlock) -> None:
+    class Sigmoid(type(made.conv_kxk)):
+        def forward(self, x):
+            return super().forward(x).sigmoid()
+
+    made.conv_kxk.__class__ = Sigmoid
+
+
+def subclass_of_norm(made: RepVGGBlock) -> None:
+    class Sigmoid(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).sigmoid()
+
+    made.conv_1x1.bn.__class__ = Sigmoid
+
+
+def other_norm(made: RepVGGBlock) -> None:
+    made.identity = nn.GroupNorm(2, 8).double()
+
+
+def no_statistics(made: RepVGGBlock) -> None:
+    made.conv_kxk.bn = nn.BatchNorm2d(8, track_running_stats=False).double()
+
+
+def bias_of_conv(made: RepVGGBlock) -> None:
+    made.conv_1x1.conv.bias = nn.Parameter(torch.ones(8, dtype=torch.float64))
+
+
+def more_layers(made: RepVGGBlock) -> None:
+    made.conv_1x1 = nn.Sequential(made.conv_1x1, nn.Sigmoid())
+
+
+def other_mode_of_identity(made: RepVGGBlock) -> None:
+    made.identity.train(not made.training)
+
+
+def other_mode_of_conv_1x1(made: RepVGGBlock) -> None:
+    made.conv_1x1.train(not made.training)
+
+
+@MODES
+@pytest.mark.parametrize(
+    'change',
+    [
+        patch_forward_of_conv,
+        patch_conv_forward,
+        patch_forward_of_norm,
+        patch_forward_of_branch,
+        weight_norm,
+        pruned,
+        subclass_of_conv,
+        subclass_of_branch,
+        subclass_of_norm,
+        other_norm,
+        no_statistics,
+        bias_of_conv,
+        more_layers,
+        other_mode_of_identity,
+        other_mode_of_conv_1x1,
+    ],
+)
+def test_changed_branches_are_run_as_they_are(change, training, taken):
+    made, plain = block().train(training), block().train(training)
+    x = batch(made)
+    before = run(block().train(training), x)
+    change(made), change(plain)
+    found = run(made, x)
+    assert_equal(found, branches(lambda: run(plain, x)))
+    assert taken == [True, False]
+    if not (training and change is bias_of_conv):  # which the normalisation takes off again
+        assert rel_diff(found[0], before[0]) > 1e-3
+
+
+def append_to_branch(made: RepVGGBlock) -> None:
+    made.conv_kxk.append(nn.Sigmoid())
+
+
+def other_drop_block(made: RepVGGBlock) -> None:
+    made.drop_block = nn.Sigmoid()
+
+
+def no_running_tensors(made: RepVGGBlock) -> None:
+    made.identity.running_mean = made.identity.running_var = None
+
+
+def no_count_of_batches(made: RepVGGBlock) -> None:
+    made.identity.num_batches_tracked = None
+
+
+def norm_without_shift(made: RepVGGBlock) -> None:
+    made.identity.register_parameter('bias', None)
+
+
+def norm_without_scale(made: RepVGGBlock) -> None:
+    made.identity.register_parameter('weight', None)
+
+
+def padding_by_name(made: RepVGGBlock) -> None:
+    made.conv_kxk.conv.padding = 'same'
+
+
+def larger_second_kernel(made: RepVGGBlock) -> None:
+    torch.manual_seed(2)
+    made.conv_1x1.conv = nn.Conv2d(8, 8, 3, padding=1, bias=False).double()
+
+
+def larger_first_kernel(made: RepVGGBlock) -> None:
+    torch.manual_seed(2)
+    made.conv_kxk.conv = nn.Conv2d(8, 8, 5, padding=2, bias=False).double()
+
+
+def one_branch_in_groups(made: RepVGGBlock) -> None:
+    torch.manual_seed(2)
+    made.conv_kxk.conv = nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False).double()
+
+
+@pytest.mark.parametrize(
+    ('change', 'training'),
+    [
+        (append_to_branch, False),
+        (append_to_branch, True),
+        (other_drop_block, False),
+        (other_drop_block, True),
+        (no_running_tensors, False),
+        (no_running_tensors, True),
+        (no_count_of_batches, False),
+        (no_count_of_batches, True),
+        (norm_without_shift, False),
+        (norm_without_shift, True),
+        (norm_without_scale, False),
+        (norm_without_scale, True),
+        (padding_by_name, False),
+        (padding_by_name, True),
+        (larger_second_kernel, False),
+        (larger_second_kernel, True),
+        (larger_first_kernel, False),
+        (larger_first_kernel, True),
+        (one_branch_in_groups, False),
+        (one_branch_in_groups, True),
+    ],
+)
+def test_changed_branches_give_what_they_should(change, training):
+    """Whichever way is taken."""
+    made, plain = block().train(training), block().train(training)
+    change(made), change(plain)
+    x = batch(made)
+    assert_close(run(made, x), branches(lambda: run(plain, x)))
+
+
+@pytest.mark.parametrize(
+    'kwargs', [dict(drop_path_rate=0.5), dict(drop_block=lambda: DropBlock2d(0.5, 3))], ids=['path', 'block']
+)
+def test_stochastic_depth_in_evaluation(kwargs, taken):
+    """Several outputs of one image, whose spread tells how sure the model is."""
+    made = block(**kwargs)
+    x = batch(made)
+    expected = run(made, x)
+    made.drop_path.train(), made.drop_block.train()
+    found = run(made, x)
+    assert_equal(found, branches(lambda: run(made, x)))
+    assert rel_diff(found[0], expected[0]) > 1e-3
+    assert taken == [True, False]
+
+
+def test_other_tensors_take_the_branches(taken):
+    class Marked(Tensor):
+        pass
+
+    made = block()
+    x = batch(made)
+    expected = branches(lambda: run(made, x))[0]
+    assert rel_diff(run(made, x.as_subclass(Marked))[0].as_subclass(Tensor), expected) == 0
+    assert isinstance(run(made, x.as_subclass(Marked))[0], Marked)
+    assert run(made.to('meta'), x.to('meta'))[0].shape == expected.shape
+    assert not any(taken)
+
+
+def test_wrong_input_is_pytorchs_error():
+    for made in (block(), block().train()):
+        with torch.no_grad(), pytest.raises(ValueError, match='expected 4D input'):
+            made(torch.randn(8, 41, 41, dtype=torch.float64))
+        with torch.no_grad(), pytest.raises(RuntimeError, match='to have 8 channels, but got 4 channels'):
+            made(torch.randn(1, 4, 41, 41, dtype=torch.float64))
+
+
+@MODES
+def test_branches_on_demand(training, taken):
+    made = block().train(training)
+    x, in_thread = batch(made), []
+    with one_by_one():
+        with contextlib.suppress(KeyError), one_by_one():
+            run(made, x)
+            raise KeyError
+        run(made, x)
+        thread = threading.Thread(target=lambda: in_thread.append(run(made, x)))
+        thread.start()
+        thread.join()
+    run(made, x)
+    assert len(in_thread) == 1
+    assert taken == [False, False, True, True]
+
+
+# ------------------------------------------------------------------------------------ graphs and transforms
+
+
+def test_graphs_hold_the_branches(taken):
+    made = block(dtype=torch.float32)
+    x = batch(made, dtype=torch.float32)
+    with torch.no_grad():
+        traced = torch.jit.trace(made, x, check_trace=False)
+        exported = torch.export.export(made, (x,))
+        symbolic = torch.fx.symbolic_trace(made)
+        compiled = torch.compile(made, backend='eager', fullgraph=True)
+        aot_compiled = torch.compile(made, backend='aot_eager', fullgraph=True)
+        scripted = torch.jit.script(made)
+        expected = branches(lambda: made(x))
+        for module in (traced, exported.module(), symbolic, compiled, aot_compiled, scripted):
+            assert torch.equal(module(x), expected)
+    assert str(traced.inlined_graph).count('aten::_convolution(') == 2
+    assert sum(node.target == torch.ops.aten.conv2d.default for node in exported.graph.nodes) == 2
+    assert not any(taken)
+
+
+@pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
+def test_compiled_training_takes_the_branches(backend, taken):
+    made, plain = block().train(), block().train()
+    x = batch(made)
+    assert_close(run(torch.compile(made, backend=backend, fullgraph=True), x), branches(lambda: run(plain, x)))
+    for a, b in zip(made.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)  # float64
+    assert not any(taken)
+
+
+def test_transforms_of_functions_take_the_branches(taken):
+    made = block()
+    x = batch(made)
+    loss = lambda x: made(x).square().sum()  # noqa: E731
+    expected = torch.autograd.grad(branches(lambda: loss(x.requires_grad_())), x)[0]
+    x = x.detach()
+    with torch.no_grad():
+        assert rel_diff(torch.vmap(made)(x[None])[0], branches(lambda: made(x))) < 1e-13  # float64
+    assert rel_diff(torch.func.grad(loss)(x), expected) < 1e-12  # float64
+    _, derivative = torch.func.jvp(loss, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(derivative, expected.sum(), rtol=1e-10, atol=1e-10)  # float64, a long sum
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(loss(forward_ad.make_dual(x, torch.ones_like(x))))
+    torch.testing.assert_close(dual.tangent, expected.sum(), rtol=1e-10, atol=1e-10)
+    assert not any(taken)
+
+
+@MODES
+def test_other_parameters_for_one_call(training, taken):
+    """Gradients arrive at tensors that take the parameters' places."""
+    made = block().train(training).requires_grad_(False)
+    x = batch(made)
+    names = ['conv_kxk.conv.weight', 'conv_1x1.bn.bias', 'identity.weight']
+
+    def loss(values: tuple[Tensor, ...]) -> Tensor:
+        return torch.func.functional_call(made, dict(zip(names, values, strict=True)), (x,)).square().sum()
+
+    values = tuple(2 * made.get_parameter(name) for name in names)
+    leaves = [value.clone().requires_grad_() for value in values]
+    expected = torch.autograd.grad(branches(lambda: loss(leaves)), leaves)
+    assert_equal(torch.autograd.grad(loss(leaves), leaves), expected)
+    if not training:  # PyTorch lets no statistics move inside a transform
+        assert_close(torch.func.grad(loss)(values), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(loss(values), branches(lambda: loss(values)), rtol=1e-12, atol=0)  # float64
+    assert not any(taken)
+
+
+# --------------------------------------------------------------------------------- comparisons of the forms
+
+
+def test_comparisons_of_the_forms_run_the_branches(monkeypatch):
+    """Or a wrong fold would be compared with itself."""
+    model, x = randomise(timm.create_model('test_repvgg'), px=32), images(64, 64)  # enough pixels to fold every block
+    with torch.no_grad():
+        assert rel_diff(model(x), branches(lambda: model(x))) < 1e-4  # float32
+    real = reparam.fold_block
+    for module in (deploy, blocks.sum_branches.__globals__):
+        patch = monkeypatch.setattr if module is deploy else monkeypatch.setitem
+        patch(module, 'fold_block', lambda *args, **kwargs: tuple(2 * t for t in real(*args, **kwargs)))
+    with torch.no_grad():
+        assert rel_diff(model(x), branches(lambda: model(x))) > 0.1
+    with pytest.raises(FoldError, match='differs'):
+        model.switch_to_deploy(verify=x)
+    deployed = copy.deepcopy(model).switch_to_deploy()
+    assert not compare(model, deployed, iter([x]), dtype=torch.float32).same
+    assert float64_rel_diff(model, x) > 0.1

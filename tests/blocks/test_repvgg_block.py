@@ -1,0 +1,69 @@
+import pytest
+import torch
+from helpers import CONFIGURATIONS, images, randomise, rel_diff
+from torch import nn
+
+from repvgg_zoo import CheckpointError, RepVGGBlock, switch_to_deploy
+from repvgg_zoo.blocks.factory import block_type
+
+
+def block(*args, **kwargs) -> RepVGGBlock:
+    return randomise(RepVGGBlock(*args, **kwargs).double(), px=11, in_chans=args[0])
+
+
+@pytest.mark.parametrize('kwargs', CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize('px', [10, 11])
+def test_both_forms_compute_the_same(kwargs, px):
+    module, x = block(8, 8, **kwargs), images(px=px, in_chans=8, dtype=torch.float64)
+    before = module(x)
+    assert module.switch_to_deploy() is module
+    assert rel_diff(module(x), before) < 1e-12
+
+
+@pytest.mark.parametrize('kwargs', CONFIGURATIONS, ids=str)
+def test_block_built_in_the_deploy_form_takes_the_fold(kwargs):
+    module, x = block(8, 8, **kwargs), images(px=11, in_chans=8, dtype=torch.float64)
+    deployed = RepVGGBlock(8, 8, deploy=True, **kwargs).double().eval()
+    deployed.load_state_dict(module.state_dict())
+    assert rel_diff(deployed(x), module(x)) < 1e-12
+    assert deployed.state_dict().keys() == module.switch_to_deploy().state_dict().keys()
+    assert repr(deployed.reparam_conv) == repr(module.reparam_conv)
+
+
+@pytest.mark.parametrize('name', ['repvgg', 'acb'])
+@pytest.mark.parametrize('shape', [(8, 9, 1), (8, 8, 2)])
+def test_identity_that_cannot_be_is_refused(name, shape):
+    in_chs, out_chs, stride = shape
+    with pytest.raises(ValueError, match=f'here are 8 to {out_chs} channels and stride {stride}'):
+        block_type(name)(in_chs, out_chs, stride=stride, identity=True)
+
+
+def test_sync_batch_norm_folds():
+    module, x = nn.Sequential(block(4, 4)), images(px=8, in_chans=4, dtype=torch.float64)
+    before = module(x)
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    assert isinstance(module[0].identity, nn.SyncBatchNorm)
+    assert rel_diff(switch_to_deploy(module)(x), before) < 1e-12
+
+
+def test_branches_are_those_of_the_paper():
+    keeps_shape, strided, widens = RepVGGBlock(4, 4), RepVGGBlock(4, 4, stride=2), RepVGGBlock(4, 8)
+    assert keeps_shape.identity is not None
+    assert strided.identity is None
+    assert widens.identity is None
+
+
+def test_deploy_weights_into_the_training_form_name_the_remedy():
+    deployed = RepVGGBlock(4, 4, deploy=True)
+    with pytest.raises(CheckpointError, match='deploy=True'):
+        RepVGGBlock(4, 4).load_state_dict(deployed.state_dict())
+
+
+def test_training_of_the_stem_in_channels_last():
+    """A strided 1x1 convolution over three channels_last channels corrupts memory in its backward pass."""
+    stem = RepVGGBlock(3, 48, stride=2).to(memory_format=torch.channels_last)
+    x = images(8, 64).contiguous(memory_format=torch.channels_last)
+    for _ in range(3):
+        stem(x).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in stem.parameters())
+    assert stem.conv_1x1.conv.stride == (1, 1)

@@ -1,0 +1,151 @@
+"""What tests share: models with realistic statistics, foreign layouts, and how far two outputs are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import timm
+import torch
+from repvgg_pytorch.repvgg import get_RepVGG_func_by_name
+from repvgg_pytorch.repvggplus import RepVGGplus
+from timm.layers import BatchNormAct2d, SEModule
+from torch import Tensor, nn
+
+import repvgg_zoo
+from repvgg_zoo import VARIANTS
+from repvgg_zoo.blocks import repvgg_block as blocks
+
+TIMM_NAMES = [name for name in repvgg_zoo.VARIANTS if hasattr(timm.models.byobnet, name)]
+LARGE = {'repvgg_b2', 'repvgg_b3', 'repvgg_b3g2', 'repvgg_b3g4', 'repvgg_d2se', 'repvggplus_l2pse'}
+"""Variants whose tests take many seconds."""
+FORMS = pytest.mark.parametrize('deploy', [False, True], ids=['training', 'deploy'])
+
+
+def params(names: list[str]) -> list:
+    """Test parameters, the large variants marked slow."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in names]
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, *, seed: int = 0, px: int = 64, in_chans: int = 3) -> nn.Module:
+    """Give every normalisation layer its own affine parameters and statistics; returns the model in eval mode.
+
+    With fresh statistics (mean 0, variance 1, scale 1, shift 0) nearly every wrong fold passes. The
+    statistics are those of a random batch, disturbed, so that activations keep their size in nets of
+    any depth.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(like: Tensor, low: float, high: float) -> Tensor:
+        return torch.rand(like.shape, generator=generator).to(like) * (high - low) + low
+
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = 1.0
+        if norm.affine:
+            norm.weight.copy_(uniform(norm.weight, 0.3, 1.2))
+            norm.weight[::7] *= -1
+            norm.bias.copy_(uniform(norm.bias, -0.3, 0.3))
+    dtype = next(model.parameters()).dtype
+    model.train()(torch.randn(2, in_chans, px, px, generator=generator).to(dtype))
+    for norm in norms:
+        norm.momentum = 0.1
+        norm.running_mean += uniform(norm.running_mean, -0.1, 0.1)
+        norm.running_var *= uniform(norm.running_var, 0.7, 1.4)
+        norm.running_var += 0.1 * norm.running_var.mean()  # a channel that the batch left silent is not amplified
+    return model.eval()
+
+
+def images(
+    count: int = 1, px: int = 64, *, in_chans: int = 3, seed: int = 1, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    return torch.randn(count, in_chans, px, px, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def rel_diff(a: Tensor, b: Tensor) -> float:
+    """Largest difference, relative to the largest value of b."""
+    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+
+
+MMPRETRAIN = [
+    ('stem.', 'backbone.stem.'),
+    *((f'stages.{s}.', f'backbone.stage_{s + 1}.') for s in range(4)),
+    ('.conv_kxk.conv.', '.branch_3x3.conv.'),
+    ('.conv_kxk.bn.', '.branch_3x3.norm.'),
+    ('.conv_1x1.conv.', '.branch_1x1.conv.'),
+    ('.conv_1x1.bn.', '.branch_1x1.norm.'),
+    ('.identity.', '.branch_norm.'),
+    ('.reparam_conv.', '.branch_reparam.'),
+    ('.attn.fc1.', '.se_layer.conv1.conv.'),
+    ('.attn.fc2.', '.se_layer.conv2.conv.'),
+]
+OFFICIAL = [
+    ('stem.', 'stage0.'),
+    *((f'stages.{s}.', f'stage{s + 1}.') for s in range(4)),
+    ('.conv_kxk.', '.rbr_dense.'),
+    ('.conv_1x1.', '.rbr_1x1.'),
+    ('.identity.', '.rbr_identity.'),
+    ('.reparam_conv.', '.rbr_reparam.'),
+    ('.attn.fc1.', '.se.down.'),
+    ('.attn.fc2.', '.se.up.'),
+    ('head.fc.', 'linear.'),
+]
+
+
+def rename(state_dict, table):
+    renamed = {}
+    for key, value in state_dict.items():
+        for ours, theirs in table:
+            key = key.replace(ours, theirs, 1)
+        renamed[key] = value
+    return renamed
+
+
+PLUS = 'repvggplus_l2pse'
+
+
+def official(name: str) -> torch.nn.Module:
+    if name == PLUS:
+        variant = VARIANTS[PLUS]
+        return RepVGGplus(variant.depths, 1000, variant.width, use_post_se=True)
+    size = name.removeprefix('repvgg_')
+    return get_RepVGG_func_by_name(f'RepVGG-{size[0].upper()}{size[1:]}')()
+
+
+def logits(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Of the official model; the deploy form of its RepVGGplus calls auxiliary heads that it deleted."""
+    if isinstance(model, RepVGGplus):
+        for stage in (model.stage0, model.stage1, model.stage2, model.stage3_first, model.stage3_second, model.stage4):
+            x = stage(x)
+        return model.linear(model.flatten(model.gap(x)))
+    return model(x)
+
+
+CONFIGURATIONS = [
+    dict(),
+    dict(stride=2),
+    dict(dilation=2),
+    dict(stride=2, dilation=2),
+    dict(groups=2),
+    dict(groups=8),
+    dict(identity=False),
+    *(dict(padding_mode=mode) for mode in ('reflect', 'replicate', 'circular')),
+    dict(padding_mode='reflect', dilation=2, stride=2),
+    dict(norm_layer=partial(nn.BatchNorm2d, affine=False)),
+    dict(norm_layer=partial(nn.BatchNorm2d, eps=0.3)),
+    dict(norm_layer=partial(BatchNormAct2d, apply_act=False)),
+    dict(attn_layer=SEModule),
+    dict(attn_layer=SEModule, attn_last=True),
+    dict(drop_path_rate=0.5),
+    dict(act_layer=nn.SiLU),
+]
+
+
+def branches(run: Callable[[], Any]) -> Any:
+    """What the branches give, run one after the other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, 'sum_branches', lambda *_, **__: None)
+        return run()

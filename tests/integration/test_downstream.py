@@ -1,0 +1,206 @@
+"""Libraries that build on timm's models: weights, a training step, and the switch."""
+
+import inspect
+
+import pytest
+import timm
+import torch
+from helpers import FORMS, images, randomise, rel_diff
+from timm.optim import create_optimizer_v2
+from torch import nn
+from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+
+from repvgg_zoo import switch_to_deploy
+from repvgg_zoo.blocks.fast_sum import one_by_one
+
+
+def pretrained_stem():
+    return timm.create_model('test_repvgg', pretrained=True).state_dict()['stem.conv_kxk.conv.weight']
+
+
+def check_training_and_switch(module, loss, run):
+    """`loss()` in train mode, a step, and the switch of the network in eval mode; all in float64."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3)
+    module.train()
+    loss().backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for n, p in module.named_parameters() if 'stem' in n)
+    optimizer.step()
+    module.eval()
+    with torch.no_grad(), one_by_one():
+        before = run()
+        switch_to_deploy(module)
+        assert rel_diff(run(), before) < 1e-8
+    assert not any('conv_kxk' in name for name, _ in module.named_modules())
+    assert None not in (child for m in module.modules() for child in m._modules.values())
+
+
+# --------------------------------------------------------------------------------------- segmentation
+
+
+@pytest.mark.parametrize('decoder', ['Unet', 'FPN', 'Linknet', 'DeepLabV3Plus', 'UPerNet'])
+@pytest.mark.parametrize('output_stride', [None, 8, 16])
+def test_segmentation(decoder, output_stride):
+    smp = pytest.importorskip('segmentation_models_pytorch')
+    decoder = getattr(smp, decoder)
+    options = {'encoder_depth': 4}  # test_repvgg has five feature maps, of reductions 1 to 16
+    if output_stride and 'encoder_output_stride' not in inspect.signature(decoder).parameters:
+        pytest.skip('the decoder has no such option')
+    if output_stride:
+        options['encoder_output_stride'] = output_stride
+    if decoder is smp.Unet:
+        options['decoder_channels'] = (64, 32, 16, 16)
+    if decoder is smp.FPN:
+        options['upsampling'] = 2
+    network = decoder('tu-test_repvgg', encoder_weights=True, classes=2, **options).double()
+    assert torch.equal(network.encoder.model.state_dict()['stem.conv_kxk.conv.weight'].float(), pretrained_stem())
+    x = images(2, px=64, dtype=torch.float64)
+    assert network.eval()(x).shape == (2, 2, 64, 64)
+    check_training_and_switch(network, lambda: network(x).square().mean(), lambda: network(x))
+
+
+# ------------------------------------------------------------------------------------------ detection
+
+
+class Backbone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = timm.create_model(
+            'test_repvgg', pretrained=True, features_only=True, out_indices=(2, 3, 4), feature_cls='dict'
+        )
+        self.out_channels = 32
+        self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), self.out_channels)
+
+    def forward(self, x):
+        return self.fpn(self.body(x))
+
+
+@pytest.mark.parametrize('detector', [FasterRCNN, RetinaNet, FCOS])
+def test_detection_of_torchvision(detector):
+    torch.manual_seed(0)
+    ratios = ((1.0,) if detector is FCOS else (0.5, 1.0, 2.0),)
+    anchors = AnchorGenerator(((8,), (16,), (32,)), ratios * 3)
+    if detector is FasterRCNN:
+        options = dict(rpn_anchor_generator=anchors, box_roi_pool=MultiScaleRoIAlign(['2', '3', '4'], 7, 2))
+    else:
+        options = dict(anchor_generator=anchors)
+    network = detector(Backbone(), num_classes=3, min_size=64, max_size=64, **options).double()
+    x = list(torch.rand(2, 3, 64, 64, dtype=torch.float64))
+    box = torch.tensor([[4.0, 4.0, 40.0, 40.0]], dtype=torch.float64)
+    targets = [{'boxes': box, 'labels': torch.tensor([1])}] * 2
+    check_training_and_switch(
+        network,
+        lambda: sum(network(x, targets).values()),
+        lambda: torch.cat([value.flatten() for value in network.backbone(torch.stack(x)).values()]),
+    )
+    assert set(network(x)[0]) == {'boxes', 'labels', 'scores'}
+
+
+def test_efficientdet():
+    effdet = pytest.importorskip('effdet')
+    config = effdet.get_efficientdet_config('efficientdet_d0')
+    config.update(
+        dict(backbone_name='test_repvgg', image_size=[128, 128], num_classes=3, fpn_cell_repeats=1, fpn_channels=16),
+        box_class_repeats=1,
+        backbone_args={},
+        backbone_indices=(2, 3, 4),
+        min_level=2,
+        max_level=6,
+    )
+    network = effdet.EfficientDet(config, pretrained_backbone=True).double()
+    assert torch.equal(network.backbone.state_dict()['stem.conv_kxk.conv.weight'].float(), pretrained_stem())
+    x = images(2, px=128, dtype=torch.float64)
+
+    def run():
+        return torch.cat([level.flatten() for output in network(x) for level in output])
+
+    check_training_and_switch(network, lambda: run().square().mean(), run)
+
+
+# ------------------------------------------------------------------------------------------- learners
+
+
+def test_lightning(tmp_path):
+    lightning = pytest.importorskip('lightning')
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self, **kwargs):
+            super().__init__()
+            self.save_hyperparameters()
+            self.net = timm.create_model('test_repvgg', pretrained=True, **kwargs)
+
+        def training_step(self, batch):
+            x, target = batch
+            return nn.functional.cross_entropy(self.net(x), target)
+
+        def configure_optimizers(self):
+            return create_optimizer_v2(self, 'sgd', lr=0.01)
+
+    data = torch.utils.data.TensorDataset(images(8, px=32), torch.arange(8))
+    loader = torch.utils.data.DataLoader(data, batch_size=4)
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    module = Classifier()
+    trainer.fit(module, loader)
+    trainer.save_checkpoint(tmp_path / 'last.ckpt')
+    x = images(2, px=32)
+    expected = module.eval().net(x)
+    loaded = Classifier.load_from_checkpoint(tmp_path / 'last.ckpt', deploy=True).eval()
+    assert loaded.net.deploy
+    assert rel_diff(loaded.net(x), expected) < 1e-4
+    assert rel_diff(switch_to_deploy(module).net(x), expected) < 1e-4
+
+
+# -------------------------------------------------------------------------------------- towers, tools
+
+
+def test_image_tower_of_clip():
+    open_clip = pytest.importorskip('open_clip')
+    tower = open_clip.timm_model.TimmModel('test_repvgg', embed_dim=16, image_size=32, pretrained=True).double()
+    x = images(2, px=32, dtype=torch.float64)
+    check_training_and_switch(tower, lambda: tower(x).square().mean(), lambda: tower(x))
+
+
+@pytest.mark.parametrize('block', ['repvgg', 'plain', 'acb', 'mobileone', 'qarepvgg', 'no_identity_bn'])
+def test_structured_pruning(block):
+    pruning = pytest.importorskip('torch_pruning')
+    model = randomise(timm.create_model('test_repvgg', block=block), px=32)
+    x = images(2, px=32)
+    pruner = pruning.pruner.MagnitudePruner(
+        model, x, importance=pruning.importance.MagnitudeImportance(), pruning_ratio=0.5, ignored_layers=[model.head.fc]
+    )
+    pruner.step()
+    model.double().eval()
+    before = model(x.double())
+    assert rel_diff(model.switch_to_deploy()(x.double()), before) < 1e-9
+    for folded in (model.stem, model.stages[1][1]):
+        conv = folded.reparam_conv
+        assert (conv.out_channels, conv.in_channels) == conv.weight.shape[:2]
+    assert model.stem.reparam_conv.out_channels == 24
+
+
+@FORMS
+@pytest.mark.parametrize('wrapper', ['list', 'dict', 'hook', 'getter'])
+def test_feature_wrappers_are_switched(wrapper, deploy):
+    features = timm.create_model('test_repvgg', pretrained=True, features_only=True, feature_cls=wrapper, deploy=deploy)
+    features.double().eval()
+    x = images(1, px=64, dtype=torch.float64)
+
+    def run():
+        output = features(x)
+        return list(output.values() if isinstance(output, dict) else output)
+
+    before = run()
+    switch_to_deploy(features)
+    for a, b in zip(run(), before, strict=True):
+        assert rel_diff(a, b) < 1e-12
+
+
+def test_traced_features_are_refused_unless_of_the_deploy_form():
+    options = dict(features_only=True, feature_cls='fx')
+    with pytest.raises(ValueError, match='whose branches are fixed in a graph'):
+        switch_to_deploy(timm.create_model('test_repvgg', **options))
+    deployed = timm.create_model('test_repvgg', deploy=True, **options)
+    assert switch_to_deploy(deployed) is deployed

@@ -1,0 +1,302 @@
+"""`pretrained=True` by every way that timm has, and what happens where no weights can be had."""
+
+import copy
+import json
+import shutil
+
+import huggingface_hub.constants
+import pytest
+import timm
+import torch
+from helpers import images, randomise, rel_diff
+from safetensors.torch import load_file, save_file
+
+from repvgg_zoo import CheckpointError
+from repvgg_zoo.checkpoints.files import read_checkpoint
+from repvgg_zoo.pretrained.load import load_pretrained
+from repvgg_zoo.pretrained.manifest import read_manifest
+
+
+@pytest.fixture(scope='module')
+def model():
+    return timm.create_model('test_repvgg', pretrained=True).eval()
+
+
+@pytest.fixture
+def x():
+    return images(2, px=32)
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """An empty Hub cache, and no network."""
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    return tmp_path / 'hub'
+
+
+def put_into_cache(cache, repo_id, files):
+    repo = cache / f'models--{repo_id.replace("/", "--")}'
+    snapshot = repo / 'snapshots' / ('0' * 40)
+    snapshot.mkdir(parents=True)
+    (repo / 'refs').mkdir()
+    (repo / 'refs' / 'main').write_text('0' * 40)
+    for file in files:
+        shutil.copy(file, snapshot)
+
+
+# -------------------------------------------------------------------------------------- bundled weights
+
+
+def test_bundled_weights_are_of_the_form_of_their_tag(model, x):
+    assert model.variant.name == 'test_repvgg'
+    assert not model.deploy
+    deployed = timm.create_model('test_repvgg.cifar10_deploy', pretrained=True).eval()
+    assert deployed.deploy
+    assert rel_diff(deployed(x), model(x)) < 1e-5
+    folded = timm.create_model('test_repvgg', pretrained=True, deploy=True).eval()
+    assert all(torch.equal(folded.state_dict()[key], value) for key, value in deployed.state_dict().items())
+
+
+def test_training_weights_are_folded_in_the_memory_they_were_read_into(monkeypatch):
+    addresses = set()
+
+    def read(path):
+        state_dict = read_checkpoint(path)
+        addresses.update(value.data_ptr() for value in state_dict.values())
+        return state_dict
+
+    monkeypatch.setattr('repvgg_zoo.pretrained.load.read_checkpoint', read)
+    model = timm.create_model('test_repvgg', pretrained=True, deploy=True)
+    assert {p.data_ptr() for name, p in model.named_parameters() if name.endswith('weight')} <= addresses
+
+
+@pytest.mark.parametrize('name', ['test_repvgg.cifar10', 'test_repvgg.cifar10_deploy'])
+def test_weights_are_the_models_own(name, tmp_path):
+    model = timm.create_model(name, pretrained=True, num_classes=7)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in model.parameters())
+    assert all(t.device.type == 'cpu' and t.is_contiguous() for t in tensors)
+    assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
+    save_file(model.state_dict(), tmp_path / 'whole.safetensors')
+
+
+def test_layers_that_no_file_has_are_still_made(model, x):
+    class Norm(torch.nn.BatchNorm2d):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.register_buffer('one', torch.ones((), device=kwargs.get('device')), persistent=False)
+
+        def forward(self, x):
+            return super().forward(x) * self.one
+
+    other = timm.create_model('test_repvgg', pretrained=True, norm_layer=Norm).eval()
+    assert torch.equal(other(x), model(x))
+
+
+def test_dtype_is_kept():
+    assert timm.create_model('test_repvgg', pretrained=True, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_memory_format_of_a_checkpoint_does_not_leak(model, x, tmp_path):
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    torch.save(last.state_dict(), tmp_path / 'x.pth')
+    loaded = timm.create_model(
+        'test_repvgg', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'x.pth'))
+    )
+    for key, value in model.state_dict().items():
+        assert loaded.state_dict()[key].stride() == value.stride()
+    assert torch.equal(loaded.eval()(x), model(x))
+
+
+def test_tensors_that_share_memory_in_a_checkpoint_are_taken_apart(model, tmp_path):
+    flat = torch.cat([value.flatten().float() for value in model.state_dict().values()])
+    values = flat.split([value.numel() for value in model.state_dict().values()])
+    shared = {k: v.view(like.shape) for v, (k, like) in zip(values, model.state_dict().items(), strict=True)}
+    torch.save(shared, tmp_path / 'x.pth')
+    overlay = dict(file=str(tmp_path / 'x.pth'))
+    loaded = timm.create_model('test_repvgg', pretrained=True, pretrained_cfg_overlay=overlay)
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in loaded.state_dict().values())
+    assert all(torch.equal(t, model.state_dict()[key]) for key, t in loaded.state_dict().items())
+
+
+def test_deploy_tag_into_the_training_form():
+    with pytest.raises(CheckpointError, match='deploy=True'):
+        timm.create_model('test_repvgg.cifar10_deploy', pretrained=True, deploy=False)
+
+
+@pytest.mark.parametrize('deploy', [False, True])
+@pytest.mark.parametrize('in_chans', [1, 3, 4, 6])
+def test_input_channels_are_adapted_as_timm_does(model, in_chans, deploy):
+    state_dict = dict(model.state_dict())
+    for key in ('stem.conv_kxk.conv.weight', 'stem.conv_1x1.conv.weight'):
+        state_dict[key] = timm.models.adapt_input_conv(in_chans, state_dict[key])
+    expected = timm.create_model('test_repvgg', in_chans=in_chans).eval()
+    expected.load_state_dict(state_dict)
+    adapted = timm.create_model('test_repvgg', pretrained=True, in_chans=in_chans, deploy=deploy).eval()
+    x = images(2, px=32, in_chans=in_chans)
+    assert rel_diff(adapted(x), expected(x)) < 1e-5
+
+
+@pytest.mark.parametrize('deploy', [False, True])
+@pytest.mark.parametrize('num_classes', [0, 7])
+def test_other_classes_leave_the_features_pretrained(model, x, num_classes, deploy):
+    other = timm.create_model('test_repvgg', pretrained=True, num_classes=num_classes, deploy=deploy).eval()
+    assert rel_diff(other.forward_features(x), model.forward_features(x)) < 1e-5
+    assert other(x).shape == (2, num_classes or 96)
+
+
+@pytest.mark.parametrize('deploy', [False, True])
+@pytest.mark.parametrize('feature_cls', [None, 'getter'])
+def test_features_only(model, x, deploy, feature_cls):
+    features = timm.create_model(
+        'test_repvgg', pretrained=True, features_only=True, out_indices=(1, 4), deploy=deploy, feature_cls=feature_cls
+    ).eval()
+    expected = model.forward_intermediates(x, indices=(1, 4), intermediates_only=True)
+    for a, b in zip(features(x), expected, strict=True):
+        assert rel_diff(a, b) < 1e-5
+    assert features.feature_info.channels() == [48, 96]
+
+
+def test_flipped_byte_is_noticed(tmp_path, monkeypatch):
+    record = read_manifest()['test_repvgg.cifar10']
+    content = bytearray(record.path.read_bytes())
+    content[-1] ^= 1
+    (tmp_path / record.file).write_bytes(content)
+    monkeypatch.setattr('repvgg_zoo.pretrained.manifest.weights_dir', lambda: tmp_path)
+    cfg = timm.get_pretrained_cfg('test_repvgg.cifar10')
+    cfg.file = str(record.path)
+    with pytest.raises(CheckpointError, match=r'is not the file that was published as test_repvgg\.cifar10.*sha256'):
+        load_pretrained(timm.create_model('test_repvgg'), cfg)
+
+
+# ---------------------------------------------------------------------------------------- other sources
+
+
+def test_classifier_that_fits_is_loaded(tmp_path, caplog):
+    """Though the registry speaks of another number of classes than the file and the model have."""
+    source = timm.create_model('repvgg_a0', num_classes=10)
+    save_file(source.state_dict(), tmp_path / 'mine.safetensors')
+    overlay = dict(file=str(tmp_path / 'mine.safetensors'))
+    loaded = timm.create_model('repvgg_a0', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=10)
+    assert torch.equal(loaded.head.fc.weight, source.head.fc.weight)
+    with caplog.at_level('INFO', logger='repvgg_zoo'):
+        timm.create_model('repvgg_a0', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=9)
+    assert 'no classifier of 9 classes; it is fresh' in caplog.text
+
+
+def test_file_overlay_and_checkpoint_path(tmp_path):
+    source = randomise(timm.create_model('test_repvgg'), px=32)
+    save_file(source.state_dict(), tmp_path / 'mine.safetensors')
+    x = images(px=32)
+    overlay = dict(file=str(tmp_path / 'mine.safetensors'))
+    for deploy in (False, True):
+        for loaded in (
+            timm.create_model('test_repvgg', pretrained=True, pretrained_cfg_overlay=overlay, deploy=deploy),
+            timm.create_model('test_repvgg', checkpoint_path=tmp_path / 'mine.safetensors', deploy=deploy),
+        ):
+            assert rel_diff(loaded.eval()(x), source(x)) < 1e-5
+
+
+def test_state_dict_overlay(x):
+    source = randomise(timm.create_model('test_repvgg'), px=32)
+    overlay = dict(state_dict=source.state_dict(), file=None)
+    loaded = timm.create_model('test_repvgg', pretrained=True, pretrained_cfg_overlay=overlay)
+    assert torch.equal(loaded.eval()(x), source(x))
+    with torch.no_grad():
+        loaded.head.fc.bias += 1
+    assert not torch.equal(loaded(x), source(x))
+
+
+def test_url(tmp_path, x):
+    source = randomise(timm.create_model('test_repvgg'), px=32)
+    save_file(source.state_dict(), tmp_path / 'mine.safetensors')
+    overlay = dict(url=(tmp_path / 'mine.safetensors').as_uri(), file=None)
+    loaded = timm.create_model(
+        'test_repvgg', pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path / 'cache'
+    )
+    assert torch.equal(loaded.eval()(x), source(x))
+    assert (tmp_path / 'cache' / 'mine.safetensors').exists()
+
+
+@pytest.mark.parametrize('deploy', [False, True])
+def test_folder_that_timm_saved(tmp_path, deploy, x):
+    source = randomise(timm.create_model('test_repvgg', num_classes=7), px=32)
+    expected = source(x)
+    if deploy:
+        source.switch_to_deploy()
+    timm.models.save_for_hf(source, tmp_path / 'saved', model_args=source._model_args, safe_serialization=True)
+    config = json.loads((tmp_path / 'saved' / 'config.json').read_text())
+    assert config.get('model_args', {}).get('deploy') == (True if deploy else None)
+    assert config['pretrained_cfg']['first_conv'] == (
+        'stem.reparam_conv' if deploy else ['stem.conv_kxk.conv', 'stem.conv_1x1.conv']
+    )
+    loaded = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True).eval()
+    assert loaded.deploy == deploy
+    assert loaded.num_classes == 7
+    assert rel_diff(loaded(x), expected) < 1e-5
+    fewer = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True, num_classes=2, in_chans=1).eval()
+    assert fewer(x[:, :1]).shape == (2, 2)
+
+
+def test_folder_without_weights(tmp_path):
+    (tmp_path / 'config.json').write_text(json.dumps({'architecture': 'test_repvgg', 'pretrained_cfg': {}}))
+    with pytest.raises(CheckpointError, match=r'no weights in .*neither model\.safetensors nor'):
+        timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+
+
+# ----------------------------------------------------------------------------------------------- the Hub
+
+
+def test_tags_and_hub_names_from_the_cache(hub_cache, tmp_path):
+    source = randomise(timm.create_model('repvgg_a0'))
+    timm.models.save_for_hf(source, tmp_path / 'saved', safe_serialization=True)
+    put_into_cache(hub_cache, 'timm/repvgg_a0.rvgg_in1k', (tmp_path / 'saved').iterdir())
+    x = images()
+    expected = source(x)
+    for name, deploy in (
+        ('repvgg_a0', False),
+        ('repvgg_a0.rvgg_in1k', False),
+        ('repvgg_a0.rvgg_in1k_deploy', True),
+        ('hf-hub:timm/repvgg_a0.rvgg_in1k', False),
+    ):
+        loaded = timm.create_model(name, pretrained=True).eval()
+        assert loaded.deploy == deploy
+        assert rel_diff(loaded(x), expected) < 1e-4
+    folded = timm.create_model('hf-hub:timm/repvgg_a0.rvgg_in1k', pretrained=True, deploy=True).eval()
+    assert folded.deploy
+    assert rel_diff(folded(x), expected) < 1e-4
+
+
+def test_cache_dir_is_used(hub_cache, tmp_path):
+    source = timm.create_model('repvgg_a0')
+    save_file(source.state_dict(), tmp_path / 'model.safetensors')
+    put_into_cache(tmp_path / 'mine', 'timm/repvgg_a0.rvgg_in1k', [tmp_path / 'model.safetensors'])
+    loaded = timm.create_model('repvgg_a0', pretrained=True, cache_dir=tmp_path / 'mine')
+    assert torch.equal(
+        loaded.state_dict()['head.fc.weight'], load_file(tmp_path / 'model.safetensors')['head.fc.weight']
+    )
+
+
+@pytest.mark.parametrize('name', ['repvgg_a0.rvgg_in1k', 'repvgg_a0.rvgg_in1k_deploy'])
+def test_no_network_and_no_cache(name, hub_cache):
+    with pytest.raises(
+        CheckpointError, match=r'cannot get model\.safetensors of timm/repvgg_a0\.rvgg_in1k from the Hub'
+    ):
+        timm.create_model(name, pretrained=True)
+
+
+@pytest.mark.parametrize('name', ['repvgg_b1g2', 'repvggplus_l2pse.rvgg_in1k_deploy'])
+def test_weights_that_nobody_published(name):
+    with pytest.raises(CheckpointError, match=r'nobody has published weights of .*; get RepVGG.*\.pth from'):
+        timm.create_model(name, pretrained=True)
+
+
+def test_weights_of_another_variant(tmp_path):
+    save_file(timm.create_model('test_repvgg', num_classes=1000).state_dict(), tmp_path / 'model.safetensors')
+    overlay = dict(file=str(tmp_path / 'model.safetensors'))
+    for kwargs in (dict(), dict(num_classes=5)):  # timm itself is lenient once the classes differ
+        with pytest.raises(
+            CheckpointError, match=r'does not fit repvgg_a0 \(it looks like a checkpoint of test_repvgg\)'
+        ):
+            timm.create_model('repvgg_a0', pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)

@@ -1,0 +1,109 @@
+import csv
+import dataclasses
+import hashlib
+import json
+import re
+from pathlib import Path
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
+
+import pytest
+from complexity import count_gmacs, count_params
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from repvgg_zoo import VARIANTS
+from repvgg_zoo.pretrained.manifest import DEPLOY_SUFFIX, WeightsRecord, read_manifest, write_manifest
+
+RECORDS = read_manifest()
+OFFICIAL = {row['name']: row for row in csv.DictReader((Path(__file__).parents[1] / 'data' / 'variants.csv').open())}
+
+
+def test_every_variant_has_weights_of_both_forms():
+    assert list(dict.fromkeys(record.arch for record in RECORDS.values())) == list(VARIANTS)
+    for record in RECORDS.values():
+        assert record.form == ('deploy' if record.tag.endswith(DEPLOY_SUFFIX) else 'training')
+        assert record.training_name in RECORDS
+        assert record.training_name + DEPLOY_SUFFIX in RECORDS
+
+
+def allowed(hint):
+    """The types of an annotation, as `isinstance` takes them."""
+    if get_origin(hint) in (Union, UnionType):
+        return tuple(part for option in get_args(hint) for part in allowed(option))
+    if get_origin(hint) is Literal:
+        return (str,)
+    return (get_origin(hint) or hint, int) if hint is float else (get_origin(hint) or hint,)
+
+
+@pytest.mark.parametrize('record', RECORDS.values(), ids=lambda record: record.name)
+def test_record_is_whole(record):
+    assert record.license == 'mit'
+    assert record.origin
+    assert all(metrics.source for metrics in (*record.published, *record.measured))
+    assert all(metrics.source_url.startswith('https://') for metrics in record.published)
+    assert all(
+        0 < value <= 100 for m in (*record.published, *record.measured) for value in (m.top1_pct, m.top5_pct or 1)
+    )
+    for part in (record, record.preprocessing, *record.published, *record.measured):
+        for name, hint in get_type_hints(type(part)).items():
+            assert isinstance(getattr(part, name), allowed(hint)), name
+    for value, digits in ((record.sha256, 64), (record.revision, 40)):
+        assert value is None or re.fullmatch(f'[0-9a-f]{{{digits}}}', value)
+    published = (record.hub_id, record.revision, record.sha256, record.size_bytes, record.fold_check)
+    if record.hub_id is None:
+        assert record.revision is None
+        assert (record.sha256 is None) == (record.size_bytes is None) == (record.file is None)
+        assert record.fold_check is None
+    else:  # as timm published it, or as this project did, which knows what it published
+        assert all(published) or (record.hub_id == f'timm/{record.name}' and not any(published[1:]))
+
+
+@pytest.mark.parametrize('record', RECORDS.values(), ids=lambda record: record.name)
+def test_sizes_follow_from_the_architecture(record):
+    variant, classes = VARIANTS[record.arch], record.preprocessing.num_classes
+    assert record.params == count_params(variant, deploy=record.form == 'deploy', num_classes=classes)
+    gmacs = count_gmacs(variant, input_px=record.preprocessing.input_px, num_classes=classes)
+    assert record.gmacs == pytest.approx(gmacs, abs=5e-7)  # it is written with six decimals
+
+
+def test_fields_are_exactly_those_of_a_record(own_weights):
+    path = own_weights / 'manifest.json'
+    written = path.read_text()
+    content = json.loads(written)
+    write_manifest(read_manifest())
+    assert path.read_text() == written
+    assert {f.name for f in dataclasses.fields(WeightsRecord)} == {'arch', 'tag'} | set(content['repvgg_a0.rvgg_in1k'])
+    for change in (dict(typo=1), dict(license=...)):
+        record = {k: v for k, v in (content['repvgg_a0.rvgg_in1k'] | change).items() if v is not ...}
+        path.write_text(json.dumps(content | {'repvgg_a0.rvgg_in1k': record}))
+        read_manifest.cache_clear()
+        with pytest.raises(TypeError, match=r'typo|license'):
+            read_manifest()
+
+
+@pytest.mark.parametrize('record', [r for r in RECORDS.values() if r.file], ids=lambda record: record.name)
+def test_bundled_file_is_the_recorded_one(record):
+    content = record.path.read_bytes()
+    assert len(content) == record.size_bytes
+    assert hashlib.sha256(content).hexdigest() == record.sha256
+
+
+@pytest.mark.parametrize('name', OFFICIAL)
+def test_official_records_say_what_was_published(name):
+    row = OFFICIAL[name]
+    for suffix in ('', DEPLOY_SUFFIX):
+        record = RECORDS[f'{name}.rvgg_in1k{suffix}']
+        assert record.preprocessing.input_px == int(row['eval_px'])
+        assert record.preprocessing.crop_pct == float(row['eval_crop_pct'])
+        assert record.preprocessing.interpolation == row['eval_interpolation']
+        expected = [float(row[key]) for key in ('top1_paper_or_readme', 'top1_timm') if row[key]]
+        assert [metrics.top1_pct for metrics in record.published] == expected
+        assert [m.top5_pct for m in record.published if m.top5_pct] == [float(t) for t in [row['top5_timm']] if t]
+        assert (record.preprocessing.mean, record.preprocessing.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        assert record.origin == 'https://github.com/DingXiaoH/RepVGG'
+        assert record.measured == ()
+    training = RECORDS[f'{name}.rvgg_in1k']
+    in_timm = row['upstream_train_weights'].startswith('timm/')
+    assert (training.upstream is None) == in_timm
+    if training.revision is None:  # else this project has published it
+        assert training.hub_id == (row['upstream_train_weights'] if in_timm else None)

@@ -1,0 +1,153 @@
+"""The fold on tensors, against running the branches in float64."""
+
+import pytest
+import torch
+from torch import nn
+
+from repvgg_zoo.reparam import fold as reparam
+from repvgg_zoo.reparam.fold import BNStats, FoldError, fold_block
+
+EPS = {torch.float64: 2.3e-16, torch.float32: 1.2e-7, torch.float16: 9.8e-4, torch.bfloat16: 7.9e-3}
+
+
+def random_bn(channels: int, seed: int, *, affine: bool = True, dtype=torch.float64, eps: float = 1e-5) -> BNStats:
+    g = torch.Generator().manual_seed(seed)
+    mean, weight, bias = torch.randn(3, channels, generator=g, dtype=torch.float64)
+    var = torch.rand(channels, generator=g, dtype=torch.float64) * 3
+    tensors = [mean, var, *((weight, bias) if affine else ())]
+    return BNStats(*(t.to(dtype) for t in tensors), eps=eps)
+
+
+def apply(bn: BNStats, x: torch.Tensor) -> torch.Tensor:
+    mean, var, weight, bias = (None if t is None else t.double() for t in bn[:4])
+    return nn.functional.batch_norm(x, mean, var, weight, bias, eps=bn.eps)
+
+
+def fold_and_reference(c_in, c_out, groups, *, identity, affine=True, dtype=torch.float64, k=3, eps=1e-5):
+    g = torch.Generator().manual_seed(0)
+    kxk = torch.randn(c_out, c_in // groups, k, k, generator=g).to(dtype)
+    point = torch.randn(c_out, c_in // groups, 1, 1, generator=g).to(dtype)
+    bns = [random_bn(c_out, seed, affine=affine, dtype=dtype, eps=eps) for seed in (1, 2, 3)]
+    kernel, bias = fold_block(kxk, bns[0], point, bns[1], bns[2] if identity else None)
+    x = torch.randn(2, c_in, 9, 9, generator=g, dtype=torch.float64)
+    reference = apply(bns[0], nn.functional.conv2d(x, kxk.double(), padding=k // 2, groups=groups))
+    reference = reference + apply(bns[1], nn.functional.conv2d(x, point.double(), groups=groups))
+    if identity:
+        reference = reference + apply(bns[2], x)
+    folded = nn.functional.conv2d(x, kernel.double(), bias.double(), padding=k // 2, groups=groups)
+    return kernel, bias, folded, reference
+
+
+@pytest.mark.parametrize('affine', [True, False])
+@pytest.mark.parametrize(
+    ('c_in', 'c_out', 'groups', 'identity'),
+    [(6, 6, 1, True), (6, 6, 2, True), (12, 12, 4, True), (8, 8, 8, True), (6, 10, 1, False), (6, 12, 3, False)],
+)
+def test_fold_computes_what_the_branches_compute(c_in, c_out, groups, identity, affine):
+    _, _, folded, reference = fold_and_reference(c_in, c_out, groups, identity=identity, affine=affine)
+    torch.testing.assert_close(folded, reference, rtol=0, atol=1e-12 * reference.abs().max().item())
+
+
+def test_fold_in_several_chunks():
+    """As of 300 channels and more, whose identity goes on where the chunk before ended."""
+    assert reparam._CHUNK < 300**2
+    _, _, folded, reference = fold_and_reference(300, 300, 1, identity=True)
+    torch.testing.assert_close(folded, reference, rtol=0, atol=1e-12 * reference.abs().max().item())
+
+
+def test_fold_of_a_larger_kernel():
+    _, _, folded, reference = fold_and_reference(4, 4, 2, identity=True, k=5)
+    torch.testing.assert_close(folded, reference, rtol=0, atol=1e-12 * reference.abs().max().item())
+
+
+def test_fold_uses_the_eps_of_each_branch():
+    _, _, folded, reference = fold_and_reference(6, 6, 1, identity=True, eps=0.1)
+    torch.testing.assert_close(folded, reference, rtol=0, atol=1e-12 * reference.abs().max().item())
+
+
+@pytest.mark.parametrize('dtype', EPS, ids=str)
+def test_every_tap_is_right_to_two_roundings(dtype):
+    """Half precision is rounded once, at the end; elsewhere the scale is rounded, and then its product."""
+    g = torch.Generator().manual_seed(0)
+    kxk, point = (torch.randn(8, 4, k, k, generator=g).to(dtype) for k in (3, 1))
+    bns = [random_bn(8, seed, dtype=dtype) for seed in (1, 2, 3)]
+    kernel, bias = fold_block(kxk, bns[0], point, bns[1], bns[2])
+    assert kernel.dtype == bias.dtype == dtype
+
+    (scale, shift), (scale_1x1, shift_1x1), (scale_identity, shift_identity) = (bn.scale_shift() for bn in bns)
+    terms = torch.zeros(3, 8, 4, 3, 3, dtype=torch.float64)
+    terms[0] = kxk.double() * scale.view(-1, 1, 1, 1)
+    terms[1, :, :, 1:2, 1:2] = point.double() * scale_1x1.view(-1, 1, 1, 1)
+    for channel in range(8):
+        terms[2, channel, channel % 4, 1, 1] = scale_identity[channel]
+    # float64 has no wider type to sum in: fold and reference both round three times, relative to terms that may cancel
+    roundings = {torch.float64: 3, torch.float32: 1}.get(dtype, 0.501)
+    size = terms.abs().sum(0) if dtype == torch.float64 else terms.sum(0).abs()
+    assert ((kernel.double() - terms.sum(0)).abs() <= roundings * EPS[dtype] * size).all()
+    exact_bias = shift + shift_1x1 + shift_identity
+    assert ((bias.double() - exact_bias).abs() <= EPS[dtype] / 2 * exact_bias.abs()).all()
+
+
+def test_convolution_biases_are_folded():
+    kxk, point, biases = torch.randn(4, 2, 3, 3).double(), torch.randn(4, 2, 1, 1).double(), torch.randn(2, 4).double()
+    bns = random_bn(4, 0), random_bn(4, 1)
+    kernel, bias = fold_block(kxk, bns[0], point, bns[1], bias_kxk=biases[0], bias_1x1=biases[1])
+    x = torch.randn(1, 2, 5, 5).double()
+    expected = apply(bns[0], nn.functional.conv2d(x, kxk, biases[0], padding=1))
+    expected += apply(bns[1], nn.functional.conv2d(x, point, biases[1]))
+    torch.testing.assert_close(nn.functional.conv2d(x, kernel, bias, padding=1), expected)
+
+
+def test_fold_into_the_memory_of_the_kernel():
+    kxk, point, bn = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 1, 1), random_bn(4, 0)
+    expected, _ = fold_block(kxk, bn, point, bn, bn)
+    kernel, _ = fold_block(kxk, bn, point, bn, bn, out=kxk)
+    assert kernel.data_ptr() == kxk.data_ptr()
+    assert torch.equal(kernel, expected)
+
+
+def test_fold_keeps_memory_format_and_inputs():
+    kxk = torch.randn(4, 4, 3, 3).to(memory_format=torch.channels_last)
+    before = kxk.clone()
+    kernel, _ = fold_block(kxk, random_bn(4, 0), torch.randn(4, 4, 1, 1), random_bn(4, 1), random_bn(4, 2))
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(kxk, before)
+
+
+def test_fold_is_differentiable():
+    kxk, point, gamma = (torch.randn(*s).double().requires_grad_() for s in ((2, 2, 3, 3), (2, 2, 1, 1), (2,)))
+    mean, var = torch.randn(2).double(), torch.rand(2).double() + 0.5
+
+    def folded(kxk, point, gamma):
+        bn = BNStats(mean, var, gamma)
+        return fold_block(kxk, bn, point, bn, bn)
+
+    assert torch.autograd.gradcheck(folded, (kxk, point, gamma))
+
+
+@pytest.mark.parametrize('value', [float('nan'), -1e-3, float('inf')])
+def test_bad_variance_is_named(value):
+    bn = random_bn(4, 0)
+    bn.var[2] = value
+    with pytest.raises(FoldError, match=r'running variance .* in channel 2'):
+        bn.check()
+
+
+@pytest.mark.parametrize('field', ['mean', 'weight', 'bias'])
+def test_other_statistics_that_are_not_finite_are_named(field):
+    bn = random_bn(4, 0)
+    getattr(bn, field)[3] = float('nan')
+    with pytest.raises(FoldError, match='running mean, weight or bias of channel 3 is not finite'):
+        bn.check()
+
+
+def test_module_imports_nothing_but_torch():
+    import ast
+    import pathlib
+
+    import repvgg_zoo.reparam.fold
+
+    tree = ast.parse(pathlib.Path(repvgg_zoo.reparam.fold.__file__).read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imported == {'__future__', 'typing', 'torch'}

@@ -1,0 +1,304 @@
+"""The switch, for whatever holds blocks and however it is wrapped."""
+
+import copy
+import logging
+
+import pytest
+import timm
+import torch
+from helpers import images, randomise, rel_diff
+from timm.models import byobnet
+from torch import nn
+
+import repvgg_zoo
+from repvgg_zoo import FoldError, RepVGGBlock, switch_to_deploy
+from repvgg_zoo.reparam import switch as deploy_room
+
+
+@pytest.fixture
+def model():
+    return randomise(timm.create_model('test_repvgg').double(), px=32)
+
+
+@pytest.fixture
+def x():
+    return images(2, px=32, dtype=torch.float64)
+
+
+def is_deployed(module: nn.Module) -> bool:
+    return not any(isinstance(m, nn.BatchNorm2d) for m in module.modules())
+
+
+def test_switch_is_idempotent_and_returns_the_module(model, x):
+    before = model(x)
+    assert model.switch_to_deploy() is model
+    folded = copy.deepcopy(model.state_dict())
+    assert model.switch_to_deploy() is model
+    assert model.reparameterize() is model
+    assert all(torch.equal(folded[key], value) for key, value in model.state_dict().items())
+    assert rel_diff(model(x), before) < 1e-12
+
+
+def test_nothing_is_left_behind(model):
+    model.switch_to_deploy()
+    assert {key.split('.')[-2] for key in model.state_dict()} == {'reparam_conv', 'fc'}
+    assert not list(model.buffers())
+
+
+def test_block_as_the_root_module(x):
+    block = randomise(RepVGGBlock(3, 8).double(), px=32)
+    before = block(x)
+    assert switch_to_deploy(block) is block
+    assert rel_diff(block(x), before) < 1e-12
+
+
+@pytest.mark.parametrize('wrap', [lambda m: m, lambda m: byobnet.repvgg_a0()], ids=['ours', 'timm'])
+def test_switched_module_has_no_empty_places(model, wrap):
+    """As one that is built in the deploy form: libraries that walk over modules trip over None."""
+    module = switch_to_deploy(wrap(model))
+    assert None not in (child for m in module.modules() for child in m._modules.values())
+
+
+def test_undone_switch_leaves_modules_as_they_were(model, x, monkeypatch):
+    before = [name for name, _ in model.named_modules()]
+    monkeypatch.setattr(deploy_room, '_MAX_RELATIVE_DIFF', {torch.float64: -1})
+    with pytest.raises(FoldError):
+        model.switch_to_deploy(verify=x)
+    assert [name for name, _ in model.named_modules()] == before
+    assert model.stem.__dict__.keys() == RepVGGBlock(3, 48).__dict__.keys()
+
+
+class Segmenter(nn.Module):
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.decoder = encoder, nn.Conv2d(96, 2, 1).double()
+
+    def forward(self, x):
+        return {'mask': self.decoder(self.encoder(x)[-1]), 'sizes': [x.shape]}
+
+
+def test_backbone_of_a_larger_network(x):
+    encoder = timm.create_model('test_repvgg', features_only=True).double()
+    for norm in (m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+        nn.init.uniform_(norm.running_mean, -1, 1)
+    network = Segmenter(encoder).eval()
+    before = network(x)['mask']
+    assert switch_to_deploy(network, verify=x) is network
+    assert is_deployed(network)
+    assert rel_diff(network(x)['mask'], before) < 1e-12
+
+
+def test_timms_model_is_folded_exactly(model):
+    theirs = byobnet.repvgg_a0().double()
+    randomise(theirs)
+    x = images(dtype=torch.float64)
+    before = theirs(x)
+    assert switch_to_deploy(theirs) is theirs
+    assert rel_diff(theirs(x), before) < 1e-9
+    assert not any('id_tensor' in name for name, _ in theirs.named_buffers())
+    timm.create_model('repvgg_a0', deploy=True).double().load_state_dict(theirs.state_dict())
+
+
+def test_timms_helper_folds_the_zoo(model, x):
+    before = model(x)
+    copied = timm.utils.reparameterize_model(model)
+    assert is_deployed(copied)
+    assert copied.deploy
+    assert not model.deploy
+    assert rel_diff(copied(x), before) < 1e-12
+    assert copied._model_args['deploy'] is True
+
+
+def test_compiled_module(model, x):
+    compiled = torch.compile(model, backend='eager')
+    before = compiled(x)
+    assert switch_to_deploy(compiled) is compiled
+    assert is_deployed(model)
+    assert rel_diff(compiled(x), before) < 1e-12
+
+
+def test_distributed_module(model, x, tmp_path):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        before = wrapped(x)
+        assert switch_to_deploy(wrapped) is wrapped
+        assert rel_diff(wrapped(x), before) < 1e-12
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_average_of_weights(model, x):
+    """An average holds a copy of the model, so it is switched on its own."""
+    average = timm.utils.ModelEmaV3(model)
+    before = average.module(x)
+    model.switch_to_deploy()
+    assert not average.module.deploy
+    assert switch_to_deploy(average) is average
+    assert rel_diff(average.module(x), before) < 1e-12
+
+
+def test_graphs_are_refused_unharmed(model, x):
+    features = timm.create_model('test_repvgg', features_only=True, feature_cls='fx').double().eval()
+    for traced in (features, torch.jit.trace(model, x), torch.jit.script(model), torch.fx.symbolic_trace(model)):
+        before = traced(x)
+        with pytest.raises(ValueError, match='before tracing, scripting or exporting'):
+            switch_to_deploy(traced)
+        after = traced(x)
+        before, after = (outputs if isinstance(outputs, list) else [outputs] for outputs in (before, after))
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_partly_switched_model_is_of_the_training_form(model, x):
+    before = model(x)
+    model.stem.switch_to_deploy()
+    assert not model.deploy
+    assert rel_diff(model.switch_to_deploy()(x), before) < 1e-12
+    assert model.deploy
+
+
+def test_module_without_blocks():
+    with pytest.raises(ValueError, match='no RepVGG block in Linear'):
+        switch_to_deploy(nn.Linear(2, 2))
+
+
+def test_properties_of_the_branches_are_kept():
+    model = timm.create_model('test_repvgg').to(torch.bfloat16, memory_format=torch.channels_last).eval()
+    for parameter in model.stages[0].parameters():
+        parameter.requires_grad_(False)
+    model.stages[1].train()
+    model.switch_to_deploy()
+    stage0, stage1 = model.stages[0][0].reparam_conv, model.stages[1][0].reparam_conv
+    assert stage0.weight.dtype == stage1.bias.dtype == torch.bfloat16
+    assert stage0.weight.is_contiguous(memory_format=torch.channels_last)
+    assert [p.requires_grad for p in (stage0.weight, stage0.bias, stage1.weight, stage1.bias)] == [False] * 2 + [
+        True
+    ] * 2
+    assert not stage0.training
+    assert stage1.training
+
+
+def test_train_mode_folds_running_statistics_and_says_so_once(model, x, caplog):
+    expected = model(x)
+    deploy_room._warn_of_train_mode.cache_clear()
+    with caplog.at_level(logging.INFO, logger='repvgg_zoo'):
+        copy.deepcopy(model).train().switch_to_deploy()
+        switched = model.train().switch_to_deploy()
+    assert [('eval()' in r.message) for r in caplog.records] == [True]
+    assert switched.training
+    assert rel_diff(switched.eval()(x), expected) < 1e-12
+
+
+def test_half_precision_folds_first_and_casts_last(model):
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    exact = copy.deepcopy(half).double().switch_to_deploy().state_dict()
+    for key, value in half.switch_to_deploy().state_dict().items():
+        assert ((value.double() - exact[key]).abs() <= 2**-8 * exact[key].abs()).all(), key
+
+
+# -------------------------------------------------------------------------------- errors change nothing
+
+
+def poison(norm: nn.Module, value: float) -> None:
+    norm.running_var[1] = value
+
+
+@pytest.mark.parametrize('value', [float('nan'), -1.0])
+def test_bad_variance_in_the_last_block_leaves_all_unfolded(model, x, value):
+    poison(model.stages[3][0].conv_1x1.bn, value)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FoldError, match=r"block 'stages.3.0': running variance .* in channel 1.*nothing was changed"):
+        model.switch_to_deploy()
+    assert before.keys() == model.state_dict().keys()
+    assert not model.deploy
+
+
+def test_batch_statistics_cannot_be_folded():
+    block = RepVGGBlock(4, 4, norm_layer=lambda c, **dd: nn.BatchNorm2d(c, track_running_stats=False, **dd))
+    with pytest.raises(FoldError, match='keeps no running statistics'):
+        block.switch_to_deploy()
+    assert block.reparam_conv is None
+
+
+def test_norm_that_hides_its_eps_cannot_be_folded():
+    class Frozen(nn.BatchNorm2d):
+        pass
+
+    block = RepVGGBlock(4, 4)
+    block.identity.__class__ = Frozen
+    del block.identity.eps
+    with pytest.raises(FoldError, match='does not tell its eps; set it as an attribute'):
+        block.switch_to_deploy()
+
+
+def test_norm_with_an_activation_cannot_be_folded():
+    block = RepVGGBlock(4, 4, norm_layer=timm.layers.BatchNormAct2d)
+    with pytest.raises(FoldError, match='activation'):
+        block.switch_to_deploy()
+
+
+def test_padding_that_does_not_centre_the_kernel_cannot_be_folded():
+    block = RepVGGBlock(4, 4)
+    block.conv_kxk.conv.padding = (0, 0)
+    with pytest.raises(FoldError, match='does not centre'):
+        block.switch_to_deploy()
+
+
+def test_verify_logs_the_difference(model, x, caplog):
+    with caplog.at_level(logging.INFO, logger='repvgg_zoo'):
+        model.switch_to_deploy(verify=x)
+    assert 'largest difference' in caplog.text
+    assert model.deploy
+
+
+@pytest.mark.parametrize('wrap', [lambda m: m, lambda m: byobnet.repvgg_a0()], ids=['ours', 'timm'])
+def test_verify_undoes_a_wrong_fold(model, x, wrap, monkeypatch):
+    module = randomise(wrap(model).double())
+    x = images(2, px=64, dtype=torch.float64)
+    module.train()
+    module.stem.eval()
+    before, state = module.eval()(x), module.state_dict()
+    module.train()
+    module.stem.eval()
+    fold = deploy_room.fold_block
+    monkeypatch.setattr(deploy_room, 'fold_block', lambda *a, **k: (fold(*a, **k)[0] * 1.001, fold(*a, **k)[1]))
+    with pytest.raises(FoldError, match='the deploy form differs by'):
+        switch_to_deploy(module, verify=x)
+    assert module.training
+    assert not module.stem.training
+    assert module.state_dict().keys() == state.keys()
+    assert torch.equal(module.eval()(x), before)
+
+
+@pytest.mark.parametrize('verify', [False, True])
+@pytest.mark.parametrize('name', ['repvgg', 'acb'])
+def test_switch_in_inference_mode_leaves_parameters_that_train(name, verify):
+    model = timm.create_model('test_repvgg', block=name)
+    with torch.inference_mode():
+        model.eval().switch_to_deploy(verify=images(1, px=32) if verify else None)
+    assert not torch.is_inference_mode_enabled()
+    model(images(1, px=32)).sum().backward()
+    model.load_state_dict(model.state_dict())
+    assert model.stem.reparam_conv.weight.grad is not None
+
+
+def test_verify_undoes_a_switch_that_failed_halfway(model, x, monkeypatch):
+    folds, fold = [], deploy_room.fold_block
+
+    def failing(*args, **kwargs):
+        folds.append(1)
+        if len(folds) == 4:
+            raise MemoryError
+        return fold(*args, **kwargs)
+
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(deploy_room, 'fold_block', failing)
+    with pytest.raises(MemoryError):
+        model.switch_to_deploy(verify=x)
+    assert model.state_dict().keys() == before.keys()
+    assert not any(block.reparam_conv for block in model.modules() if isinstance(block, RepVGGBlock))
+
+
+def test_public_name():
+    assert repvgg_zoo.switch_to_deploy is switch_to_deploy

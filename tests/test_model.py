@@ -1,0 +1,396 @@
+"""The network beside timm's own, its interface, and its entries in timm's registry."""
+
+import copy
+import functools
+import json
+import pickle
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+import timm
+import torch
+from helpers import TIMM_NAMES, images, params, randomise, rel_diff
+from timm.models import byobnet
+from torch import nn
+
+import repvgg_zoo
+from repvgg_zoo import VARIANTS, CheckpointError, RepVGG
+from repvgg_zoo.reparam.fold import fold_block
+
+NAMES = list(VARIANTS)
+
+
+def timm_model(name: str, **kwargs) -> nn.Module:
+    return getattr(byobnet, name)(**kwargs)
+
+
+# ------------------------------------------------------------------------------------------ both forms
+
+
+@pytest.mark.parametrize('name', params(NAMES))
+def test_both_forms_compute_the_same(name):
+    model = randomise(timm.create_model(name).double())
+    x = images(dtype=torch.float64)
+    before = model(x)
+    assert model.switch_to_deploy() is model
+    assert rel_diff(model(x), before) < 1e-9
+    assert not any('conv_kxk' in key or 'bn' in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize('name', ['repvgg_a0', 'repvgg_b1g4'])
+@pytest.mark.parametrize('output_stride', [8, 16])
+def test_both_forms_compute_the_same_with_dilation(name, output_stride):
+    model = randomise(timm.create_model(name, output_stride=output_stride).double())
+    x = images(px=96, dtype=torch.float64)
+    before = model(x)
+    assert model.output_stride == output_stride
+    assert model.forward_features(x).shape[-1] == 96 // output_stride
+    assert rel_diff(model.switch_to_deploy()(x), before) < 1e-9
+
+
+# ----------------------------------------------------------------------------------------- beside timm
+
+
+@pytest.mark.parametrize('name', params(TIMM_NAMES))
+def test_state_dicts_and_outputs_are_those_of_timm(name):
+    ours, theirs = timm.create_model(name), timm_model(name)
+    assert isinstance(ours, RepVGG)
+    assert not isinstance(theirs, RepVGG)
+    theirs.load_state_dict(randomise(ours).state_dict(), strict=True)
+    theirs.eval()
+    x = images()
+    y, expected = ours(x), theirs(x)
+    fresh = timm.create_model(name)
+    fresh.load_state_dict(theirs.state_dict(), strict=True)
+    assert torch.equal(fresh.eval()(x), y)
+
+    # not bitwise: a library may sum in another order over the subsampled input of a strided 1x1 convolution, some units
+    # in the last place that the layers amplify: in float32 and D2se's 40 layers, 1e-6
+    exact = theirs.double()(x.double())
+    assert rel_diff(ours.double()(x.double()), exact) < 1e-13
+    assert rel_diff(y, exact) <= 3 * rel_diff(expected, exact)
+
+
+@pytest.mark.parametrize('name', params(TIMM_NAMES))
+def test_deploy_state_dicts_are_those_of_timm_and_closer_to_the_truth(name):
+    ours = randomise(timm.create_model(name))
+    theirs = timm_model(name).eval()
+    theirs.load_state_dict(ours.state_dict())
+    exact = copy.deepcopy(ours).double().switch_to_deploy().state_dict()
+    ours.switch_to_deploy()
+    theirs = timm.utils.reparameterize_model(theirs)
+    for key, value in theirs.state_dict().items():
+        if not key.endswith('id_tensor') and 'reparam_conv' in key:
+            assert (ours.state_dict()[key] - exact[key]).abs().max() <= (value - exact[key]).abs().max()
+
+    folded = ours.state_dict()
+    theirs.load_state_dict(folded, strict=True)
+    x = images()
+    assert torch.equal(ours(x), theirs(x))
+    fresh = timm.create_model(name, deploy=True).eval()
+    fresh.load_state_dict(theirs.state_dict(), strict=True)
+    assert torch.equal(fresh(x), ours(x))
+
+
+@pytest.mark.parametrize('name', ['repvgg_a0', 'repvgg_b1g4'])
+def test_gradients_are_those_of_timm(name):
+    ours, theirs = randomise(timm.create_model(name).double()), timm_model(name).double()
+    theirs.load_state_dict(ours.state_dict())
+    x = images(2, dtype=torch.float64)
+    for model in (ours.train(), theirs.train()):
+        model(x).square().sum().backward()
+    expected = dict(theirs.named_parameters())
+    for key, parameter in ours.named_parameters():
+        assert rel_diff(parameter.grad, expected[key].grad) < 1e-10, key
+
+
+def test_features_only_is_that_of_timm():
+    for kwargs in (dict(), dict(out_indices=(1, 3)), dict(output_stride=8)):
+        ours = timm.create_model('repvgg_a0', features_only=True, **kwargs)
+        theirs = timm_model('repvgg_a0', features_only=True, **kwargs)
+        assert ours.feature_info.channels() == theirs.feature_info.channels()
+        assert ours.feature_info.reduction() == theirs.feature_info.reduction()
+        randomise_features(ours)
+        theirs.load_state_dict(ours.state_dict())
+        for a, b in zip(ours.eval()(images()), theirs.eval()(images()), strict=True):
+            assert torch.equal(a, b)
+
+
+def randomise_features(model):
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.3, 1.2)
+            nn.init.uniform_(m.running_var, 0.5, 2)
+
+
+# --------------------------------------------------------------------------------------------- mutants
+
+MUTANTS = {
+    'identity dropped': lambda *a, **k: fold_block(*a[:4], None, **k),
+    'other eps': lambda *a, **k: fold_block(*(x._replace(eps=1e-2) if hasattr(x, 'eps') else x for x in a), **k),
+    '1x1 statistics of the 3x3 branch': lambda *a, **k: fold_block(a[0], a[1], a[2], a[1], a[4], **k),
+    'group index': lambda *a, **k: _swap_group_index(*a, **k),
+    'bias lost': lambda *a, **k: (fold_block(*a, **k)[0], torch.zeros_like(fold_block(*a, **k)[1])),
+}
+
+
+def _swap_group_index(kxk, bn_kxk, point, bn_point, bn_identity, **kwargs):
+    kernel, bias = fold_block(kxk, bn_kxk, point, bn_point, None, **kwargs)
+    if bn_identity is not None:
+        scale, shift = bn_identity.scale_shift()
+        groups = kxk.shape[0] // kxk.shape[1]
+        for channel in range(kxk.shape[0]):
+            kernel[channel, channel // groups, 1, 1] += scale[channel]
+        bias = bias + shift
+    return kernel, bias
+
+
+@pytest.mark.parametrize('mutant', MUTANTS)
+@pytest.mark.parametrize('name', ['test_repvgg', 'repvgg_b1g4'])
+def test_a_wrong_fold_is_noticed(name, mutant, monkeypatch):
+    if mutant == 'group index' and name == 'test_repvgg':
+        pytest.skip('without groups there is one index')
+    model = randomise(timm.create_model(name).double())
+    x = images(dtype=torch.float64)
+    before = model(x)
+    monkeypatch.setattr(repvgg_zoo.reparam.switch, 'fold_block', MUTANTS[mutant])
+    assert rel_diff(model.switch_to_deploy()(x), before) > 1e-6
+
+
+# ------------------------------------------------------------------------------------------- interface
+
+
+@pytest.fixture(params=[False, True], ids=['training', 'deploy'])
+def model(request):
+    return timm.create_model('test_repvgg', deploy=request.param).eval()
+
+
+def test_interface(model):
+    x = images(2, px=32)
+    features = model.forward_features(x)
+    assert features.shape == (2, model.num_features, 2, 2)
+    assert torch.equal(model.forward_head(features), model(x))
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+    assert (model.in_chans, model.num_classes, model.global_pool) == (3, 10, 'avg')
+    assert (model.drop_rate, model.drop_path_rate, model.output_stride) == (0, 0, 16)
+    assert (model.device, model.dtype) == (torch.device('cpu'), torch.float32)
+    assert model.no_weight_decay() == set()
+    assert model.get_classifier() is model.head.fc
+
+
+def test_intermediates(model):
+    x = images(2, px=32)
+    final, taken = model.forward_intermediates(x)
+    assert [t.shape[1] for t in taken] == [info['num_chs'] for info in model.feature_info]
+    assert [32 // t.shape[2] for t in taken] == [info['reduction'] for info in model.feature_info]
+    assert torch.equal(final, model.forward_features(x))
+    early = model.forward_intermediates(x, indices=[0, 2], stop_early=True, intermediates_only=True)
+    assert [torch.equal(a, b) for a, b in zip(early, (taken[0], taken[2]), strict=True)] == [True, True]
+    kept = model.prune_intermediate_layers([0, 2])
+    assert kept == [0, 2]
+    assert torch.equal(model.forward_intermediates(x, indices=[2], intermediates_only=True)[0], taken[2])
+    assert model.num_features == taken[2].shape[1]
+
+
+def test_classifier_reset(model):
+    x = images(2, px=32)
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7)
+    model.reset_classifier(0)
+    assert model(x).shape == (2, model.num_features)
+    model.reset_classifier(5, 'catavgmax')
+    assert model(x).shape == (2, 5)
+    assert model.head_hidden_size == 2 * model.num_features
+
+
+def test_copies(model):
+    x = images(2, px=32)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
+        assert torch.equal(copied(x), model(x))
+    assert torch.equal(copy.deepcopy(model).switch_to_deploy()(x), model.switch_to_deploy()(x))
+
+
+def test_scripting_and_tracing(model):
+    x = images(2, px=32)
+    for exported in (torch.jit.script(model), torch.jit.trace(model, x)):
+        torch.testing.assert_close(exported(x), model(x))
+
+
+@pytest.mark.parametrize('name', ['test_repvgg', 'repvggplus_l2pse'])
+def test_layer_groups_cover_every_parameter(name):
+    from timm.optim import create_optimizer_v2
+
+    model = timm.create_model(name, device='meta')
+    optimizer = create_optimizer_v2(model, opt='sgd', lr=0.1, weight_decay=0.1, layer_decay=0.5)
+    assert sum(len(group['params']) for group in optimizer.param_groups) == len(list(model.parameters()))
+    scales = {group['lr_scale'] for group in optimizer.param_groups}
+    assert len(scales) == 2 + sum(model.variant.depths)
+
+
+@pytest.mark.parametrize('block', repvgg_zoo.BLOCKS)
+@pytest.mark.parametrize('momentum', [0.1, None])
+def test_grad_checkpointing_changes_neither_gradients_nor_statistics(block, momentum):
+    x = images(4, px=32, dtype=torch.float64)
+    norm_layer = functools.partial(nn.BatchNorm2d, momentum=momentum)
+    plain = timm.create_model('test_repvgg', block=block, norm_layer=norm_layer).double()
+    saving = copy.deepcopy(plain)
+    saving.set_grad_checkpointing()
+    for model in (plain, saving):
+        for batch in (x, x.flip(1) ** 2):  # from the second one on, the mean of all batches is not that of this one
+            model(batch).square().sum().backward()
+    for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    for a, b in zip(plain.buffers(), saving.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert {m.momentum for m in saving.modules() if isinstance(m, nn.BatchNorm2d)} == {momentum}
+
+
+@pytest.mark.parametrize('block', ['repvgg', 'dbb'])
+def test_grad_checkpointing_of_two_forward_passes_and_two_backward_passes(block):
+    """The statistics move between a forward pass and its repetition, which takes place once for each backward pass."""
+    plain = timm.create_model('test_repvgg', block=block, num_classes=10).double()
+    saving = copy.deepcopy(plain)
+    saving.set_grad_checkpointing()
+    x = images(4, px=32, dtype=torch.float64)
+    for model in (plain, saving):
+        first, second = model(x), model(x.flip(1) ** 2)
+        first[:, 0].sum().backward(retain_graph=True)
+        (first[:, 1] * second[:, 2]).sum().backward()
+        penalised = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(model(penalised).square().sum(), penalised, create_graph=True)
+        grad.square().sum().backward()
+    for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    for a, b in zip(plain.buffers(), saving.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_grad_checkpointing_without_statistics():
+    norm_layer = functools.partial(nn.BatchNorm2d, momentum=None, track_running_stats=False)
+    model = timm.create_model('test_repvgg', norm_layer=norm_layer)
+    model.set_grad_checkpointing()
+    model(images(4, px=32)).sum().backward()
+    assert model.stages[3][0].conv_kxk.conv.weight.grad is not None
+
+
+@pytest.mark.parametrize('run', ['forward_features', 'forward_intermediates', 'forward'])
+def test_grad_checkpointing_runs_the_stages_twice(run):
+    model = timm.create_model('test_repvgg', num_classes=10)
+    model.set_grad_checkpointing()
+    runs = []
+    model.stages[1][0].register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    outputs = getattr(model, run)(images(2, px=32))
+    output = outputs[0] if isinstance(outputs, tuple) else outputs
+    assert len(runs) == 1
+    output.sum().backward()
+    assert len(runs) == 2
+
+
+def test_channels_last_training_does_not_crash():
+    model = timm.create_model('repvgg_a0').to(memory_format=torch.channels_last)
+    x = images(4).contiguous(memory_format=torch.channels_last)
+    model(x).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_drop_path_is_of_the_training_form_alone():
+    model = timm.create_model('test_repvgg', drop_path_rate=0.9)
+    x = images(16, px=32)
+    torch.manual_seed(0)
+    assert not torch.equal(model(x), model(x))
+    deployed = timm.create_model('test_repvgg', drop_path_rate=0.3, deploy=True)
+    assert not any('DropPath' in type(m).__name__ for m in deployed.modules())
+
+
+def test_layers_by_name():
+    model = timm.create_model('test_repvgg', act_layer='silu', norm_layer='batchnorm2d')
+    assert isinstance(model.stem.act, nn.SiLU)
+    assert isinstance(model.stem.conv_kxk.bn, nn.BatchNorm2d)
+
+
+def test_auxiliary_heads():
+    model = timm.create_model('repvggplus_l2pse', aux_heads=True, num_classes=7)
+    x = images(2)
+    logits, aux_logits = model.train()(x)
+    assert logits.shape == (2, 7)
+    assert [aux.shape for aux in aux_logits] == [(2, 7)] * 3
+    (logits.sum() + sum(aux.sum() for aux in aux_logits)).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert model.eval()(x).shape == (2, 7)
+    plain = timm.create_model('repvggplus_l2pse', num_classes=7).eval()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(plain(x), model(x))
+    assert model.switch_to_deploy().train()(x).shape == (2, 7)
+    assert model.aux_heads is None
+
+
+def test_auxiliary_heads_where_there_are_none():
+    with pytest.raises(ValueError, match=r'repvgg_a0 has no auxiliary heads; these have: repvggplus_l2pse'):
+        timm.create_model('repvgg_a0', aux_heads=True)
+
+
+def test_bad_output_stride():
+    with pytest.raises(ValueError, match='output_stride is 4; it can be 8, 16 or 32'):
+        timm.create_model('repvgg_a0', output_stride=4)
+
+
+# -------------------------------------------------------------------------------------------- registry
+
+
+@pytest.fixture(scope='module')
+def timm_alone():
+    """What timm tells of its RepVGG in a process that never imports the zoo."""
+    code = (
+        'import timm, json; from dataclasses import asdict\n'
+        "names = timm.list_models('repvgg*')\n"
+        "tags = timm.list_pretrained('repvgg*')\n"
+        'print(json.dumps([names, tags, {t: asdict(timm.get_pretrained_cfg(t)) for t in names + tags}]))'
+    )
+    return json.loads(subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout)
+
+
+def test_registry_still_tells_what_timm_told(timm_alone):
+    names, tags, cfgs = timm_alone
+    assert names == TIMM_NAMES
+    assert set(tags) < set(timm.list_pretrained('repvgg*'))
+    for name, cfg in cfgs.items():
+        assert json.loads(json.dumps(asdict(timm.get_pretrained_cfg(name)))) == cfg
+        assert timm.models.is_model_pretrained(name)
+
+
+def test_registry_has_the_new_entries():
+    assert timm.list_models('*', module='repvgg') == timm.list_models('*repvgg*') == sorted(NAMES)
+    assert timm.models.is_model_pretrained('repvgg_b3.rvgg_in1k_deploy')
+    assert not timm.models.is_model_pretrained('repvgg_b1g2.rvgg_in1k')
+    assert timm.get_pretrained_cfg('repvggplus_l2pse').input_size == (3, 320, 320)
+    assert timm.get_pretrained_cfg('repvgg_a0.rvgg_in1k_deploy').first_conv == 'stem.reparam_conv'
+
+
+def test_import_warns_of_nothing():
+    code = (
+        'import timm, logging, warnings\n'
+        'logging.basicConfig(level=0)\n'
+        "warnings.simplefilter('error')\n"
+        'import repvgg_zoo\n'
+        "warnings.simplefilter('ignore')"
+    )
+    done = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True)
+    assert done.stdout == done.stderr == ''
+
+
+def test_unknown_tag_names_the_nearest():
+    with pytest.raises(RuntimeError, match=r"unknown tag 'rvgg_in1' of repvgg_a0; did you mean 'rvgg_in1k'"):
+        timm.create_model('repvgg_a0.rvgg_in1', pretrained=True)
+
+
+def test_deploy_follows_from_the_tag_unless_said():
+    assert timm.create_model('repvgg_a0.rvgg_in1k_deploy').deploy
+    assert not timm.create_model('repvgg_a0.rvgg_in1k_deploy', deploy=False).deploy
+    assert timm.create_model('repvgg_a0.rvgg_in1k', deploy=True).deploy
+    assert not timm.create_model('repvgg_a0').deploy
+
+
+def test_checkpoint_error_is_caught_like_a_torch_error():
+    assert issubclass(CheckpointError, RuntimeError)
