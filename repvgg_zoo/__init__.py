@@ -1,7 +1,7 @@
 """The RepVGG model zoo for timm: importing it registers every variant with timm's registry."""
 
 from .blocks.factory import BLOCKS
-from .blocks.multi_branch import FamilyBlock
+from .blocks.multi_branch import MultiBranchBlock
 from .blocks.repvgg_block import RepVGGBlock
 from .blocks.unfold import match_bn_statistics, unfold
 from .checkpoints.errors import CheckpointError
@@ -17,8 +17,8 @@ __all__ = [
     'BLOCKS',
     'VARIANTS',
     'CheckpointError',
-    'FamilyBlock',
     'FoldError',
+    'MultiBranchBlock',
     'RepVGG',
     'RepVGGBlock',
     'Variant',

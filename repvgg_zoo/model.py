@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 from .blocks.base import ReparamBlock
 from .blocks.factory import block_type
-from .blocks.fast_sum import ConvNorm
 from .blocks.grad_checkpointing import checkpointed
-from .blocks.multi_branch import FamilyBlock
 from .checkpoints.layouts import to_timm_layout
-from .checkpoints.state_dicts import StateDict, fold_state_dict, without_aux_heads
+from .checkpoints.state_dicts import StateDict, without_aux_heads
 from .reparam import switch as _deploy
 from .variants import VARIANTS, Variant
 
@@ -32,8 +30,8 @@ class AuxHead(nn.Module):
 
     def __init__(self, chs: int, num_classes: int, *, norm_layer: Callable[..., nn.Module], **dd: Any) -> None:
         super().__init__()
-        conv_norm = ConvNorm(chs, chs, 3, stride=2, padding=1, norm_layer=norm_layer, **dd)
-        self.conv, self.bn = conv_norm.conv, conv_norm.bn
+        self.conv = nn.Conv2d(chs, chs, 3, stride=2, padding=1, bias=False, **dd)
+        self.bn = norm_layer(chs, **dd)
         self.act = nn.ReLU(inplace=True)
         self.fc = nn.Linear(chs, num_classes, **dd)
 
@@ -243,11 +241,10 @@ class RepVGG(nn.Module):
 
         The branches are those of this model's block or of the default one.
         """
-        folded = fold_state_dict(state_dict, eps=self.stem.norm_eps, in_place=True)
         for path, block in self.named_modules():
-            if isinstance(block, FamilyBlock):
-                block.fold_state_dict(folded, f'{path}.')
-        return folded
+            if isinstance(block, ReparamBlock):
+                block.fold_state_dict(state_dict, f'{path}.')
+        return without_aux_heads(state_dict)
 
     @torch.jit.ignore
     def _remove_aux_heads(self) -> None:

@@ -12,7 +12,8 @@ from huggingface_hub import constants
 from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
 
-from repvgg_zoo.blocks import repvgg_block as blocks
+from repvgg_zoo.blocks import branches
+from repvgg_zoo.blocks.base import ReparamBlock
 from repvgg_zoo.pretrained.manifest import read_manifest, weights_dir
 
 settings.register_profile(
@@ -24,17 +25,22 @@ settings.load_profile('zoo')
 
 
 @pytest.fixture
-def taken(monkeypatch) -> list[bool]:
+def fast_path_calls(monkeypatch) -> list[bool]:
     """Of each block of the training form that runs, whether it takes a faster way than branch by branch."""
-    taken, real = [], blocks.sum_branches
+    calls, fold, recompute = [], ReparamBlock._run_folded, branches.normalise_and_recompute
 
-    def spy(*args, **kwargs):
-        y = real(*args, **kwargs)
-        taken.append(y is not None)
+    def spy_on_fold(*args):
+        y = fold(*args)
+        calls.append(y is not None)
         return y
 
-    monkeypatch.setattr(blocks, 'sum_branches', spy)
-    return taken
+    def spy_on_recompute(*args):
+        calls[-1] = True
+        return recompute(*args)
+
+    monkeypatch.setattr(ReparamBlock, '_run_folded', spy_on_fold)
+    monkeypatch.setattr(branches, 'normalise_and_recompute', spy_on_recompute)
+    return calls
 
 
 @pytest.fixture

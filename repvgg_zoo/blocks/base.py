@@ -1,86 +1,353 @@
-"""What all blocks share."""
+"""What all blocks share: the constructor, both forms of the forward pass, the fold, loading."""
 
-from collections.abc import Mapping
-from typing import Any
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
+from .._compat import has_hooks
 from ..checkpoints.errors import CheckpointError
-from ..checkpoints.state_dicts import fold_state_dict
-from ..reparam import switch as _switch
-from ..reparam.fold import FoldError
-from .fast_sum import full_precision, refresh_kernels
+from ..reparam.fold import BATCH_NORMS, BNStats, FoldError, KernelBias, fuse_conv_bn, sum_kernels
+from ..reparam.geometry import Geometry, agreed, build_conv, fold_dtype
+from ..reparam.kernel_hooks import computes_kernel, refresh_kernels
+from ..reparam.switch import switch_to_deploy
+from .branches import (
+    CONVOLUTIONS,
+    AvgPoolBranch,
+    Branch,
+    ConvBranch,
+    ConvSpec,
+    DiracBranch,
+    DOConvBranch,
+    ExpandBranch,
+    IdentityBranch,
+    PointConvBranch,
+    ScaledBranch,
+)
+from .fast_paths import (
+    MIN_OUTPUT_PIXELS,
+    can_fold,
+    full_precision,
+    is_fixed_norm,
+    is_stochastic,
+    moves_statistics,
+    runs_plainly,
+)
 
-__all__ = ['ReparamBlock', 'has_identity']
+__all__ = ['ReparamBlock']
 
 
 class ReparamBlock(nn.Module):
-    """A block that is a sum of branches to train and one 3x3 convolution, `reparam_conv`, to deploy.
+    """act(attn(sum of branches)) to train, act(attn(3x3 · x + b)) to deploy.
 
-    `has_identity` tells whether the training form has an identity branch, if it is of a kind that knows one.
+    `(N, C_in, H, W)` to `(N, C_out, H / stride, W / stride)`, rounded up. A block is of the deploy form if its
+    `reparam_conv` is a convolution, and of the training form if that is None.
     """
 
-    @torch.jit.ignore
-    def switch_to_deploy(self, *, verify: Tensor | None = None) -> 'ReparamBlock':
-        """Fold the branches into one convolution, in place; see `repvgg_zoo.switch_to_deploy`."""
-        return _switch.switch_to_deploy(self, verify=verify)
+    branch_names: tuple[str, ...] = ()
+    conv_name = 'reparam_conv'
+    if TYPE_CHECKING:  # TorchScript does not take the annotations
+        norm: nn.Module | None
+        block: str
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        padding_mode: str = 'zeros',
+        identity: bool | None = None,
+        deploy: bool = False,
+        attn_layer: Callable[..., nn.Module] | None = None,
+        attn_last: bool = False,
+        act_layer: Callable[..., nn.Module] = nn.ReLU,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        drop_path_rate: float = 0.0,
+        drop_block: Callable[[], nn.Module] | None = None,
+        device: Any = None,
+        dtype: Any = None,
+        **block_options: Any,
+    ) -> None:
+        """Make the branches, or for `deploy` the convolution.
+
+        Args:
+            identity: Whether there is an identity branch, if the block type has one; by default where input and output
+                have one shape. A dilated first block of a stage has none.
+            attn_last: Put the attention behind the activation, as RepVGGplus has it.
+            drop_path_rate: Stochastic depth of the branches except the identity, if there is one.
+            drop_block: Makes the DropBlock.
+            block_options: What a subclass takes.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        conv_options: dict[str, Any] = dict(stride=stride, dilation=dilation, groups=groups, padding_mode=padding_mode)
+        self.has_identity = _has_identity(in_chs, out_chs, stride, asked=identity)
+        spec = ConvSpec(
+            in_chs=in_chs,
+            out_chs=out_chs,
+            has_identity=self.has_identity,
+            norm_layer=norm_layer,
+            dd=dd,
+            **conv_options,
+        )
+        self.norm_eps: float = norm_layer(out_chs, device='meta').eps
+        self._training_form = functools.partial(
+            type(self), in_chs, out_chs, norm_layer=norm_layer, **conv_options, **block_options
+        )
+        self.reparam_conv = spec.conv(bias=True) if deploy else None
+        has_identity = self._make_branches(None if deploy else spec, **block_options)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate and has_identity else nn.Identity()
+        self.drop_block = nn.Identity() if drop_block is None or deploy else drop_block()
+        self.attn = nn.Identity() if attn_layer is None else attn_layer(out_chs, **dd)
+        self.attn_last = attn_last
+        self.act = act_layer(inplace=True)
+        self.register_load_state_dict_pre_hook(_fold_what_is_loaded)
+
+    @torch.jit.unused
+    def _make_branches(self, spec: ConvSpec | None, **block_options: Any) -> bool:
+        """Set the attributes of `branch_names`, to None where `spec` is; returns whether there is an identity."""
+        raise NotImplementedError
+
+    def run_branches(self, x: Tensor) -> Tensor:
+        """Run the branches one by one, and normalise their sum if the block does."""
+        raise NotImplementedError
+
+    @torch.jit.unused
+    def named_branches(self) -> dict[str, Branch]:
+        """The branches of the training form by name; the first one can have any kernel."""
+        raise NotImplementedError
+
+    @torch.jit.unused
+    def branch_norms(self) -> list[nn.Module]:
+        """The normalisation layers inside the branches."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor | None = None
+        if self.reparam_conv is not None:
+            y = self.reparam_conv(x)
+        else:
+            if not torch.jit.is_scripting():
+                y = self._run_folded(x)
+            if y is None:
+                y = self.run_branches(x)
+        if self.attn_last:
+            return self.attn(self.act(y))
+        return self.act(self.attn(y))
+
+    @torch.jit.unused
+    def _run_folded(self, x: Tensor) -> Tensor | None:
+        """The sum of the branches by one convolution, or None where they have to be run one by one."""
+        if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return None
+        if x.dim() != 4 or x.shape[0] * x.shape[2] * x.shape[3] < MIN_OUTPUT_PIXELS:
+            return None
+        try:
+            if any(map(moves_statistics, self.branch_norms())) or not runs_plainly(x):
+                return None
+            geometry = self.geometry()
+        except (FoldError, AttributeError):  # changed by hand
+            return None
+        pixels = x.shape[0] * -(-x.shape[2] // geometry.stride[0]) * -(-x.shape[3] // geometry.stride[1])
+        branches, drops = self.named_branches().values(), (self.drop_path, self.drop_block)
+        if pixels < MIN_OUTPUT_PIXELS or not can_fold(branches, _PLAIN) or any(map(is_stochastic, drops)):
+            return None
+        norm = self.norm
+        like = next(p for branch in branches for p in branch.parameters() if p.ndim == 4)
+        with full_precision(self):
+            kernel, bias = self.sum_of_branches(torch.promote_types(like.dtype, torch.float32))
+            if norm is not None and is_fixed_norm(norm):
+                kernel, bias = fuse_conv_bn(kernel, bias, norm, kernel.dtype)
+                norm = None
+        y = _convolve(x, kernel.to(like.dtype), bias.to(like.dtype), geometry)
+        return y if norm is None else norm(y)
 
     @torch.jit.ignore
-    def reparameterize(self) -> 'ReparamBlock':
+    def switch_to_deploy(self, *, verify: Tensor | None = None) -> ReparamBlock:
+        """Fold the branches into one convolution, in place; see `repvgg_zoo.switch_to_deploy`."""
+        return switch_to_deploy(self, verify=verify)
+
+    @torch.jit.ignore
+    def reparameterize(self) -> ReparamBlock:
         """`switch_to_deploy()` by timm's name."""
         return self.switch_to_deploy()
 
     @torch.jit.ignore
-    def equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
-        """Kernel `(C_out, C_in / groups, 3, 3)` and bias `(C_out,)` of the convolution that the block is in eval mode.
+    def equivalent_kernel_bias(self, dtype: torch.dtype | None = None) -> KernelBias:
+        """The convolution that the block is in eval mode, as a function of its parameters and running statistics.
 
-        A differentiable function of the parameters and running statistics, in their dtype, float32 at least (of a
-        block of the deploy form, its convolution's own): for regularisation, pruning and quantization.
+        It is differentiable: for regularisation, pruning, quantization. Of a block of the deploy form it is that of its
+        convolution.
+
+        Args:
+            dtype: What it is computed in; by default the dtype of the parameters, float32 at least.
+
+        Returns:
+            The kernel `(C_out, C_in / groups, 3, 3)` and the bias `(C_out,)`.
+
+        Raises:
+            FoldError: The branches are no convolution, or do not fit together.
+
+        Example:
+            >>> from repvgg_zoo import RepVGGBlock
+            >>> kernel, bias = RepVGGBlock(8, 8).equivalent_kernel_bias()
+            >>> kernel.shape, bias.shape, kernel.requires_grad
+            (torch.Size([8, 8, 3, 3]), torch.Size([8]), True)
         """
         if self.reparam_conv is not None:
-            return self.reparam_conv.weight, self.reparam_conv.bias
+            weight, bias = self.reparam_conv.weight, self.reparam_conv.bias
+            return (weight, bias) if dtype is None else (weight.to(dtype), bias.to(dtype))
         refresh_kernels(self)
+        if dtype is None:
+            dtype = torch.promote_types(next(p for p in self.parameters() if p.ndim == 4).dtype, torch.float32)
         with full_precision(self):
-            return self._sum_of_kernels()
+            kernel, bias = self.sum_of_branches(dtype)
+            return (kernel, bias) if self.norm is None else fuse_conv_bn(kernel, bias, self.norm, dtype)
 
-    def _sum_of_kernels(self) -> tuple[Tensor, Tensor]:
+    @torch.jit.unused
+    def sum_of_branches(self, dtype: torch.dtype) -> KernelBias:
+        """The convolution that the branches are in eval mode, before `norm`."""
+        kernels, biases = [], []
+        for branch in self.named_branches().values():
+            kernel, bias = branch.equivalent_kernel_bias(dtype, kernels[0] if kernels else None)
+            kernels.append(kernel)
+            biases.append(bias)
+        return sum_kernels(kernels), sum(biases)
+
+    # ----------------------------------------------------------------------- the fold protocol, `reparam.switch.Foldable`
+
+    @torch.jit.unused
+    def is_deploy(self) -> bool:
+        return isinstance(self.reparam_conv, nn.Conv2d)
+
+    @torch.jit.unused
+    def needs_proof(self) -> bool:
+        """Whether a hook, or a class that the fold does not know, may change what a branch computes."""
+        for branch in self.named_branches().values():
+            for path, module in branch.named_modules():
+                if 'parametrizations' in path.split('.'):  # which compute a kernel, whatever they are
+                    continue
+                is_known = isinstance(module, (*BATCH_NORMS, *_PLAIN)) and (
+                    not isinstance(module, nn.Conv2d) or type_before_parametrizations(module) in CONVOLUTIONS
+                )
+                if not is_known or has_hooks(module, ignore=computes_kernel):
+                    return True
+        return False
+
+    @torch.jit.unused
+    @torch.no_grad()
+    def check_foldable(self) -> None:
+        refresh_kernels(self)
+        self.geometry()
+        for norm in (*self.branch_norms(), self.norm):
+            if norm is not None and not isinstance(norm, nn.Identity):
+                BNStats.of(norm).check()
+
+    @torch.jit.unused
+    def geometry(self) -> Geometry:
+        """What the block's convolution computes apart from its kernel."""
+        geometries = {}
+        for name, branch in self.named_branches().items():
+            if not isinstance(branch, Branch):
+                raise FoldError(
+                    f'its {name} is a {type(branch).__name__}, which is no branch; put the one back that it replaces'
+                )
+            try:
+                geometries[name] = branch.geometry()
+            except FoldError as error:
+                raise FoldError(f'in its {name}, {error}') from None
+        return agreed(geometries)
+
+    @torch.jit.unused
+    @torch.no_grad()
+    def folded_conv(self) -> nn.Conv2d:
+        """The convolution that the branches are in eval mode: computed in float64, rounded to the block's dtype."""
+        kernels = [p for branch in self.named_branches().values() for p in branch.parameters() if p.ndim == 4]
+        kernel, bias = self.equivalent_kernel_bias(fold_dtype(kernels[0]))
+        dtype = kernels[0].dtype
+        layout = torch.channels_last if _is_channels_last(kernels) else torch.contiguous_format
+        kernel = kernel.to(dtype).contiguous(memory_format=layout)
+        return build_conv(kernel, bias.to(dtype), self.geometry(), like=self)
+
+    # --------------------------------------------------------------------------------------------------- state dicts
+
+    @torch.jit.unused
+    def fold_state_dict(self, state_dict: dict[str, Any], prefix: str = '') -> None:
+        """Replace the block's training-form weights in a state dict, if they are there, by their fold.
+
+        The branches are those of this block's type or of the default one.
+
+        Args:
+            state_dict: Is changed in place. Branches are let go block by block, so the memory needed is that of a block.
+            prefix: Path of the block in it, with a dot at its end.
+
+        Raises:
+            CheckpointError: The weights are of another block type, or incomplete.
+            FoldError: A running variance is negative, or a value is not finite.
+        """
+        own = {k.removeprefix(prefix): value for k, value in state_dict.items() if k.startswith(prefix)}
+        form = self._training_form_of(own)
+        if form is None:
+            return
+        path = prefix.removesuffix('.')
+        try:
+            held = {k: v for k, v in own.items() if k.split('.')[0] in form.branch_names}
+            form.load_state_dict({k: v for k, v in held.items() if SPLIT_BN not in k}, assign=True)
+            form.check_foldable()
+        except FoldError as error:
+            raise FoldError(f'cannot fold block {path!r}: {error}') from None
+        except RuntimeError as error:
+            raise CheckpointError(f'block {path!r}: no {form.block} block, which this one is: {error}') from error
+        conv = form.folded_conv()
+        del own
+        for key in held:
+            del state_dict[prefix + key]
+        state_dict.update({f'{prefix}{self.conv_name}.{name}': value for name, value in conv.state_dict().items()})
+
+    @torch.jit.unused
+    def _training_form_of(self, own: Mapping[str, Tensor]) -> ReparamBlock | None:
+        """A block on the meta device that takes the branches of a state dict, or None if it holds none."""
         raise NotImplementedError
 
-    def _folded(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """This block's own state dict with the fold of the branches, if they are there, in their place.
 
-        Those of the default block go into the deploy form of any.
-        """
-        return fold_state_dict(state_dict, eps=self.norm_eps)
+SPLIT_BN = '.aux_bn.'
+"""In the keys of the further parts of timm's split normalisation, which only training uses."""
 
-    @torch.jit.ignore
-    def fold_state_dict(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Replace this block's branches, if they are there, by their fold."""
-        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        try:
-            folded = self._folded(own)
-        except (CheckpointError, FoldError) as error:
-            raise type(error)(f'block {prefix.removesuffix(".")!r}: {error}') from error
-        for key in own.keys() - folded.keys():
-            del state_dict[prefix + key]
-        state_dict.update({prefix + key: value for key, value in folded.items()})
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *args: Any
-    ) -> None:
-        """Fold training weights that are loaded into the deploy form, wherever the block stands."""
-        if self.reparam_conv is not None:
-            self.fold_state_dict(state_dict, prefix)
-        elif f'{prefix}reparam_conv.weight' in state_dict:
-            raise CheckpointError(
-                'deploy-form weights do not go into a training-form model as they are: the branches cannot be told '
-                'from their sum; create the model with deploy=True, or load with unfold=True'
-            )
-        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+_PLAIN = (
+    *CONVOLUTIONS,
+    ConvBranch,
+    IdentityBranch,
+    ScaledBranch,
+    DiracBranch,
+    DOConvBranch,
+    ExpandBranch,
+    PointConvBranch,
+    AvgPoolBranch,
+)
 
 
-def has_identity(in_chs: int, out_chs: int, stride: int, *, asked: bool | None = None) -> bool:
+def _fold_what_is_loaded(block: ReparamBlock, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Fold training weights that are loaded into the deploy form, wherever the block stands."""
+    if block.reparam_conv is not None:
+        block.fold_state_dict(state_dict, prefix)
+    elif f'{prefix}{block.conv_name}.weight' in state_dict:
+        raise CheckpointError(
+            'deploy-form weights do not go into a training-form model as they are: the branches cannot be told from '
+            'their sum; create the model with deploy=True, or load with unfold=True'
+        )
+
+
+def _has_identity(in_chs: int, out_chs: int, stride: int, *, asked: bool | None) -> bool:
     """Whether a block has an identity branch: where input and output have one shape, unless it is asked for none."""
     fits = in_chs == out_chs and stride == 1
     if asked and not fits:
@@ -89,3 +356,17 @@ def has_identity(in_chs: int, out_chs: int, stride: int, *, asked: bool | None =
             f'channels and stride {stride}'
         )
     return fits if asked is None else asked
+
+
+def _convolve(x: Tensor, kernel: Tensor, bias: Tensor, geometry: Geometry) -> Tensor:
+    dilation = (geometry.dilation_rows or 1, geometry.dilation_columns or 1)
+    padding = tuple(d * (k // 2) for d, k in zip(dilation, kernel.shape[2:], strict=True))
+    if geometry.padding_mode not in (None, 'zeros'):
+        x = F.pad(x, [padding[1], padding[1], padding[0], padding[0]], geometry.padding_mode)
+        padding = (0, 0)
+    return F.conv2d(x, kernel, bias, geometry.stride, padding, dilation, geometry.groups)
+
+
+def _is_channels_last(kernels: list[Tensor]) -> bool:
+    large = [k for k in kernels if k.shape[2:] == (3, 3) and k.shape[1] > 1]
+    return bool(large) and all(k.is_contiguous(memory_format=torch.channels_last) for k in large)

@@ -1,4 +1,4 @@
-"""The members of the family by name: which branches a block is the sum of, and whether it is normalised after it."""
+"""The block types as a table: which branches a block is the sum of, and whether the sum is normalised."""
 
 from __future__ import annotations
 
@@ -9,36 +9,48 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from .branches import Average, Conv, Dirac, DOConv, Expand, Identity, Scaled, Shape, SqueezeConv
+from .branches import (
+    AvgPoolBranch,
+    Branch,
+    ConvBranch,
+    ConvSpec,
+    DiracBranch,
+    DOConvBranch,
+    ExpandBranch,
+    IdentityBranch,
+    PointConvBranch,
+    ScaledBranch,
+)
 
-__all__ = ['MEMBERS', 'Member']
+__all__ = ['BLOCK_TYPES', 'BlockType']
 
 
 @dataclass(frozen=True, kw_only=True)
-class Member:
-    """A training-time block; the first branch that it lists is one that can have any kernel."""
+class BlockType:
+    """A training-time block."""
 
     summary: str
     source: str
-    branches: Callable[[Shape], Mapping[str, nn.Module | None]]
-    """From the convolution that a block stands for to its branches; None where the shape does not admit one."""
+    """The paper."""
+    branches: Callable[[ConvSpec], Mapping[str, Branch | None]]
+    """Makes the branches by name; None where the convolution does not admit one. The first can have any kernel."""
     norm_after: bool = False
     """Whether the sum of the branches is normalised, in place of or beside the branches."""
 
 
-def _identity(shape: Shape, *, norm: bool = True) -> Identity | None:
-    return Identity.of(shape, norm=norm) if shape.identity else None
+def _identity(spec: ConvSpec, *, norm: bool = True) -> IdentityBranch | None:
+    return IdentityBranch.of(spec, norm=norm) if spec.has_identity else None
 
 
-def _delta_orthogonal(shape: Shape) -> Conv:
+def _delta_orthogonal(spec: ConvSpec) -> ConvBranch:
     """Orthogonal at the centre tap, zero elsewhere (arXiv 1806.05393, section 3.3).
 
     The norm of any input is kept where there are as many output channels or more.
     """
-    conv = Conv.of(shape)
+    conv = ConvBranch.of(spec)
     with torch.no_grad():
         conv.conv.weight.zero_()
-        for group in conv.conv.weight.chunk(shape.groups):
+        for group in conv.conv.weight.chunk(spec.groups):
             centre = torch.empty_like(group[:, :, 1, 1], dtype=torch.float32)
             group[:, :, 1, 1] = nn.init.orthogonal_(centre).to(group.dtype)
     return conv
@@ -46,102 +58,111 @@ def _delta_orthogonal(shape: Shape) -> Conv:
 
 _REPVGG = 'ablation of RepVGG, arXiv 2101.03697'
 
-MEMBERS: Mapping[str, Member] = MappingProxyType(
+BLOCK_TYPES: Mapping[str, BlockType] = MappingProxyType(
     {
-        'plain': Member(
+        'plain': BlockType(
             summary='one 3x3 convolution',
             source=_REPVGG,
-            branches=lambda s: {'kxk': Conv.of(s)},
+            branches=lambda s: {'kxk': ConvBranch.of(s)},
         ),
-        'plain_delta': Member(
+        'plain_delta': BlockType(
             summary='one 3x3 convolution, initially delta-orthogonal',
             source='Delta-orthogonal initialisation, arXiv 1806.05393',
             branches=lambda s: {'kxk': _delta_orthogonal(s)},
         ),
-        'acb': Member(
+        'acb': BlockType(
             summary='3x3 + 3x1 + 1x3',
             source='ACNet, arXiv 1908.03930',
-            branches=lambda s: {'kxk': Conv.of(s), 'kx1': Conv.of(s, (3, 1)), '1xk': Conv.of(s, (1, 3))},
-        ),
-        'dbb': Member(
-            summary='3x3 + 1x1 + 1x1 · 3x3 + 1x1 · average',
-            source='Diverse Branch Block, arXiv 2103.13425',
             branches=lambda s: {
-                'kxk': Conv.of(s),
-                '1x1': Conv.of(s, 1),
-                '1x1_kxk': SqueezeConv(s),
-                '1x1_avg': Average(s),
+                'kxk': ConvBranch.of(s),
+                'kx1': ConvBranch.of(s, (3, 1)),
+                '1xk': ConvBranch.of(s, (1, 3)),
             },
         ),
-        'dirac': Member(
-            summary='diag(a) · I + diag(b) · W / ‖W‖',
-            source='DiracNets, arXiv 1706.00388',
-            branches=lambda s: {'dirac': Dirac(s)},
-        ),
-        'doconv': Member(
-            summary='depthwise over-parameterised 3x3',
-            source='DO-Conv, arXiv 2006.12030',
-            branches=lambda s: {'doconv': DOConv(s)},
-        ),
-        'expand': Member(
-            summary='1x1 · 3x3 · 1x1, four times as wide inside',
-            source='ExpandNets, arXiv 1811.10495',
-            branches=lambda s: {'expand': Expand(s)},
-        ),
-        'mobileone': Member(
-            summary='four times 3x3 + 1x1 + identity',
-            source='MobileOne, arXiv 2206.04040',
+        'dbb': BlockType(
+            summary='3x3 + 1x1 + 1x1 · 3x3 + 1x1 · average + identity',
+            source='Diverse Branch Block, arXiv 2103.13425',
             branches=lambda s: {
-                **{f'kxk_{index}': Conv.of(s) for index in range(4)},
-                '1x1': Conv.of(s, 1),
+                'kxk': ConvBranch.of(s),
+                '1x1': ConvBranch.of(s, 1),
+                '1x1_kxk': PointConvBranch(s),
+                '1x1_avg': AvgPoolBranch(s),
                 'identity': _identity(s),
             },
         ),
-        'qarepvgg': Member(
+        'dirac': BlockType(
+            summary='diag(a) · I + diag(b) · W / ‖W‖',
+            source='DiracNets, arXiv 1706.00388',
+            branches=lambda s: {'dirac': DiracBranch(s)},
+        ),
+        'doconv': BlockType(
+            summary='depthwise over-parameterised 3x3',
+            source='DO-ConvBranch, arXiv 2006.12030',
+            branches=lambda s: {'doconv': DOConvBranch(s)},
+        ),
+        'expand': BlockType(
+            summary='1x1 · 3x3 · 1x1, four times as wide inside',
+            source='ExpandNets, arXiv 1811.10495',
+            branches=lambda s: {'expand': ExpandBranch(s)},
+        ),
+        'mobileone': BlockType(
+            summary='four times 3x3 + 1x1 + identity',
+            source='MobileOne, arXiv 2206.04040',
+            branches=lambda s: {
+                **{f'kxk_{index}': ConvBranch.of(s) for index in range(4)},
+                '1x1': ConvBranch.of(s, 1),
+                'identity': _identity(s),
+            },
+        ),
+        'qarepvgg': BlockType(
             summary='3x3 with BN + 1x1 + identity, BN after the sum',
             source='QARepVGG, arXiv 2212.01593',
             branches=lambda s: {
-                'kxk': Conv.of(s),
-                '1x1': Conv.of(s, 1, norm=False),
+                'kxk': ConvBranch.of(s),
+                '1x1': ConvBranch.of(s, 1, norm=False),
                 'identity': _identity(s, norm=False),
             },
             norm_after=True,
         ),
-        'csla': Member(
+        'csla': BlockType(
             summary='scales times 3x3 + 1x1 + identity, BN after the sum',
             source='RepOptimizer, arXiv 2205.15242',
             branches=lambda s: {
-                'kxk': Scaled(s, 3),
-                '1x1': Scaled(s, 1),
-                'identity': Scaled(s, 0) if s.identity else None,
+                'kxk': ScaledBranch(s, 3),
+                '1x1': ScaledBranch(s, 1),
+                'identity': ScaledBranch(s, 0) if s.has_identity else None,
             },
             norm_after=True,
         ),
-        'no_identity': Member(
+        'no_identity': BlockType(
             summary='3x3 + 1x1',
             source=_REPVGG,
-            branches=lambda s: {'kxk': Conv.of(s), '1x1': Conv.of(s, 1)},
+            branches=lambda s: {'kxk': ConvBranch.of(s), '1x1': ConvBranch.of(s, 1)},
         ),
-        'no_1x1': Member(
+        'no_1x1': BlockType(
             summary='3x3 + identity',
             source=_REPVGG,
-            branches=lambda s: {'kxk': Conv.of(s), 'identity': _identity(s)},
+            branches=lambda s: {'kxk': ConvBranch.of(s), 'identity': _identity(s)},
         ),
-        'no_identity_bn': Member(
+        'no_identity_bn': BlockType(
             summary='3x3 + 1x1 + identity without BN',
             source=_REPVGG,
-            branches=lambda s: {'kxk': Conv.of(s), '1x1': Conv.of(s, 1), 'identity': _identity(s, norm=False)},
+            branches=lambda s: {
+                'kxk': ConvBranch.of(s),
+                '1x1': ConvBranch.of(s, 1),
+                'identity': _identity(s, norm=False),
+            },
         ),
-        'bn_after': Member(
-            summary='3x3 + 1x1 + identity, BN after the sum alone',
+        'bn_after': BlockType(
+            summary='3x3 + 1x1 + identity, BN only after the sum',
             source=_REPVGG,
             branches=lambda s: {
-                'kxk': Conv.of(s, norm=False),
-                '1x1': Conv.of(s, 1, norm=False),
+                'kxk': ConvBranch.of(s, norm=False),
+                '1x1': ConvBranch.of(s, 1, norm=False),
                 'identity': _identity(s, norm=False),
             },
             norm_after=True,
         ),
     }
 )
-"""Beside `repvgg`, the default, which is `repvgg_zoo.RepVGGBlock`."""
+"""By name. The default, `repvgg`, is `repvgg_zoo.RepVGGBlock`, whose keys are timm's."""

@@ -1,4 +1,4 @@
-"""The training-time blocks by name, and which of them a state dict is of."""
+"""Blocks by name, and the names of the blocks that a state dict holds."""
 
 from __future__ import annotations
 
@@ -7,44 +7,52 @@ import re
 from collections.abc import Callable, Iterable
 
 from ..variants import suggestion
-from .base import ReparamBlock
-from .block_types import MEMBERS
-from .multi_branch import SPLIT_BN, FamilyBlock
+from .base import SPLIT_BN, ReparamBlock
+from .block_types import BLOCK_TYPES
+from .multi_branch import MultiBranchBlock
 from .repvgg_block import RepVGGBlock
 
 __all__ = ['BLOCKS', 'block_type', 'blocks_with_keys']
 
-BLOCKS = ('repvgg', *MEMBERS)
+BLOCKS = ('repvgg', *BLOCK_TYPES)
 """The names that `block=` takes."""
 
 
 def block_type(name: str) -> Callable[..., ReparamBlock]:
-    """What makes blocks of a name; raises `ValueError` that names the nearest one."""
+    """Look up what makes blocks of a name.
+
+    Raises:
+        ValueError: There is no block type of that name; the message names the nearest one.
+
+    Example:
+        >>> block = block_type('mobileone')(8, 16, stride=2)
+        >>> block.has_identity
+        False
+    """
     if name == 'repvgg':
         return RepVGGBlock
-    if isinstance(name, str) and name in MEMBERS:
-        return functools.partial(FamilyBlock, member=name)
+    if isinstance(name, str) and name in BLOCK_TYPES:
+        return functools.partial(MultiBranchBlock, block=name)
     raise ValueError(f'unknown block {name!r};{suggestion(str(name), BLOCKS)} it can be: {", ".join(BLOCKS)}')
 
 
-_BLOCK = re.compile(r'^(?:stem|stages\.\d+\.\d+)\.')
+_BLOCK_PATH = re.compile(r'^(?:stem|stages\.\d+\.\d+)\.')
 
 
 def blocks_with_keys(keys: Iterable[str]) -> list[str]:
-    """The members whose branches have the keys of a training-form state dict in timm's layout, if it is of any.
+    """The block types whose branches have the keys of a training-form state dict in timm's layout.
 
-    More than one where blocks differ in their first values alone; none if it is of the default block, or of no block
-    that is known.
+    More than one where types differ only in their initial values; none for the default block and for unknown blocks.
     """
-    held = _modules(_BLOCK.sub('', key) for key in keys if _BLOCK.match(key) and SPLIT_BN not in key)
-    return [name for name, modules in _modules_of_members().items() if modules == held]
+    held = _modules(_BLOCK_PATH.sub('', key) for key in keys if _BLOCK_PATH.match(key) and SPLIT_BN not in key)
+    return [name for name, modules in _modules_by_type().items() if modules == held]
 
 
 @functools.cache
-def _modules_of_members() -> dict[str, frozenset[str]]:
-    return {name: _modules(FamilyBlock(2, 2, member=name, device='meta').state_dict()) for name in MEMBERS}
+def _modules_by_type() -> dict[str, frozenset[str]]:
+    return {name: _modules(block_type(name)(2, 2, device='meta').state_dict()) for name in BLOCK_TYPES}
 
 
 def _modules(keys: Iterable[str]) -> frozenset[str]:
     """Paths within a block of all modules of its branches that have keys."""
-    return frozenset(key.rpartition('.')[0] for key in keys if key.startswith(FamilyBlock.folded_parts))
+    return frozenset(key.rpartition('.')[0] for key in keys if key.startswith(MultiBranchBlock.branch_names))

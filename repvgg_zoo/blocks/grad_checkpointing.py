@@ -1,4 +1,4 @@
-"""Activations that are computed again in the backward pass, with running statistics that move once a step."""
+"""Activation checkpointing, with running statistics that move once a step."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..reparam.fold import BATCH_NORMS
+
 __all__ = ['checkpointed']
 
 
 def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)`, of which autograd keeps the input alone.
+    """`module(x)`, for which autograd keeps only the input.
 
-    Where the forward pass is repeated, batch normalisation finds the running statistics that the first one left, and
-    does not move them: they are those of training without checkpoints, and so are the gradients of modules that compute
-    with them in train mode, as the Diverse Branch Block does.
+    The repeated forward pass finds the running statistics that the first one left, and does not move them. So they are
+    those of training without checkpoints, and so are the gradients of modules that use them in train mode, as the
+    Diverse Branch Block does.
     """
-    if torch.compiler.is_compiling():  # where what is computed again moves nothing
+    if torch.compiler.is_compiling():  # compiled recomputation moves nothing
         return checkpoint(module, x, use_reentrant=False)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        norms = {m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training}
+        norms = {m for m in module.modules() if isinstance(m, BATCH_NORMS) and m.training}
         statistics: _Statistics = {norm: {} for norm in norms if norm.running_mean is not None}
-        return _kept(statistics), _FoundAgain(statistics)
+        return _record_stats(statistics), _RestoreStats(statistics)
 
     return checkpoint(module, x, use_reentrant=False, context_fn=contexts)
 
@@ -36,28 +38,34 @@ _Statistics: TypeAlias = dict[nn.Module, dict[str, Tensor]]
 
 
 @contextmanager
-def _kept(statistics: _Statistics) -> Iterator[None]:
-    """Remember what a forward pass leaves."""
+def _record_stats(statistics: _Statistics) -> Iterator[None]:
+    """Record the statistics that a forward pass leaves."""
     yield
     for norm, buffers in statistics.items():
         buffers.update(running_mean=norm.running_mean.clone(), running_var=norm.running_var.clone())
-        if norm.num_batches_tracked is not None:  # to the mean of so many batches, one more adds nothing
+        if norm.num_batches_tracked is not None:
+            # momentum=None averages over num_batches_tracked; a huge count makes the update a no-op
             buffers['num_batches_tracked'] = torch.full_like(norm.num_batches_tracked, 2**62)
 
 
-class _FoundAgain(AbstractContextManager[None]):
-    """A forward pass with what was remembered, once for each backward pass; it moves nothing."""
+class _RestoreStats(AbstractContextManager[None]):
+    """A forward pass with the recorded statistics, once for each backward pass, that moves nothing."""
 
     def __init__(self, statistics: _Statistics) -> None:
         self.statistics = statistics
 
     def __enter__(self) -> None:
-        self.before = [(dict(norm._buffers), norm.momentum) for norm in self.statistics]
+        self.before = [(dict(norm.named_buffers(recurse=False)), norm.momentum) for norm in self.statistics]
         for norm, buffers in self.statistics.items():
-            norm._buffers.update(buffers)
+            _set_buffers(norm, buffers)
             norm.momentum = None if norm.momentum is None else 0.0
 
     def __exit__(self, *_: object) -> None:
         for norm, (buffers, momentum) in zip(self.statistics, self.before, strict=True):
-            norm._buffers.update(buffers)
+            _set_buffers(norm, buffers)
             norm.momentum = momentum
+
+
+def _set_buffers(norm: nn.Module, buffers: dict[str, Tensor]) -> None:
+    for name, buffer in buffers.items():
+        setattr(norm, name, buffer)

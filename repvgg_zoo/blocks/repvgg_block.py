@@ -1,97 +1,81 @@
-"""The RepVGG block, in both forms."""
+"""The RepVGG block, with timm's keys."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 
-from ..reparam.fold import BNStats, fold_block
-from .base import ReparamBlock, has_identity
-from .fast_sum import ConvNorm, subsample, sum_branches
+from .base import ReparamBlock
+from .branches import Branch, ConvBranch, ConvSpec, IdentityBranch
 
-__all__ = ['RepVGGBlock']
+__all__ = ['RepVGGBlock', 'repvgg_form_of']
 
 
 class RepVGGBlock(ReparamBlock):
     """act(attn(BN(3x3 · x) + BN(1x1 · x) + BN(x))) to train, act(attn(3x3 · x + b)) to deploy.
 
-    `(N, C_in, H, W)` to `(N, C_out, H / stride, W / stride)`, rounded up; arXiv 2101.03697, figure 4 and
-    section 3.3. The identity branch exists where input and output have one shape. The form is `deploy`
-    if `reparam_conv` is there, and the training form otherwise. `attn_last` puts the squeeze-excite
-    behind the activation, as RepVGGplus has it.
+    arXiv 2101.03697, figure 4 and section 3.3. Shapes and arguments are those of `ReparamBlock`.
+
+    Example:
+        >>> import torch
+        >>> block = RepVGGBlock(8, 16, stride=2)
+        >>> block(torch.ones(2, 8, 32, 32)).shape
+        torch.Size([2, 16, 16, 16])
     """
 
-    def __init__(
-        self,
-        in_chs: int,
-        out_chs: int,
-        *,
-        stride: int = 1,
-        dilation: int = 1,
-        groups: int = 1,
-        padding_mode: str = 'zeros',
-        identity: bool | None = None,
-        deploy: bool = False,
-        attn_layer: Callable[..., nn.Module] | None = None,
-        attn_last: bool = False,
-        act_layer: Callable[..., nn.Module] = nn.ReLU,
-        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
-        drop_path_rate: float = 0.0,
-        drop_block: Callable[[], nn.Module] | None = None,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        """`identity` is decided by the shapes unless given (a dilated first block of a stage has none)."""
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        identity = has_identity(in_chs, out_chs, stride, asked=identity)
-        kxk: dict[str, Any] = dict(
-            stride=stride, padding=dilation, dilation=dilation, groups=groups, padding_mode=padding_mode
-        )
-        self.stride = stride
-        self.has_identity = identity
-        self.norm_eps: float = norm_layer(out_chs, device='meta').eps
-        self.reparam_conv = nn.Conv2d(in_chs, out_chs, 3, **kxk, **dd) if deploy else None
-        training: dict[str, Any] = dict(norm_layer=norm_layer, **dd)
-        self.identity = norm_layer(out_chs, **dd) if identity and not deploy else None
-        self.conv_kxk = None if deploy else ConvNorm(in_chs, out_chs, 3, **kxk, **training)
-        self.conv_1x1 = None if deploy else ConvNorm(in_chs, out_chs, 1, groups=groups, **training)
-        self.drop_path = DropPath(drop_path_rate) if drop_path_rate and identity and not deploy else nn.Identity()
-        self.drop_block = nn.Identity() if drop_block is None or deploy else drop_block()
-        self.attn = nn.Identity() if attn_layer is None else attn_layer(out_chs, **dd)
-        self.attn_last = attn_last
-        self.act = act_layer(inplace=True)
+    block = 'repvgg'
+    branch_names = ('conv_kxk', 'conv_1x1', 'identity')
 
-    def forward(self, x: Tensor) -> Tensor:
-        # Read before it is known whether they are needed: a switch in another thread puts the convolution in before
-        # it takes the branches out, so a block never computes a part of its branches.
-        conv_kxk = self.conv_kxk
-        conv_1x1 = self.conv_1x1
-        identity = self.identity
-        reparam_conv = self.reparam_conv
-        y: Tensor | None = None
-        if reparam_conv is not None:
-            y = reparam_conv(x)
-        elif not torch.jit.is_scripting():
-            y = sum_branches(x, conv_kxk, conv_1x1, identity, drops=(self.drop_block, self.drop_path))
-        if y is None:
-            y = conv_1x1(subsample(x, self.stride)) + self.drop_block(conv_kxk(x))
-            if identity is not None:
-                y = self.drop_path(y) + identity(x)
-        if self.attn_last:
-            return self.attn(self.act(y))
-        return self.act(self.attn(y))
+    @torch.jit.unused
+    def _make_branches(self, spec: ConvSpec | None) -> bool:
+        self.norm = None
+        self.identity = spec.norm() if spec and spec.has_identity else None
+        self.conv_kxk = ConvBranch.of(spec) if spec else None
+        self.conv_1x1 = ConvBranch.of(spec, 1) if spec else None
+        return self.identity is not None
 
-    def _sum_of_kernels(self) -> tuple[Tensor, Tensor]:
-        kxk, point, identity = self.conv_kxk, self.conv_1x1, self.identity
-        wide = torch.promote_types(kxk.conv.weight.dtype, torch.float32)
-        return fold_block(
-            kxk.conv.weight.to(wide),
-            BNStats.of(kxk.bn),
-            point.conv.weight.to(wide),
-            BNStats.of(point.bn),
-            None if identity is None else BNStats.of(identity),
-            sum_dtype=wide,
-        )
+    def run_branches(self, x: Tensor) -> Tensor:
+        y = self.conv_1x1(x) + self.drop_block(self.conv_kxk(x))
+        if self.identity is not None:
+            y = self.drop_path(y) + self.identity(x)
+        return y
+
+    @torch.jit.unused
+    def named_branches(self) -> dict[str, Branch]:
+        branches = {'conv_kxk': self.conv_kxk, 'conv_1x1': self.conv_1x1}
+        if self.identity is not None:  # as in timm, a norm of its own
+            conv = self.conv_kxk.conv
+            branches['identity'] = IdentityBranch(conv.in_channels, conv.groups, self.identity)
+        return branches
+
+    @torch.jit.unused
+    def branch_norms(self) -> list[nn.Module]:
+        norms = [self.conv_kxk.bn, self.conv_1x1.bn, self.identity]
+        return [norm for norm in norms if norm is not None]
+
+    @torch.jit.unused
+    def _training_form_of(self, own: Mapping[str, Tensor]) -> RepVGGBlock | None:
+        return repvgg_form_of(own, self._training_form.keywords)
+
+
+def repvgg_form_of(own: Mapping[str, Tensor], options: Mapping[str, Any]) -> RepVGGBlock | None:
+    """A RepVGG block on the meta device that takes the branches of a state dict, or None if it holds none.
+
+    Args:
+        own: A block's state dict. Its shapes count, not those of a model that it is loaded into.
+        options: Of the block that it is for: groups and norm_layer count.
+    """
+    kernel = own.get('conv_kxk.conv.weight')
+    if kernel is None:
+        return None
+    return RepVGGBlock(
+        kernel.shape[1] * options['groups'],
+        kernel.shape[0],
+        groups=options['groups'],
+        norm_layer=options['norm_layer'],
+        identity='identity.running_var' in own,
+        device='meta',
+    )

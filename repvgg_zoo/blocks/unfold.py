@@ -11,26 +11,27 @@ import torch
 from timm.layers import get_norm_layer
 from torch import Tensor, nn
 
+from .._compat import copy_hooks
 from ..checkpoints.state_dicts import StateDict, check_fit
-from ..reparam.fold import BNStats
-from ..reparam.stale_optimizers import remember_folded
+from ..reparam.evaluation import evaluating
+from ..reparam.fold import BATCH_NORMS, BNStats, centred_kernel, norm_scale, safe_divide
+from ..reparam.geometry import fold_dtype
+from ..reparam.stale_optimizers import remember_replaced
 from .base import ReparamBlock
-from .branches import Conv, Identity, divided
 from .factory import block_type
-from .fast_sum import evaluating, full_precision
-from .multi_branch import FamilyBlock
+from .fast_paths import full_precision
 
 __all__ = ['match_bn_statistics', 'set_equivalent_kernel_bias', 'unfold', 'unfold_state_dict']
 
 _NOISE = 0.1
-"""Size of what makes branches of one kind differ from each other, relative to the kernel that they share."""
-
+"""Size of the random part of each branch, relative to the kernel that the branches share."""
 
 _GAIN = 3.0
 """How much larger kernels are than what normalisation makes of them.
 
 The larger a normalised kernel, the less a step of training turns it: by 1 / gain². With a gain of 1, fine-tuning the
-bundled weights for four epochs ended a point below the same from their training form, with 3 or 10 on a par.
+bundled weights for four epochs ended a point below the same from their training form; with 3 and with 10 it was on a
+par.
 """
 
 
@@ -41,29 +42,45 @@ def unfold(
     block: str = 'repvgg',
     batches: Iterable[Any] | None = None,
     norm_layer: str | Callable[..., nn.Module] | None = None,
+    generator: torch.Generator | None = None,
 ) -> nn.Module:
-    """Give every deploy-form block inside a module its branches back, in place, and return the module.
+    """Give every deploy-form block inside a module its branches back, in place: the way back from `switch_to_deploy`.
 
-    In eval mode the module computes what it computed. The kernel is shared out among the branches, a tenth of
-    their size being random so that branches of one kind learn different things. Without `batches`, the
-    normalisation layers have mean 0 and variance 1, so that the outputs in train mode are others at first. Stochastic
-    depth and DropBlock, which the deploy form does not have, stay away. Make optimizers anew: the `step()` of one
-    that holds the old parameters raises `RuntimeError`.
+    In eval mode the module computes what it computed. The branches share the kernel; a tenth of their size is random,
+    so that branches of one kind learn different things. Without `batches`, the normalisation layers have mean 0 and
+    variance 1, so the outputs in train mode are others at first. Stochastic depth and DropBlock, which the deploy form
+    does not have, stay away. Make optimizers anew: the `step()` of one that holds the old parameters raises
+    `RuntimeError`.
 
     Args:
-        block: The training-time block, a name of `repvgg_zoo.family.BLOCKS`.
+        module: Any module with deploy-form blocks of this package.
+        block: The block type, a name of `repvgg_zoo.BLOCKS`.
         batches: A few batches of the training data, as tensors or as tuples that begin with one, for
-            `match_bn_statistics`; all are held in memory, so of a loader take some, as `itertools.islice` does.
+            `match_bn_statistics`. All are held in memory, so of a loader take some, as `itertools.islice` does.
         norm_layer: Batch normalisation of the branches, a layer or timm's name of it; by default `nn.BatchNorm2d` with
             the eps that the blocks were made with.
+        generator: Draws the random part, on the CPU; by default torch's own generator does.
+
+    Returns:
+        The module, or the new block if the module is a bare block.
 
     Raises:
-        ValueError: The module has no block of this package, or one of the training form or that was compiled by
-            itself, or `block` is unknown, or `batches` is empty, has too few pixels, has any that are
-            not finite or is no batches of images.
-        TypeError: `batches` holds something else.
+        ValueError: One of six cases, each of which leaves the module as it was:
 
-    Whatever is raised, by the module on a batch that it does not take too, the module is then as it was.
+            - the module has no block of this package,
+            - it has a block of the training form,
+            - it has a block that was compiled by itself,
+            - `block` is unknown,
+            - `batches` holds no images, too few pixels, or pixels that are not finite,
+            - `batches` holds tensors that are not `(N, C, H, W)`.
+        TypeError: `batches` holds something else than tensors.
+
+    Example:
+        >>> import timm, repvgg_zoo
+        >>> model = timm.create_model('test_repvgg.cifar10_deploy', pretrained=True)
+        >>> model = repvgg_zoo.unfold(model, block='acb')
+        >>> list(model.stem.branches)
+        ['kxk', 'kx1', '1xk']
     """
     make = block_type(block)
     norm_layer = get_norm_layer(norm_layer)
@@ -78,7 +95,7 @@ def unfold(
             'with the block that it was made of; unfold first, then compile'
         )
     images = None if batches is None else _images(batches)
-    unfolded = {folded: _training_form(folded, make, norm_layer) for folded in found.values()}
+    unfolded = {folded: _training_form(folded, make, norm_layer, generator) for folded in found.values()}
     whole = unfolded.get(module, module)
     _replace(module, unfolded)
     if images is not None:
@@ -87,7 +104,7 @@ def unfold(
         except BaseException:
             _replace(module, {made: folded for folded, made in unfolded.items()})
             raise
-    remember_folded(parameter for folded in unfolded for parameter in folded.reparam_conv.parameters())
+    remember_replaced(parameter for folded in unfolded for parameter in folded.reparam_conv.parameters())
     for submodule in whole.modules():
         if callable(finish := getattr(submodule, '_on_unfold', None)):
             finish(block)
@@ -119,10 +136,9 @@ def _images(batches: Iterable[Any]) -> list[Tensor]:
     return images
 
 
-_HOOKS = [name for name in nn.Identity().__dict__ if 'hook' in name and 'state_dict' not in name]
-
-
-def _training_form(folded: ReparamBlock, make: Any, norm_layer: Callable[..., nn.Module] | None) -> ReparamBlock:
+def _training_form(
+    folded: ReparamBlock, make: Any, norm_layer: Callable[..., nn.Module] | None, generator: torch.Generator | None
+) -> ReparamBlock:
     conv = folded.reparam_conv
     unfolded = make(
         conv.in_channels,
@@ -131,69 +147,68 @@ def _training_form(folded: ReparamBlock, make: Any, norm_layer: Callable[..., nn
         dilation=conv.dilation[0],
         groups=conv.groups,
         padding_mode=conv.padding_mode,
-        identity=folded.has_identity,
+        identity=folded.has_identity and conv.stride == (1, 1),
         attn_last=folded.attn_last,
         norm_layer=norm_layer or functools.partial(nn.BatchNorm2d, eps=folded.norm_eps),
         device=conv.weight.device,
         dtype=conv.weight.dtype,
     )
-    set_equivalent_kernel_bias(unfolded, conv.weight, conv.bias)
+    set_equivalent_kernel_bias(unfolded, conv.weight, conv.bias, generator=generator)
     if not conv.weight.requires_grad:
         unfolded.requires_grad_(False)
     if conv.weight.shape[1] > 1 and conv.weight.is_contiguous(memory_format=torch.channels_last):
         unfolded.to(memory_format=torch.channels_last)
     unfolded.attn, unfolded.act = folded.attn, folded.act
-    unfolded.__dict__.update({name: folded.__dict__[name] for name in _HOOKS})
+    copy_hooks(folded, unfolded)
     return unfolded.train(folded.training)
 
 
 @torch.no_grad()
-def set_equivalent_kernel_bias(block: ReparamBlock, kernel: Tensor, bias: Tensor) -> None:
-    """Give the branches of a training-form block parameters by which `equivalent_kernel_bias()` is as given.
+def set_equivalent_kernel_bias(
+    block: ReparamBlock, kernel: Tensor, bias: Tensor, *, generator: torch.Generator | None = None
+) -> None:
+    """Give the branches of a block parameters by which `equivalent_kernel_bias()` is as given: the inverse of the fold.
 
-    The inverse of the fold: `kernel` is `(C_out, C_in / groups, 3, 3)`, `bias` `(C_out,)`. The normalisation layers
-    are reset; the branches share the kernel in equal parts, as far as their structure goes, and the first one,
-    which can have any kernel, has what is left.
+    The normalisation layers are reset. The branches share the kernel in equal parts, as far as their structure goes;
+    the first one, which can have any kernel, has what is left.
+
+    Args:
+        block: A block of the training form.
+        kernel: `(C_out, C_in / groups, 3, 3)`.
+        bias: `(C_out,)`.
+        generator: See `unfold`.
     """
-    with full_precision(block):
-        _set_equivalent_kernel_bias(block, kernel, bias)
-
-
-def _set_equivalent_kernel_bias(block: ReparamBlock, kernel: Tensor, bias: Tensor) -> None:
-    (main, *others), norm = _branches(block)
-    bias_holder = main.bn if norm is None else norm
+    main, *others = block.named_branches().values()
+    bias_holder = main.bn if block.norm is None else block.norm
     if bias_holder.bias is None:
         raise ValueError(
             f'the bias of a folded block goes into {bias_holder}, which has none; take one with affine=True'
         )
     for module in block.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BATCH_NORMS):
             module.reset_parameters()
-    for last in [branch.bn for branch in (main, *others)] if norm is None else [norm]:
+    for last in [branch.bn for branch in (main, *others)] if block.norm is None else [block.norm]:
         if last is not None:
             last.weight /= _GAIN
-    wide = torch.promote_types(kernel.dtype, torch.float32) if kernel.device.type == 'mps' else torch.float64
-    kernel, bias = kernel.to(wide), bias.to(wide)
-    rest = kernel if norm is None else divided(kernel, BNStats.of(norm).scale_shift(wide)[0].view(-1, 1, 1, 1))
-    share = rest / (1 + len(others))
-    size = share.square().mean((2, 3), keepdim=True).sqrt()  # of each pair of channels: their ranges may differ much
-    for branch in others:
-        branch.set_kernel(share + _NOISE * size * torch.randn_like(share))
-    for branch in others:
-        rest = rest - branch.equivalent_kernel_bias()[0].to(rest)
-    main.set_kernel(rest)
-    bias_holder.bias += (bias - block.equivalent_kernel_bias()[1].to(bias)).to(bias_holder.bias)
+    dtype = fold_dtype(kernel)
+    kernel, bias = kernel.to(dtype), bias.to(dtype)
+    with full_precision(block):
+        rest = safe_divide(kernel, norm_scale(block.norm, kernel))
+        share = rest / (1 + len(others))
+        size = (
+            share.square().mean((2, 3), keepdim=True).sqrt()
+        )  # of each pair of channels: their ranges may differ much
+        for branch in others:
+            noise = torch.randn(share.shape, dtype=dtype, generator=generator).to(share.device)
+            branch.set_kernel(share + _NOISE * size * noise)
+        for branch in others:
+            rest = rest - _padded(branch.equivalent_kernel_bias(dtype, like=rest)[0], rest)
+        main.set_kernel(rest)
+        bias_holder.bias += (bias - block.equivalent_kernel_bias(dtype)[1]).to(bias_holder.bias)
 
 
-def _branches(block: ReparamBlock) -> tuple[list[nn.Module], nn.Module | None]:
-    """The branches, the first of which can have any kernel, and the normalisation of their sum."""
-    if isinstance(block, FamilyBlock):
-        return block.branch_list(), block.norm
-    branches: list[nn.Module] = [Conv(branch.conv, branch.bn) for branch in (block.conv_kxk, block.conv_1x1)]
-    if block.identity is not None:
-        conv = block.conv_kxk.conv
-        branches.append(Identity(conv.in_channels, conv.groups, block.identity))
-    return branches, None
+def _padded(kernel: Tensor, like: Tensor) -> Tensor:
+    return centred_kernel(kernel, like.shape[2], like.shape[3])
 
 
 @torch.no_grad()
@@ -213,7 +228,7 @@ def match_bn_statistics(module: nn.Module, batches: Iterable[Any]) -> None:
         norm
         for block in blocks
         for norm in block.modules()
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.affine and norm.track_running_stats
+        if isinstance(norm, BATCH_NORMS) and norm.affine and norm.track_running_stats
     ]
     images = _images(batches) if norms else []
     seen = {norm: _Moments() for norm in norms}
@@ -276,7 +291,7 @@ def unfold_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], *, wha
     blocks = {path: block for path, block in unfolded.named_modules() if isinstance(block, ReparamBlock)}
     expected = dict(unfolded.state_dict())
     for path, block in blocks.items():
-        parts = tuple(f'{path}.{part}.' for part in _PARTS)
+        parts = tuple(f'{path}.{name}.' for name in block.branch_names)
         expected = {key: value for key, value in expected.items() if not key.startswith(parts)}
         kernel, bias = block.equivalent_kernel_bias()
         expected |= {f'{path}.reparam_conv.weight': kernel, f'{path}.reparam_conv.bias': bias}
@@ -286,6 +301,3 @@ def unfold_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], *, wha
         set_equivalent_kernel_bias(block, kernel, bias)
     rest = {key: value for key, value in state_dict.items() if '.reparam_conv.' not in f'.{key}'}
     return unfolded.state_dict() | rest
-
-
-_PARTS = {*FamilyBlock.folded_parts, 'conv_kxk', 'conv_1x1'}

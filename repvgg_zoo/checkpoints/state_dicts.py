@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from ..reparam.fold import BNStats, FoldError, fold_block
 from ..reparam.foreign import TIMM
 from ..variants import VARIANTS, Variant
 from .errors import CheckpointError, abbreviate
@@ -20,7 +18,6 @@ __all__ = [
     'Form',
     'StateDict',
     'check_fit',
-    'fold_state_dict',
     'form_of',
     'identify_variant',
     'without_aux_heads',
@@ -33,7 +30,6 @@ AUX_PREFIX = 'aux_heads.'
 _KXK, _DEPLOY = f'{TIMM.conv_kxk}.conv.weight', f'{TIMM.reparam_conv}.weight'
 FAMILY_BRANCH = re.compile(r'(?:^|\.)branches\.\d*[a-z]')
 """Matches the path of a branch of `family.FamilyBlock`, which alone knows how it folds: it has a name, not a number."""
-_BRANCHES = tuple(f'{branch}.' for branch in (TIMM.conv_kxk, TIMM.conv_1x1, TIMM.identity))
 
 
 def form_of(state_dict: Iterable[str]) -> Form:
@@ -52,66 +48,9 @@ def form_of(state_dict: Iterable[str]) -> Form:
     return 'training' if training else 'deploy'
 
 
-def fold_state_dict(
-    state_dict: Mapping[str, Tensor], *, eps: float = BNStats._field_defaults['eps'], in_place: bool = False
-) -> StateDict:
-    """The deploy form of a training-form state dict in timm's layout, as `reparam.fold_block` makes it.
-
-    Auxiliary heads, which only training uses, are left out. The blocks may stand at any prefix, so the
-    state dict of a larger network, or of a single block, works too. `eps` is that of the batch
-    normalisation that the weights were trained with; state dicts do not hold it. `in_place` puts the folded
-    kernels into the memory of the 3x3 kernels, except where these share it with another tensor.
-    """
-    prefixes = [key.removesuffix(_KXK) for key in state_dict if key.endswith(_KXK)]
-    branches = {prefix + branch for prefix in prefixes for branch in _BRANCHES}
-    holders = Counter(value.untyped_storage().data_ptr() for value in state_dict.values()) if in_place else {}
-    folded = {}
-    for key, value in state_dict.items():
-        if key.endswith(_KXK):
-            prefix = key.removesuffix(_KXK)
-            out = value if in_place and holders[value.untyped_storage().data_ptr()] == 1 else None
-            weight, bias = _fold_one(state_dict, prefix, eps, out)
-            folded[f'{prefix}{TIMM.reparam_conv}.weight'], folded[f'{prefix}{TIMM.reparam_conv}.bias'] = weight, bias
-        elif _branch_prefix(key) not in branches:
-            folded[key] = value
-    return without_aux_heads(folded)
-
-
 def without_aux_heads(state_dict: Mapping[str, Tensor]) -> StateDict:
     """A state dict without the auxiliary heads, which only training uses."""
     return {key: value for key, value in state_dict.items() if not key.startswith(AUX_PREFIX)}
-
-
-def _branch_prefix(key: str) -> str | None:
-    """`stages.0.1.conv_kxk.` of `stages.0.1.conv_kxk.bn.bias`; None outside the branches of a block."""
-    parts = key.split('.')
-    for index, part in enumerate(parts):
-        if f'{part}.' in _BRANCHES:
-            return '.'.join(parts[: index + 1]) + '.'
-    return None
-
-
-def _fold_one(state_dict: Mapping[str, Tensor], prefix: str, eps: float, out: Tensor | None) -> tuple[Tensor, Tensor]:
-    def stats(norm: str) -> BNStats:
-        mean, var = (state_dict[f'{prefix}{norm}.running_{name}'] for name in ('mean', 'var'))
-        weight, bias = (state_dict.get(f'{prefix}{norm}.{name}') for name in ('weight', 'bias'))
-        bn = BNStats(mean, var, weight, bias, eps)
-        bn.check()
-        return bn
-
-    try:
-        return fold_block(
-            state_dict[prefix + _KXK],
-            stats(f'{TIMM.conv_kxk}.{TIMM.norm}'),
-            state_dict[f'{prefix}{TIMM.conv_1x1}.conv.weight'],
-            stats(f'{TIMM.conv_1x1}.{TIMM.norm}'),
-            stats(TIMM.identity) if f'{prefix}{TIMM.identity}.running_var' in state_dict else None,
-            out=out,
-        )
-    except KeyError as error:
-        raise CheckpointError(f'cannot fold block {prefix.rstrip(".")!r}: {error.args[0]} is missing') from None
-    except FoldError as error:
-        raise FoldError(f'cannot fold block {prefix.rstrip(".")!r}: {error}') from None
 
 
 def check_fit(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, what: str) -> None:

@@ -14,7 +14,7 @@ from ..blocks.unfold import unfold_state_dict
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.files import read_checkpoint
 from ..checkpoints.layouts import to_timm_layout
-from ..checkpoints.state_dicts import FAMILY_BRANCH, StateDict, check_fit, fold_state_dict, form_of, without_aux_heads
+from ..checkpoints.state_dicts import FAMILY_BRANCH, StateDict, check_fit, form_of, without_aux_heads
 from .locate import locate
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _for_unfolding(model: RepVGG, state_dict: StateDict) -> StateDict:
         raise ValueError('unfold=True is for a model of the training form, and this one is of the deploy form')
     if form_of(state_dict) == 'training':
         if model.block != 'repvgg' and _is_of_default_block(state_dict):
-            folded = fold_state_dict(state_dict, eps=model.stem.norm_eps)
+            folded = model.fold_state_dict(dict(state_dict))
             if model.aux_heads is None:
                 return folded
             return folded | {key: state_dict[key] for key in state_dict.keys() - without_aux_heads(state_dict).keys()}

@@ -1,30 +1,48 @@
-"""The fold: batch normalisation and parallel branches into one convolution, on tensors alone.
+"""The fold: batch normalisation and parallel branches into one convolution, on tensors.
 
-A RepVGG block is linear up to its activation: a 3x3 convolution, a 1x1 convolution and an identity,
-each followed by batch normalisation with fixed statistics, added up. It equals one 3x3 convolution with
-a bias (arXiv 2101.03697, section 3.3). With the running statistics μ, σ² and the affine parameters γ, β:
-
-    scale = γ / sqrt(σ² + ε)        W' = W · scale        b' = β + (b - μ) · scale
-
-The 1x1 kernel and the identity act on the centre tap of the 3x3 kernel only.
+A re-parameterized block is linear up to its activation: branches of convolutions, each followed by batch normalisation
+with fixed statistics, added up. Such a sum equals one convolution with a bias (arXiv 2101.03697, section 3.3). Every
+function opens with its equation, and every function is differentiable. Kernels are `(C_out, C_in / groups, k, k)`.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['BNStats', 'FoldError', 'fold_block']
+__all__ = [
+    'BATCH_NORMS',
+    'BNStats',
+    'FoldError',
+    'KernelBias',
+    'centred_kernel',
+    'fuse_conv_bn',
+    'identity_kernel',
+    'norm_scale',
+    'safe_divide',
+    'sum_kernels',
+]
 
+KernelBias: TypeAlias = tuple[Tensor, Tensor]
+"""A kernel `(C_out, C_in / groups, k, k)` and a bias `(C_out,)`."""
 
-_CHUNK = 2**16
-"""Kernels of one tap that are folded at a time: their nine taps stay in a core's cache, and temporaries small."""
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""The classes of batch normalisation, timm's included, which derive from them."""
 
 
 class FoldError(ValueError):
-    """The branches cannot be folded; the message says which value stands in the way."""
+    """The branches cannot be folded; the message says which value stands in the way.
+
+    Example:
+        >>> raise FoldError('running variance -1.0 in channel 3')
+        Traceback (most recent call last):
+        ...
+        repvgg_zoo.reparam.fold.FoldError: running variance -1.0 in channel 3
+    """
 
 
 class BNStats(NamedTuple):
@@ -38,21 +56,25 @@ class BNStats(NamedTuple):
 
     @classmethod
     def of(cls, norm: nn.Module) -> BNStats:
-        """What a normalisation layer computes in eval mode; raises `FoldError` if that is not linear and fixed."""
-        mean = getattr(norm, 'running_mean', None)
-        if mean is None:
-            raise FoldError(f'{norm} keeps no running statistics, so its output depends on the batch')
+        """Read a normalisation layer; raise `FoldError` if its eval mode is not linear and fixed."""
+        name = type(norm).__name__
+        if not isinstance(getattr(norm, 'running_mean', None), Tensor):
+            raise FoldError(
+                f'{norm} keeps no running statistics; only layers with running_mean, running_var and eps are folded'
+            )
         if not hasattr(norm, 'eps'):
-            raise FoldError(f'its {type(norm).__name__} does not tell its eps; set it as an attribute')
+            raise FoldError(f'its {name} does not tell its eps; set it as an attribute')
         act = getattr(norm, 'act', None)
         if act is not None and not isinstance(act, nn.Identity):
             raise FoldError(f'{norm} has an activation, which is not linear')
-        return cls(mean, norm.running_var, getattr(norm, 'weight', None), getattr(norm, 'bias', None), norm.eps)
+        return cls(
+            norm.running_mean, norm.running_var, getattr(norm, 'weight', None), getattr(norm, 'bias', None), norm.eps
+        )
 
     def scale_shift(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """BN(y) = y · scale + shift, both `(C,)`: scale = γ / sqrt(σ² + ε), shift = β - μ · scale."""
         device = self.mean.device
-        if device.type == 'mps' and dtype == torch.float64:  # it has none
+        if device.type == 'mps' and dtype == torch.float64:  # MPS has no float64
             device = torch.device('cpu')
         scale = (self.var.to(device, dtype) + self.eps).rsqrt()
         if self.weight is not None:
@@ -63,7 +85,7 @@ class BNStats(NamedTuple):
         return scale, shift
 
     def check(self) -> None:
-        """Raise `FoldError` if a variance is negative, or anything infinite or NaN."""
+        """Raise `FoldError` if a variance is negative, or any value is infinite or NaN."""
         if not bool((good := (self.var >= 0) & self.var.isfinite()).all()):
             bad = int((~good).nonzero()[0])
             raise FoldError(
@@ -75,55 +97,81 @@ class BNStats(NamedTuple):
             raise FoldError(f'running mean, weight or bias of channel {bad} is not finite')
 
 
-def fold_block(
-    kernel_kxk: Tensor,
-    bn_kxk: BNStats,
-    kernel_1x1: Tensor,
-    bn_1x1: BNStats,
-    bn_identity: BNStats | None = None,
-    *,
-    bias_kxk: Tensor | None = None,
-    bias_1x1: Tensor | None = None,
-    out: Tensor | None = None,
-    sum_dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, Tensor]:
-    """W' = W_kxk · s_kxk + pad(W_1x1 · s_1x1 + I · s_id), b' = the sum of the three shifts.
+def fuse_conv_bn(kernel: Tensor, bias: Tensor | None, norm: nn.Module | None, dtype: torch.dtype) -> KernelBias:
+    """W' = W · scale, b' = b · scale + shift, with the scale and shift of `norm`.
 
-    With s = γ / sqrt(σ² + ε) of each branch, and I the identity of a grouped convolution: output channel
-    i reads input channel `i mod (C_in / groups)` of its group.
+    Args:
+        kernel: `(C_out, C_in / groups, k, k)`.
+        bias: `(C_out,)`, or None for zeros.
+        norm: The normalisation behind the convolution; None or `nn.Identity` for none.
+        dtype: What the kernel and the bias are computed in.
 
-    Shapes: `kernel_kxk` `(C_out, C_in / groups, k, k)` with k odd, `kernel_1x1`
-    `(C_out, C_in / groups, 1, 1)`; returns a kernel like `kernel_kxk` (its dtype, device and memory
-    format) and a bias `(C_out,)`.
+    Returns:
+        A new kernel, which the caller may change in place, and a bias.
 
-    Scales are computed in `sum_dtype`. Away from the centre tap the kernel is one product, rounded twice; the
-    centre tap sums three terms that may cancel, and is summed in `sum_dtype`. Half-precision kernels are
-    folded in float32 and rounded last. `out` takes the kernel; it may be `kernel_kxk` itself.
+    Raises:
+        FoldError: The normalisation is not linear in eval mode.
+
+    Example:
+        >>> conv, norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8).eval()
+        >>> kernel, bias = fuse_conv_bn(conv.weight, conv.bias, norm, torch.float32)
+        >>> x = torch.ones(1, 3, 5, 5)
+        >>> torch.allclose(F.conv2d(x, kernel, bias), norm(conv(x)), atol=1e-6)
+        True
     """
-    dtype = kernel_kxk.dtype
-    scale, shift = bn_kxk.scale_shift(sum_dtype)
-    if bias_kxk is not None:
-        shift = shift + bias_kxk.to(scale) * scale
-    scale_1x1, shift_1x1 = bn_1x1.scale_shift(sum_dtype)
-    if bias_1x1 is not None:
-        shift_1x1 = shift_1x1 + bias_1x1.to(scale) * scale_1x1
-    shift = shift + shift_1x1
+    if norm is None or isinstance(norm, nn.Identity):
+        kernel = kernel.to(dtype, copy=True)
+        return kernel, kernel.new_zeros(len(kernel)) if bias is None else bias.to(dtype)
+    scale, shift = (t.to(kernel.device) for t in BNStats.of(norm).scale_shift(dtype))
+    shift = shift if bias is None else shift + bias.to(dtype) * scale
+    return kernel.to(dtype) * scale.view(-1, 1, 1, 1), shift
 
-    if bn_identity is not None:
-        scale_identity, shift_identity = bn_identity.scale_shift(sum_dtype)
-        shift = shift + shift_identity
 
-    c_out, c_in = kernel_kxk.shape[:2]
-    row, column = kernel_kxk.shape[2] // 2, kernel_kxk.shape[3] // 2
-    wide_scale = scale.to(kernel_kxk.device, torch.promote_types(dtype, torch.float32)).view(-1, 1, 1, 1)
-    kernel = torch.empty_like(kernel_kxk) if out is None else out
-    for first in range(0, c_out, rows := max(1, _CHUNK // c_in)):
-        chunk = slice(first, first + rows)
-        centre = kernel_kxk[chunk, :, row, column].to(scale) * scale[chunk, None]
-        centre.addcmul_(kernel_1x1[chunk, :, 0, 0].to(scale), scale_1x1[chunk, None])
-        if bn_identity is not None:
-            channels = torch.arange(first, first + len(centre), device=centre.device)
-            centre[channels - first, channels % c_in] += scale_identity[chunk]
-        kernel[chunk].copy_(kernel_kxk[chunk]).mul_(wide_scale[chunk])
-        kernel[chunk, :, row, column] = centre.to(kernel.device)
-    return kernel, shift.to(kernel)
+def norm_scale(norm: nn.Module | None, like: Tensor) -> Tensor:
+    """scale = γ / sqrt(σ² + ε) as `(C, 1, 1, 1)`, in the dtype and on the device of `like`; 1 without a norm."""
+    if norm is None or isinstance(norm, nn.Identity):
+        return like.new_ones(())
+    return BNStats.of(norm).scale_shift(like.dtype)[0].to(like.device).view(-1, 1, 1, 1)
+
+
+def sum_kernels(kernels: Sequence[Tensor]) -> Tensor:
+    """W = Σ pad(W_i): a smaller kernel acts on the taps around the centre of the largest.
+
+    The kernels are used up: the sum takes the memory of the largest one.
+
+    Args:
+        kernels: One or more, each `(C_out, C_in / groups, k_h, k_w)` with odd k_h and k_w.
+
+    Returns:
+        A kernel of the largest height and width.
+    """
+    height, width = (max(kernel.shape[axis] for kernel in kernels) for axis in (2, 3))
+    # the first of full size takes the others, so that none is copied or padded
+    full = next((i for i, kernel in enumerate(kernels) if kernel.shape[2:] == (height, width)), None)
+    total = centred_kernel(kernels[0], height, width) if full is None else kernels[full]
+    for index, kernel in enumerate(kernels):
+        if index != (full or 0):
+            rows, columns = (height - kernel.shape[2]) // 2, (width - kernel.shape[3]) // 2
+            centre = total[:, :, rows : rows + kernel.shape[2], columns : columns + kernel.shape[3]]
+            centre += kernel
+    return total
+
+
+def centred_kernel(kernel: Tensor, height: int, width: int) -> Tensor:
+    """A kernel with zeros around it, `(C_out, C_in / groups, height, width)`."""
+    rows, columns = (height - kernel.shape[2]) // 2, (width - kernel.shape[3]) // 2
+    return F.pad(kernel, [columns, columns, rows, rows])
+
+
+def identity_kernel(out_chs: int, in_chs: int, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """I[o, i] = 1 where output channel o is input channel i: the 1x1 kernel `(C_out, C_in / groups, 1, 1)`.
+
+    Channel o reads input channel `o mod (C_in / groups)` of its group. Rows beyond the identity are zero.
+    """
+    eye = torch.eye(out_chs // groups, in_chs // groups, dtype=dtype, device=device)
+    return eye.repeat(groups, 1)[:, :, None, None]
+
+
+def safe_divide(kernel: Tensor, divisor: Tensor) -> Tensor:
+    """W / d, and 0 where d is 0: what a scale of zero multiplies has no effect."""
+    return torch.where(divisor == 0, torch.zeros_like(kernel), kernel / torch.where(divisor == 0, 1, divisor))

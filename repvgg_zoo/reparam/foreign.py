@@ -1,10 +1,17 @@
-"""What other code bases call the parts of their RepVGG blocks."""
+"""Blocks of other code bases: what they call their parts, and an adapter to the fold protocol."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ['BLOCK_NAMES', 'MMPRETRAIN', 'OFFICIAL', 'OFFICIAL_PLUS', 'TIMM', 'BlockNames']
+import torch
+from torch import nn
+
+from .fold import BNStats, fuse_conv_bn, identity_kernel, sum_kernels
+from .geometry import Geometry, agreed, build_conv, check_is_plain_conv, fold_dtype, geometry_of
+from .kernel_hooks import refresh_kernels
+
+__all__ = ['BLOCK_NAMES', 'MMPRETRAIN', 'OFFICIAL', 'OFFICIAL_PLUS', 'TIMM', 'BlockNames', 'ForeignBlock']
 
 
 class BlockNames(NamedTuple):
@@ -27,4 +34,81 @@ MMPRETRAIN = BlockNames(
 )
 
 BLOCK_NAMES = (TIMM, OFFICIAL, MMPRETRAIN)
-"""The names by which a block's branches are found in a module, ours first."""
+"""The names by which a block's parts are found in a module."""
+
+
+class ForeignBlock:
+    """A RepVGG block of timm, of the official code or of mmpretrain under the fold protocol; see `switch.Foldable`."""
+
+    def __init__(self, block: nn.Module, names: BlockNames) -> None:
+        self.module = block
+        self.names = names
+        self.branch_names = (names.conv_kxk, names.conv_1x1, names.identity)
+        self.conv_name = names.reparam_conv
+
+    @classmethod
+    def of(cls, module: nn.Module) -> ForeignBlock | None:
+        """Adapt a module that has the parts of a block, in either form; None for any other module.
+
+        Only its own children count: a wrapper that passes attributes on is not the block inside it.
+        """
+        children = dict(module.named_children())
+        for names in BLOCK_NAMES:
+            branches = (children.get(names.conv_kxk), children.get(names.conv_1x1))
+            trains = all(isinstance(b, nn.Module) and _has(b, 'conv') and _has(b, names.norm) for b in branches)
+            if trains or isinstance(children.get(names.reparam_conv), nn.Conv2d):
+                return cls(module, names)
+        return None
+
+    def is_deploy(self) -> bool:
+        return isinstance(dict(self.module.named_children()).get(self.conv_name), nn.Conv2d)
+
+    def needs_proof(self) -> bool:
+        """What its `forward` does with the parts is up to other code."""
+        return True
+
+    def check_foldable(self) -> None:
+        refresh_kernels(self.module)
+        for name, conv, norm in self._convolutions():
+            check_is_plain_conv(conv, f'{name}.conv')
+            _check_norm(norm)
+        if (identity := self._identity()) is not None:
+            _check_norm(identity)
+        self.geometry()
+
+    def geometry(self) -> Geometry:
+        geometries = {name: geometry_of(conv) for name, conv, _ in self._convolutions()}
+        first = next(iter(geometries.values()))
+        if self._identity() is not None:
+            geometries[self.names.identity] = Geometry(in_chs=first.out_chs, out_chs=first.in_chs, stride=(1, 1))
+        return agreed(geometries)
+
+    @torch.no_grad()
+    def folded_conv(self) -> nn.Conv2d:
+        branches = self._convolutions()
+        like = branches[0][1].weight
+        dtype = fold_dtype(like)
+        kernels, biases = zip(*(fuse_conv_bn(c.weight, c.bias, norm, dtype) for _, c, norm in branches), strict=True)
+        geometry = self.geometry()
+        if (identity := self._identity()) is not None:
+            eye = identity_kernel(geometry.out_chs, geometry.in_chs, geometry.groups, dtype, like.device)
+            kernel, bias = fuse_conv_bn(eye, None, identity, dtype)
+            kernels, biases = (*kernels, kernel), (*biases, bias)
+        kernel, bias = sum_kernels(kernels).to(like.dtype), sum(biases).to(like.dtype)
+        return build_conv(kernel, bias, geometry, like=self.module)
+
+    def _convolutions(self) -> list[tuple[str, nn.Conv2d, nn.Module]]:
+        branches = [(name, getattr(self.module, name)) for name in self.branch_names[:2]]
+        return [(name, branch.conv, getattr(branch, self.names.norm)) for name, branch in branches]
+
+    def _identity(self) -> nn.Module | None:
+        return getattr(self.module, self.names.identity, None)
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return any(child == name for child, _ in module.named_children())
+
+
+def _check_norm(norm: nn.Module) -> None:
+    if not isinstance(norm, nn.Identity):
+        BNStats.of(norm).check()

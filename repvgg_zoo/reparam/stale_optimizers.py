@@ -1,4 +1,4 @@
-"""Optimizers that hold parameters which a switch of the form replaced fail instead of training nothing."""
+"""Optimizers that hold replaced parameters fail instead of training nothing."""
 
 from __future__ import annotations
 
@@ -11,32 +11,38 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ['forget_folded', 'remember_folded']
+__all__ = ['forget_replaced', 'remember_replaced']
 
-_folded = WeakIdKeyDictionary()
+_replaced = WeakIdKeyDictionary()
+"""Each replaced parameter, and the id of the gradient that it had when it was replaced."""
 
 
-def remember_folded(parameters: Iterable[Tensor]) -> None:
-    """From now on, an optimizer that holds one of these parameters of folded branches fails when it is stepped."""
+def remember_replaced(parameters: Iterable[Tensor]) -> None:
+    """Make the next step of an optimizer that holds one of these replaced parameters an error.
+
+    Frozen parameters do not count: an optimizer would not train them anyway. Nor do parameters that get a new gradient
+    after they were replaced: another model still uses them.
+    """
     _register()
-    _folded.update((parameter, None) for parameter in parameters)
+    _replaced.update((p, id(p.grad)) for p in parameters if p.requires_grad)
 
 
-def forget_folded(parameters: Iterable[Tensor]) -> None:
-    """Take it back, for branches that are in use again."""
+def forget_replaced(parameters: Iterable[Tensor]) -> None:
+    """Take it back, for parameters that are in use again."""
     for parameter in parameters:
-        _folded.pop(parameter, None)
+        _replaced.pop(parameter, None)
 
 
 @cache
 def _register() -> None:
-    register_optimizer_step_pre_hook(_refuse_folded)
+    register_optimizer_step_pre_hook(_refuse_replaced)
 
 
-def _refuse_folded(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def _refuse_replaced(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     held = [parameter for group in optimizer.param_groups for parameter in group['params']]
-    if folded := sum(parameter in _folded for parameter in held):
+    stale = sum(p in _replaced and (p.grad is None or id(p.grad) == _replaced[p]) for p in held)
+    if stale:
         raise RuntimeError(
-            f'{folded} of the {len(held)} parameters of this {type(optimizer).__name__} were replaced by '
+            f'{stale} of the {len(held)} parameters of this {type(optimizer).__name__} were replaced by '
             'switch_to_deploy() or unfold(), so it would train nothing; make a new one from model.parameters()'
         )

@@ -1,88 +1,120 @@
-"""The switch to the deploy form, for any module that holds RepVGG blocks."""
+"""The switch to the deploy form, for any module that holds RepVGG blocks: plan, prove, fold, verify, undo."""
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache, partial
-from typing import Any, NamedTuple, TypeVar
+import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from ..blocks.fast_sum import evaluating, is_centred, refresh_kernels
-from ..checkpoints.state_dicts import FAMILY_BRANCH
-from .fold import BNStats, FoldError, fold_block
-from .foreign import BLOCK_NAMES, BlockNames
-from .stale_optimizers import forget_folded, remember_folded
+from .evaluation import eval_outputs
+from .fold import FoldError
+from .foreign import ForeignBlock
+from .geometry import Geometry
+from .stale_optimizers import forget_replaced, remember_replaced
+from .tolerance import MAX_REL_DIFF
 
-__all__ = ['switch_to_deploy']
+__all__ = ['MULTI_BRANCH_KEY', 'Foldable', 'switch_to_deploy']
 
 _logger = logging.getLogger(__name__)
 ModuleT = TypeVar('ModuleT', bound=nn.Module)
 
-# Largest difference of the outputs, relative to the largest output, that rounding explains: the fold moves
-# each kernel by an ulp or two, and some fifty layers amplify that a few hundred times. Half precision rounds
-# every activation too. A wrong fold is off by the size of the outputs.
-_MAX_RELATIVE_DIFF = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+MULTI_BRANCH_KEY = re.compile(r'(?:^|\.)branches\.\d*[a-z]')
+"""Matches the path of a branch of a multi-branch block: branches have names, not numbers."""
 
 
-@torch.inference_mode(False)  # in which parameters would be made that can never be trained
+@runtime_checkable
+class Foldable(Protocol):
+    """A block that folds: this package's blocks, and adapters around those of others."""
+
+    branch_names: tuple[str, ...]
+    """The attributes of the block that hold the branches."""
+    conv_name: str
+    """The attribute that holds the folded convolution."""
+
+    def is_deploy(self) -> bool:
+        """Whether the branches are folded already."""
+
+    def needs_proof(self) -> bool:
+        """Whether the block may compute something else than the sum of its branches."""
+
+    def check_foldable(self) -> None:
+        """Raise `FoldError` if the fold would fail or be wrong."""
+
+    def geometry(self) -> Geometry:
+        """What the folded convolution computes apart from its kernel."""
+
+    def folded_conv(self) -> nn.Conv2d:
+        """The convolution that the branches are in eval mode."""
+
+
+@torch.inference_mode(False)  # parameters that are made in inference mode can never be trained
 def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
-    """Fold every RepVGG block inside a module into one convolution, in place, and return the module.
+    """Fold every RepVGG block inside a module into one convolution, in place.
 
-    The blocks may be this package's, timm's or the official code's, wherever they are: a bare block, a
-    classifier, a segmentation network, a feature extractor, a DDP or compiled module. Blocks of the deploy
-    form are left alone, so a second call changes nothing. The running statistics are folded whatever the
-    mode of the module, hence the deploy form gives what `eval()` gave. Optimizers, averages and DDP
-    wrappers made before still hold the old parameters: make them anew if training goes on. The `step()` of
-    such an optimizer raises `RuntimeError`. A thread that runs a model of this package in eval mode meanwhile
-    gets the same outputs, up to rounding, or an `AttributeError`; to serve without a gap, switch a copy.
+    The blocks may be this package's, timm's, the official code's or mmpretrain's, wherever they are: a bare block, a
+    classifier, a segmentation network, a feature extractor, a DDP or compiled module. Blocks of the deploy form are
+    left alone, so a second call changes nothing. The fold takes the running statistics whatever the mode, so the deploy
+    form computes what `eval()` computed (arXiv 2101.03697, section 3.3).
+
+    Optimizers, averages and DDP wrappers that were made before still hold the old parameters: make them anew if
+    training goes on. The `step()` of such an optimizer raises `RuntimeError`. To serve without a gap, switch a copy.
 
     Args:
-        verify: An input of the module. If given, both forms are run on it in eval mode and the largest
-            difference is logged.
+        module: Any module with blocks.
+        verify: An input of the module. Both forms then run on it in eval mode, and the largest difference is logged.
+
+    Returns:
+        The module.
 
     Raises:
-        FoldError: A block cannot be folded, or with `verify` the forms differ by more than rounding explains
-            (1e-3 of the largest output in float32). The module is then as it was before, and so it is after any
-            other error if `verify` is given; without it, running out of memory can leave it half switched, since the
-            branches are released one block after the other.
+        FoldError: A block cannot be folded, or `verify` found a difference that rounding does not explain. The module
+            is then as it was. Any other error leaves it as it was too if `verify` is given; without it, running out of
+            memory can leave it half switched, since the branches are released block by block.
         ValueError: There is no RepVGG block in the module, or one in a traced, scripted or exported graph.
+
+    Example:
+        >>> import timm, repvgg_zoo
+        >>> model = timm.create_model('test_repvgg', pretrained=True)
+        >>> model = repvgg_zoo.switch_to_deploy(model, verify=torch.ones(1, 3, 32, 32))
+        >>> model.stem.reparam_conv
+        Conv2d(3, 48, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
-    for path, submodule in module.named_modules():
-        in_graph = isinstance(submodule, (torch.fx.GraphModule, torch.jit.ScriptModule))
-        if in_graph and _has_branches(submodule):
-            raise ValueError(
-                f'{path or "the module"} is a {type(submodule).__name__}, whose branches are fixed in a graph; switch '
-                'to the deploy form before tracing, scripting or exporting'
-            )
+    _refuse_graphs_and_shards(module)
     blocks = list(_find_blocks(module))
     if not blocks:
         raise ValueError(f'no RepVGG block in {type(module).__name__}, neither of the training nor of the deploy form')
-    folds = [_plan(name, block, names) for name, block, names in blocks if not _is_deploy(block, names)]
-    if not folds:
-        return module
-    if any(fold.block.training for fold in folds):
+    training = [(path, block, foldable) for path, block, foldable in blocks if not foldable.is_deploy()]
+    for path, block, foldable in training:  # all before the first fold
+        _check(path, block, foldable)
+    if any(block.training for _, block, _ in training):
         _warn_of_train_mode()
-    reference = None if verify is None else _eval_outputs(module, verify)
+    if not training:
+        return module
+    reference = None if verify is None else eval_outputs(module, verify)
     undo = []
     try:
-        for fold in folds:
-            restore = fold.apply()
-            if reference is not None:  # the undoing holds the branches, which are released one by one otherwise
+        for _, block, foldable in training:
+            restore = _fold(block, foldable)
+            if reference is not None:  # otherwise the branches are released now
                 undo.append(restore)
         if reference is not None:
-            _compare(reference, _eval_outputs(module, verify))
+            _verify(reference, eval_outputs(module, verify))
     except BaseException:
         for restore in undo:
             restore()
         raise
     for submodule in module.modules():
-        if callable(finish := getattr(submodule, '_on_switch_to_deploy', None)):
-            finish()
+        if callable(finish := getattr(type(submodule), '_on_switch_to_deploy', None)):
+            finish(submodule)
         if isinstance(submodule, nn.parallel.DistributedDataParallel) and next(submodule.buffers(), None) is None:
-            submodule.broadcast_buffers = False  # it fails to broadcast none, and had some when it was made
+            submodule.broadcast_buffers = False  # DDP fails to broadcast none if it had some when it was made
     return module
 
 
@@ -94,151 +126,128 @@ def _warn_of_train_mode() -> None:
     )
 
 
-class _Fold(NamedTuple):
-    """A block that was found to be foldable."""
-
-    block: nn.Module
-    parts: tuple[str, ...]
-    """The attributes that hold the branches."""
-    reparam_conv: str
-    folded_conv: Callable[[], nn.Conv2d]
-
-    def apply(self) -> Callable[[], None]:
-        """Put the folded convolution in the place of the branches; the result undoes it."""
-        block = self.block
-        modules, attributes = dict(block._modules), dict(block.__dict__)
-        branches = [getattr(block, name, None) for name in self.parts]
-        # First in, then out: RepVGGBlock.forward relies on it. `None` as a module of the block, which setattr would
-        # leave of a branch, is what libraries trip over.
-        block._modules[self.reparam_conv] = self.folded_conv()
-        block.__dict__.pop(self.reparam_conv, None)
-        for name in self.parts:
-            block.__dict__[name] = None
-            block._modules.pop(name, None)
-        if isinstance(getattr(block, 'deploy', None), bool):  # the official blocks keep their form in a flag
-            block.deploy = True
-        parameters = [p for branch in branches if branch is not None for p in branch.parameters()]
-        remember_folded(parameters)
-
-        def restore() -> None:
-            forget_folded(parameters)
-            block.__dict__.clear()
-            block.__dict__.update(attributes)
-            block._modules.clear()
-            block._modules.update(modules)
-
-        return restore
-
-
-def _find_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module, BlockNames | None]]:
-    """Paths, blocks, and what their parts are called; blocks of the family fold themselves."""
+def _refuse_graphs_and_shards(module: nn.Module) -> None:
+    fsdp = sys.modules.get('torch.distributed.fsdp')  # nothing is sharded where it was not imported
+    sharded = () if fsdp is None else (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)
     for path, submodule in module.named_modules():
-        path = path or type(submodule).__name__
-        if hasattr(submodule, 'folded_parts'):
-            yield path, submodule, None
-            continue
-        for names in BLOCK_NAMES:
-            branches = (getattr(submodule, names.conv_kxk, None), getattr(submodule, names.conv_1x1, None))
-            trains = all(hasattr(branch, 'conv') and hasattr(branch, names.norm) for branch in branches)
-            if trains or _is_deploy(submodule, names):
-                yield path, submodule, names
-                break
+        name = path or 'the module'
+        in_graph = isinstance(submodule, (torch.fx.GraphModule, torch.jit.ScriptModule))
+        if in_graph and _has_branches(submodule):
+            raise ValueError(
+                f'{name} is a {type(submodule).__name__}, whose branches are fixed in a graph; switch to the deploy '
+                'form before tracing, scripting or exporting'
+            )
+        if isinstance(submodule, sharded) and any(not f.is_deploy() for _, _, f in _find_blocks(submodule)):
+            raise FoldError(
+                f'{name} is sharded over processes (FSDP); gather the full state dict, load it into a model that is '
+                'not sharded, and switch that one'
+            )
 
 
 def _has_branches(graph: nn.Module) -> bool:
-    """Whether there are blocks of the training form, which those of the family are known by the paths of in a graph."""
-    if any(FAMILY_BRANCH.search(path) for path in graph.state_dict()):
+    """Whether a graph holds blocks of the training form; those of multi-branch blocks are told by their paths."""
+    if any(MULTI_BRANCH_KEY.search(path) for path in graph.state_dict()):
         return True
-    return not all(_is_deploy(block, names) for _, block, names in _find_blocks(graph))
+    return not all(foldable.is_deploy() for _, _, foldable in _find_blocks(graph))
 
 
-def _is_deploy(block: nn.Module, names: BlockNames | None) -> bool:
-    return isinstance(getattr(block, names.reparam_conv if names else 'reparam_conv', None), nn.Conv2d)
+def _find_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module, Foldable]]:
+    """Path, block and fold protocol of every block. Classes are asked, since wrappers pass attributes on."""
+    for path, submodule in module.named_modules():
+        foldable = submodule if hasattr(type(submodule), 'folded_conv') else ForeignBlock.of(submodule)
+        if foldable is not None:
+            yield path or type(submodule).__name__, submodule, foldable
 
 
-def _plan(path: str, block: nn.Module, names: BlockNames | None) -> _Fold:
-    """Check everything that could make a fold fail, so that none fails after the first was done."""
-    refresh_kernels(block)
+def _check(path: str, block: nn.Module, foldable: Foldable) -> None:
     try:
-        if names is None:
-            block.check_foldable()
-            return _Fold(block, block.folded_parts, 'reparam_conv', block.folded_conv)
-        _check_foldable(block, names)
+        foldable.check_foldable()
+        if foldable.needs_proof():
+            _prove(block, foldable)
     except FoldError as error:
         raise FoldError(f'cannot fold block {path!r}: {error}; nothing was changed') from None
-    parts = (names.conv_kxk, names.conv_1x1, names.identity)
-    return _Fold(block, parts, names.reparam_conv, partial(_folded_conv, block, names))
 
 
-def _check_foldable(block: nn.Module, names: BlockNames) -> None:
-    kxk, point = getattr(block, names.conv_kxk), getattr(block, names.conv_1x1)
-    conv = kxk.conv
-    if not is_centred(conv):
+def _prove(block: nn.Module, foldable: Foldable) -> None:
+    """Fold a copy in float64, and compare both forms on a few pixels."""
+    geometry = foldable.geometry()
+    px = 3 + 2 * max(geometry.dilation_rows or 1, geometry.dilation_columns or 1)
+    x = torch.randn(2, geometry.in_chs, px, px, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    name = type(block).__name__
+    try:
+        trial = copy.deepcopy(block).to('cpu', torch.float64)
+        expected = eval_outputs(trial, x)
+        _fold(trial, trial if foldable is block else ForeignBlock(trial, foldable.names))
+        actual = eval_outputs(trial, x)
+    except Exception as error:  # whatever code of others raises
         raise FoldError(
-            f'its padding {conv.padding} does not centre a {conv.kernel_size} kernel of dilation {conv.dilation}'
+            f'whether its {name} computes the sum of its branches could not be tried on {tuple(x.shape)} random pixels '
+            f'({type(error).__name__}: {error}); remove hooks and wrappers first'
+        ) from error
+    diff, largest = _difference(expected, actual)
+    if not diff <= MAX_REL_DIFF[torch.float64] * largest:
+        raise FoldError(
+            f'its {name} computes something else than the sum of its branches: a fold would change outputs of up to '
+            f'{largest:.3g} by {diff:.3g}. A norm, scale, activation, hook, adapter or quantizer may be in the way; '
+            'merge or remove it first'
         )
-    if point.conv.kernel_size != (1, 1) or point.conv.groups != conv.groups:
-        raise FoldError(f'its point convolution is {point.conv}, beside {conv}')
-    for norm in (getattr(kxk, names.norm), getattr(point, names.norm), getattr(block, names.identity, None)):
-        if norm is not None:
-            BNStats.of(norm).check()
 
 
-@torch.no_grad()
-def _folded_conv(block: nn.Module, names: BlockNames) -> nn.Conv2d:
-    kxk, point = getattr(block, names.conv_kxk), getattr(block, names.conv_1x1)
-    identity = getattr(block, names.identity, None)
-    weight, bias = fold_block(
-        kxk.conv.weight,
-        BNStats.of(getattr(kxk, names.norm)),
-        point.conv.weight,
-        BNStats.of(getattr(point, names.norm)),
-        None if identity is None else BNStats.of(identity),
-        bias_kxk=kxk.conv.bias,
-        bias_1x1=point.conv.bias,
-    )
-    conv = nn.Conv2d(
-        kxk.conv.in_channels,
-        kxk.conv.out_channels,
-        kxk.conv.kernel_size,
-        stride=kxk.conv.stride,
-        padding=kxk.conv.padding,
-        dilation=kxk.conv.dilation,
-        groups=kxk.conv.groups,
-        padding_mode=kxk.conv.padding_mode,
-        device='meta',
-    )
-    requires_grad = kxk.conv.weight.requires_grad
-    conv.weight = nn.Parameter(weight, requires_grad=requires_grad)
-    conv.bias = nn.Parameter(bias, requires_grad=requires_grad)
-    return conv.train(block.training)
+def _fold(block: nn.Module, foldable: Foldable) -> Callable[[], None]:
+    """Put the folded convolution in the place of the branches; returns what undoes it."""
+    conv = foldable.folded_conv()
+    attributes = {name: getattr(block, name, _MISSING) for name in (*foldable.branch_names, foldable.conv_name)}
+    children = list(block.named_children())
+    was_flagged = getattr(block, 'deploy', None)
+    for name in foldable.branch_names:
+        _clear(block, name)
+        setattr(
+            block, name, None
+        )  # after delattr this leaves no child that is None, which walks over children trip over
+    _clear(block, foldable.conv_name)
+    setattr(block, foldable.conv_name, conv)
+    if isinstance(was_flagged, bool):  # the official blocks keep their form in a flag
+        block.deploy = True
+    replaced = [p for name, child in children if name in foldable.branch_names for p in child.parameters()]
+    remember_replaced(replaced)
+
+    def restore() -> None:
+        forget_replaced(replaced)
+        for name in (*attributes, *(name for name, _ in children)):
+            _clear(block, name)
+        for name, child in children:  # in their order, which is that of the parameters
+            setattr(block, name, child)
+        for name, value in attributes.items():
+            if value is None:
+                setattr(block, name, None)
+        if isinstance(was_flagged, bool):
+            block.deploy = was_flagged
+
+    return restore
 
 
-def _eval_outputs(module: nn.Module, batch: Any) -> list[Tensor]:
-    """The module's outputs in eval mode, as a flat list."""
-    with evaluating(module):
-        return [output.detach().clone() for output in _tensors(module(batch))]
+_MISSING = object()
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)
+def _clear(block: nn.Module, name: str) -> None:
+    if hasattr(block, name):
+        delattr(block, name)
 
 
-def _compare(reference: list[Tensor], outputs: list[Tensor]) -> None:
+def _verify(reference: list[Tensor], outputs: list[Tensor]) -> None:
     for before, after in zip(reference, outputs, strict=True):
-        diff = (after.double() - before.double()).abs().max().item()
-        largest = before.double().abs().max().item()
-        bound = _MAX_RELATIVE_DIFF[before.dtype] * largest
+        diff, largest = _difference([before], [after])
+        bound = MAX_REL_DIFF[before.dtype] * largest
         _logger.info('switch_to_deploy: largest difference %.3g, largest output %.3g', diff, largest)
         if not diff <= bound:
             raise FoldError(
                 f'the deploy form differs by {diff:.3g} from the training form, of outputs up to {largest:.3g}; '
                 f'in {before.dtype} rounding explains {bound:.3g}. The module is left in its training form'
             )
+
+
+def _difference(reference: list[Tensor], outputs: list[Tensor]) -> tuple[float, float]:
+    """The largest difference, and the largest output."""
+    pairs = list(zip(reference, outputs, strict=True))
+    diffs = [(after.double() - before.double()).abs().max().item() for before, after in pairs]
+    return max(diffs), max(before.double().abs().max().item() for before, _ in pairs)

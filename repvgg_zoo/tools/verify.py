@@ -11,9 +11,9 @@ import torch
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
 from torch import Tensor
 
-from ..blocks.fast_sum import one_by_one
 from ..checkpoints.errors import CheckpointError
 from ..model import RepVGG
+from ..reparam.evaluation import disable_fast_path
 from .convert import open_model
 
 __all__ = ['MAX_FLOAT32_REL_DIFF', 'Comparison', 'compare', 'float64_rel_diff', 'images_for', 'rel_diff', 'verify']
@@ -76,7 +76,7 @@ def compare(a: RepVGG, b: RepVGG, batches: Iterator[Tensor], *, dtype: torch.dty
     a, b = (copy.deepcopy(model).to(dtype).eval() for model in (a, b))
     images = agreeing = 0
     max_abs_diff = largest = torch.zeros((), dtype=torch.float64)
-    with torch.inference_mode(), one_by_one():
+    with torch.inference_mode(), disable_fast_path():
         for batch in batches:
             logits_a, logits_b = a(batch.to(dtype)).double(), b(batch.to(dtype)).double()
             images += len(batch)
@@ -98,7 +98,7 @@ def float64_rel_diff(model: RepVGG, x: Tensor) -> float:
     a block.
     """
     training = deploy = x.double()
-    with torch.inference_mode(), one_by_one():
+    with torch.inference_mode(), disable_fast_path():
         for block in (model.stem, *(block for stage in model.stages for block in stage)):
             exact = copy.deepcopy(block).double()
             training = exact(training)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..blocks.multi_branch import FamilyBlock
+from ..blocks.multi_branch import MultiBranchBlock
 from ..blocks.repvgg_block import RepVGGBlock
 from ..reparam.fold import BNStats
 
@@ -69,7 +69,7 @@ def _identity_norms(model: nn.Module) -> Iterator[nn.Module]:
     for block in model.modules():
         if isinstance(block, RepVGGBlock) and block.identity is not None:
             yield block.identity
-        elif isinstance(block, FamilyBlock) and getattr(block.identity, 'bn', None) is not None:
+        elif isinstance(block, MultiBranchBlock) and getattr(block.identity, 'bn', None) is not None:
             yield block.identity.bn
 
 

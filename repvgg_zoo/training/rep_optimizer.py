@@ -10,7 +10,7 @@ import torch
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from ..blocks.multi_branch import FamilyBlock
+from ..blocks.multi_branch import MultiBranchBlock
 
 __all__ = ['rep_optimizer']
 
@@ -101,7 +101,7 @@ def rep_optimizer(
     return optimizer
 
 
-def _load(model: nn.Module, like: nn.Module, scaled: dict[str, FamilyBlock]) -> None:
+def _load(model: nn.Module, like: nn.Module, scaled: dict[str, MultiBranchBlock]) -> None:
     """All that `like` computes, but for heads of another size or that it does not have."""
     state_dict = {
         key: value
@@ -110,8 +110,7 @@ def _load(model: nn.Module, like: nn.Module, scaled: dict[str, FamilyBlock]) -> 
     }
     for path, block in scaled.items():
         prefix = f'{path}.' if path else ''
-        kernel = sum(branch.equivalent_kernel_bias()[0] for branch in block.branch_list())
-        state_dict[f'{prefix}branches.kxk.conv.weight'] = kernel
+        state_dict[f'{prefix}branches.kxk.conv.weight'] = block.sum_of_branches(torch.float64)[0]
         for name in block.norm.state_dict():
             state_dict[f'{prefix}branches.kxk.bn.{name}'] = state_dict.pop(f'{prefix}norm.{name}')
     own = model.state_dict()
@@ -133,20 +132,20 @@ def _refuse_closure(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dic
         )
 
 
-def _blocks(model: nn.Module, member: str) -> dict[str, FamilyBlock]:
-    blocks = {path: m for path, m in model.named_modules() if isinstance(m, FamilyBlock)}
-    return {path: block for path, block in blocks.items() if block.member == member and block.branches is not None}
+def _blocks(model: nn.Module, name: str) -> dict[str, MultiBranchBlock]:
+    blocks = {path: m for path, m in model.named_modules() if isinstance(m, MultiBranchBlock)}
+    return {path: block for path, block in blocks.items() if block.block == name and block.branches is not None}
 
 
-def _equivalent(block: FamilyBlock, like: Tensor) -> _Equivalent:
-    kernel = block.branches['kxk'].equivalent_kernel_bias()[0]
+def _equivalent(block: MultiBranchBlock, like: Tensor) -> _Equivalent:
+    kernel = block.branches['kxk'].equivalent_kernel_bias(like.dtype)[0]
     s, t = (block.branches[name].scale.detach().view(-1, 1, 1, 1) for name in ('kxk', '1x1'))
     sgd, adamw = s.square().expand_as(kernel).clone(), s.abs().expand_as(kernel).clone()
     sgd[:, :, 1:2, 1:2] += t.square()
     adamw[:, :, 1:2, 1:2] += t.abs()
     constant = torch.zeros_like(kernel)
     if block.identity is not None:
-        constant += block.identity.equivalent_kernel_bias()[0]
+        constant[:, :, 1:2, 1:2] += block.identity.equivalent_kernel_bias(like.dtype, like=kernel)[0]
     return _Equivalent(sgd.to(like), adamw.to(like), constant.to(like))
 
 

@@ -1,9 +1,10 @@
 import pytest
 import torch
-from helpers import CONFIGURATIONS, images, randomise, rel_diff
+from helpers import CONFIGURATIONS, images, randomise, rel_diff, run_branches
 from torch import nn
 
-from repvgg_zoo import CheckpointError, RepVGGBlock, switch_to_deploy
+from repvgg_zoo import CheckpointError, FoldError, RepVGGBlock, switch_to_deploy
+from repvgg_zoo.blocks.branches import SubsampledConv2d
 from repvgg_zoo.blocks.factory import block_type
 
 
@@ -66,4 +67,38 @@ def test_training_of_the_stem_in_channels_last():
     for _ in range(3):
         stem(x).sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in stem.parameters())
-    assert stem.conv_1x1.conv.stride == (1, 1)
+    assert type(stem.conv_1x1.conv) is SubsampledConv2d
+
+
+@pytest.mark.parametrize(
+    ('in_chs', 'stride', 'kind'), [(3, 1, nn.Conv2d), (15, 2, SubsampledConv2d), (16, 2, nn.Conv2d)]
+)
+def test_strided_1x1_convolution_few_channels_is_subsampled(in_chs, stride, kind):
+    """The workaround is for the shape that needs it."""
+    conv = RepVGGBlock(in_chs, 8, stride=stride).double().conv_1x1.conv
+    assert type(conv) is kind
+    x = images(2, 7, in_chans=in_chs, dtype=torch.float64)
+    expected = nn.functional.conv2d(x, conv.weight, stride=stride)
+    assert rel_diff(conv(x), expected) < 1e-14
+
+
+@pytest.mark.parametrize('px', [32, 33])
+def test_strides_set_by_hand(px):
+    """All convolutions alike, as segmentation recipes do it; of the stem too."""
+    for in_chs in (3, 16):
+        made, x = randomise(RepVGGBlock(in_chs, 8, stride=2).double(), px=16, in_chans=in_chs), None
+        for conv in (m for m in made.modules() if isinstance(m, nn.Conv2d)):
+            conv.stride = (1, 1)
+        x = images(2, px, in_chans=in_chs, dtype=torch.float64)
+        before = made.train()(x)
+        assert before.shape == (2, 8, px, px)
+        before = made.eval()(x)
+        assert rel_diff(before, run_branches(lambda: made(x))) < 1e-12  # noqa: B023
+        assert rel_diff(made.switch_to_deploy()(x), before) < 1e-12
+
+
+def test_one_stride_set_by_hand_is_refused():
+    made = RepVGGBlock(16, 16, stride=2)
+    made.conv_kxk.conv.stride = (1, 1)
+    with pytest.raises(FoldError, match=r'the stride of conv_kxk is \(1, 1\), that of conv_1x1 is \(2, 2\)'):
+        made.switch_to_deploy()

@@ -69,7 +69,7 @@ def test_every_branch_has_a_part(block, folded):
     if isinstance(module, RepVGGBlock):
         kernels = [module.conv_kxk.conv.weight, module.conv_1x1.conv.weight]
     else:
-        kernels = [branch.equivalent_kernel_bias()[0] for branch in module.branch_list()]
+        kernels = [branch.equivalent_kernel_bias(torch.float64)[0] for branch in module.named_branches().values()]
     whole = module.equivalent_kernel_bias()[0]
     for index, kernel in enumerate(kernels):
         assert kernel.norm() > 0.01 * whole.norm()
@@ -351,7 +351,7 @@ def test_misfit_changes_nothing(damage, tmp_path):
 def test_converted_folder_is_the_same_function(folded, photos, tmp_path):
     convert('test_repvgg.cifar10_deploy', tmp_path / 'dbb', unfold=True, block='dbb')
     model = timm.create_model(f'local-dir:{tmp_path / "dbb"}', pretrained=True).eval()
-    assert model.stem.member == 'dbb'
+    assert model.stem.block == 'dbb'
     assert rel_diff(model.double()(photos), folded(photos)) < 1e-4
     with pytest.raises(ValueError, match='unfolding makes the training form'):
         convert('test_repvgg', tmp_path / 'other', unfold=True, form='deploy')

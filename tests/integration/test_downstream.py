@@ -13,7 +13,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 from repvgg_zoo import switch_to_deploy
-from repvgg_zoo.blocks.fast_sum import one_by_one
+from repvgg_zoo.reparam.evaluation import disable_fast_path
 
 
 def pretrained_stem():
@@ -28,7 +28,7 @@ def check_training_and_switch(module, loss, run):
     assert any(p.grad is not None and p.grad.abs().max() > 0 for n, p in module.named_parameters() if 'stem' in n)
     optimizer.step()
     module.eval()
-    with torch.no_grad(), one_by_one():
+    with torch.no_grad(), disable_fast_path():
         before = run()
         switch_to_deploy(module)
         assert rel_diff(run(), before) < 1e-8

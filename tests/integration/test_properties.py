@@ -61,7 +61,7 @@ def blocks(draw, dtypes=tuple(ULP)):
     return block.eval()
 
 
-def branches(block: RepVGGBlock) -> list[tuple[nn.Conv2d | None, nn.BatchNorm2d]]:
+def run_branches(block: RepVGGBlock) -> list[tuple[nn.Conv2d | None, nn.BatchNorm2d]]:
     found = [(block.conv_kxk.conv, block.conv_kxk.bn), (block.conv_1x1.conv, block.conv_1x1.bn)]
     return found + ([(None, block.identity)] if block.identity is not None else [])
 
@@ -70,7 +70,7 @@ def branches(block: RepVGGBlock) -> list[tuple[nn.Conv2d | None, nn.BatchNorm2d]
 def size_of_terms(block: RepVGGBlock, x: Tensor) -> Tensor:
     """The sum of the absolute values of everything that is added up for an output: what rounding is relative to."""
     total = torch.zeros(())
-    for conv, norm in branches(block):
+    for conv, norm in run_branches(block):
         y = x.abs()
         if conv is None:
             total = total + y * _scale(norm).abs()[:, None, None]
@@ -108,7 +108,7 @@ def test_folded_kernel_is_the_exact_one_rounded(block):
     strides = block.conv_kxk.conv.weight.stride()
     exact = copy.deepcopy(block).double().switch_to_deploy().reparam_conv
     # float64 itself sums up to three terms; float16 has no numbers below 6e-8 and none above 65504
-    wide = branches(copy.deepcopy(block).double())
+    wide = run_branches(copy.deepcopy(block).double())
     sums = sum(_scale(n).abs().max() * (1 if conv is None else conv.weight.abs().max()) for conv, n in wide)
     shifts = sum((_scale(n) * n.running_mean).abs().max() for _, n in wide)
     shifts += sum(n.bias.abs().max() for _, n in wide if n.bias is not None)

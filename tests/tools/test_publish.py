@@ -525,13 +525,13 @@ sys.exit(status)
 """
 
 
-def test_forms_are_compared_by_their_branches(tmp_path, monkeypatch, taken):
+def test_forms_are_compared_by_their_branches(tmp_path, monkeypatch, fast_path_calls):
     """Or a wrong fold would be compared with itself, on images that are worth a fold for one call."""
     batch = torch.randn(2, 3, 128, 128)
     monkeypatch.setattr('repvgg_zoo.tools.publish.publish.images_for', lambda *_: iter([batch]))
     build_folders(NAME, owner='zoo', out=tmp_path)
-    assert len(taken) > 11
-    assert not any(taken)
+    assert len(fast_path_calls) > 11
+    assert not any(fast_path_calls)
 
 
 IN_CI = {'repvgg_a0', 'repvgg_b1g2', 'repvgg_b3', 'repvgg_d2se', 'repvggplus_l2pse'}

@@ -98,7 +98,7 @@ def test_other_optimizers_go_on(model):
 
 def test_undone_switch_leaves_the_optimizer_usable(model, monkeypatch):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    monkeypatch.setattr('repvgg_zoo.reparam.switch._MAX_RELATIVE_DIFF', {torch.float32: -1})
+    monkeypatch.setattr('repvgg_zoo.reparam.switch.MAX_REL_DIFF', {torch.float32: -1})
     with pytest.raises(repvgg_zoo.FoldError):
         switch_to_deploy(model, verify=images(1, px=32))
     step(model, optimizer)

@@ -18,7 +18,6 @@ from huggingface_hub.utils import validate_repo_id
 from timm.models import byobnet
 from torch import Tensor
 
-from ...blocks.fast_sum import one_by_one
 from ...checkpoints.errors import CheckpointError
 from ...checkpoints.files import FILE_SUFFIXES, read_checkpoint
 from ...checkpoints.layouts import to_timm_layout
@@ -28,6 +27,7 @@ from ...pretrained.hub import CARD, WEIGHT_FILES, HubError, download_weights, pu
 from ...pretrained.load import load_state_dict
 from ...pretrained.locate import locate, weights_in
 from ...pretrained.manifest import DEPLOY_SUFFIX, FoldCheck, WeightsRecord, read_manifest, weights_dir, write_manifest
+from ...reparam.evaluation import disable_fast_path
 from ...variants import suggestion
 from ..atomic import locked, new_folder, write_text
 from ..convert import open_model, save_model
@@ -201,7 +201,7 @@ def _fold(deploy_record: WeightsRecord, folders: Sequence[Path], images: str | P
     def logits(model: RepVGG) -> Tensor:
         form = 'deploy' if model.deploy else 'training'
         batches = track(images_for(model, images), description=f'{name}: {form} form', total=None)
-        with torch.inference_mode(), one_by_one():
+        with torch.inference_mode(), disable_fast_path():
             return torch.cat([model(batch) for batch in batches]).double()
 
     model = open_model(folders[0]).eval()

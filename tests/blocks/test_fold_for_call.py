@@ -9,19 +9,20 @@ from typing import Any
 import pytest
 import timm
 import torch
-from helpers import branches, images, randomise, rel_diff
-from timm.layers import DropBlock2d
+from helpers import images, randomise, rel_diff, run_branches
+from timm.layers import DropBlock2d, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torchvision.ops import FrozenBatchNorm2d
 
+import repvgg_zoo
 from repvgg_zoo import FoldError, RepVGGBlock
-from repvgg_zoo.blocks import repvgg_block as blocks
-from repvgg_zoo.blocks.fast_sum import one_by_one
-from repvgg_zoo.reparam import fold as reparam
-from repvgg_zoo.reparam import switch as deploy
+from repvgg_zoo.blocks import base
+from repvgg_zoo.blocks.factory import block_type
+from repvgg_zoo.reparam.evaluation import disable_fast_path
 from repvgg_zoo.tools.verify import compare, float64_rel_diff
 
 BLOCKS = {
@@ -85,43 +86,43 @@ def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=['contiguous', 'channels_last'])
 @pytest.mark.parametrize('kind', BLOCKS)
-def test_folded_for_one_call(kind, layout, taken):
+def test_folded_for_one_call(kind, layout, fast_path_calls):
     made = block(kind).to(memory_format=layout)
     x = batch(made).to(memory_format=layout)
     for without_gradients in (torch.no_grad, torch.inference_mode):
         with without_gradients():
-            y, expected = made(x), branches(lambda: made(x))
+            y, expected = made(x), run_branches(lambda: made(x))
         assert rel_diff(y, expected) < 1e-13  # float64
         assert y.stride() == expected.stride()
-    assert taken == [True, True]
+    assert fast_path_calls == [True, True]
 
 
 @pytest.mark.parametrize('kind', BLOCKS)
-def test_folded_for_one_call_in_float32(kind, taken):
+def test_folded_for_one_call_in_float32(kind, fast_path_calls):
     made = block(kind, dtype=torch.float32)
     x = batch(made, dtype=torch.float32)
     with torch.no_grad():
-        y, expected = made(x), branches(lambda: made(x))
-        exact = branches(lambda: made.double()(x.double()))
-    assert taken == [True]
+        y, expected = made(x), run_branches(lambda: made(x))
+        exact = run_branches(lambda: made.double()(x.double()))
+    assert fast_path_calls == [True]
     for found in (y, expected):
         assert rel_diff(found, exact) < 1e-6  # some ten roundings of 6e-8
 
 
-def test_folded_for_one_call_in_a_deep_model(taken):
+def test_folded_for_one_call_in_a_deep_model(fast_path_calls):
     model = randomise(timm.create_model('repvgg_a0'))
     x = images(4, 128)
-    taken.clear()
+    fast_path_calls.clear()
     with torch.inference_mode():
-        y, reference = model(x), branches(lambda: model(x))
-        exact = branches(lambda: model.double()(x.double()))
-    assert sum(taken) == 1 + 2 + 4  # those behind have fewer pixels than a fold is worth
+        y, reference = model(x), run_branches(lambda: model(x))
+        exact = run_branches(lambda: model.double()(x.double()))
+    assert sum(fast_path_calls) == 1 + 2 + 4  # those behind have fewer pixels than a fold is worth
     assert rel_diff(y, exact) < 2 * rel_diff(reference, exact)
     assert rel_diff(y, exact) < 1e-5  # some twenty layers of float32
 
 
 @pytest.mark.parametrize('kind', ['identity', 'stride'])
-def test_folded_for_one_call_is_the_papers_formula(kind, taken):
+def test_folded_for_one_call_is_the_papers_formula(kind, fast_path_calls):
     """PyTorch's own fusion of each branch, each kernel padded to 3x3, added up."""
     made = block(kind)
     x = batch(made)
@@ -137,12 +138,14 @@ def test_folded_for_one_call_is_the_papers_formula(kind, taken):
     ]
     kernel = fused[0][0] + sum(nn.functional.pad(k, (1, 1, 1, 1)) for k, _ in fused[1:])
     with torch.no_grad():
-        expected = nn.functional.conv2d(x, kernel, sum(b for _, b in fused), stride=made.stride, padding=1)
+        expected = nn.functional.conv2d(
+            x, kernel, sum(b for _, b in fused), stride=made.conv_kxk.conv.stride, padding=1
+        )
         assert rel_diff(made(x), expected.relu()) < 1e-13  # float64
-    assert taken == [True]
+    assert fast_path_calls == [True]
 
 
-def test_mixed_precision_in_evaluation(taken):
+def test_mixed_precision_in_evaluation(fast_path_calls):
     made = block(dtype=torch.float32)
     x = batch(made, dtype=torch.float32)
     with torch.no_grad():
@@ -151,10 +154,10 @@ def test_mixed_precision_in_evaluation(taken):
             y = made(x)
     assert y.dtype == torch.bfloat16
     assert rel_diff(y, expected) < 2e-2  # bfloat16 has eight bits
-    assert taken == [True, True]
+    assert fast_path_calls == [True, True]
 
 
-def test_nothing_is_remembered(taken):
+def test_nothing_is_remembered(fast_path_calls):
     made = block()
     x = batch(made)
 
@@ -189,19 +192,19 @@ def test_nothing_is_remembered(taken):
         for change in (*changes, replace_eps):
             change()
             after = made(x)
-            assert rel_diff(after, branches(lambda: made(x))) < 1e-13, change  # float64
+            assert rel_diff(after, run_branches(lambda: made(x))) < 1e-13, change  # float64
             assert rel_diff(after, before) > 1e-3, change
             before = after
-    assert all(taken)
+    assert fast_path_calls == [True] * 7 + [False] + [True] * 2  # the training pass
 
 
-def test_evaluation_leaves_the_block_as_it_is(taken):
+def test_evaluation_leaves_the_block_as_it_is(fast_path_calls):
     made = block()
     before, names = copy.deepcopy(made.state_dict()), set(vars(made))
     versions = [t._version for t in (*made.parameters(), *made.buffers())]
     with torch.no_grad():
         made(batch(made))
-    assert taken == [True]
+    assert fast_path_calls == [True]
     assert set(vars(made)) == names
     assert [t._version for t in (*made.parameters(), *made.buffers())] == versions
     assert all(torch.equal(value, before[key]) for key, value in made.state_dict().items())
@@ -213,47 +216,147 @@ def test_copies_are_independent():
     other = copy.deepcopy(made)
     with torch.no_grad():
         other.conv_kxk.conv.weight.mul_(2)
-        assert rel_diff(made(x), branches(lambda: made(x))) < 1e-13  # float64
-        assert rel_diff(other(x), branches(lambda: other(x))) < 1e-13
+        assert rel_diff(made(x), run_branches(lambda: made(x))) < 1e-13  # float64
+        assert rel_diff(other(x), run_branches(lambda: other(x))) < 1e-13
 
 
 # ------------------------------------------------------------------------------ where the branches are run
 
 
-def test_frozen_blocks_are_folded_and_others_are_not(taken):
+FROZEN = {'gradients of all': lambda _: True, 'of kernels': lambda name: 'conv.weight' in name}
+
+
+def with_frozen_norms(made: nn.Module, wanted: Callable[[str], bool]) -> nn.Module:
+    """In train mode, as detectors fine-tune: the norms alone are in eval mode."""
+    made.train()
+    for module in made.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_(wanted(name) and parameter.is_floating_point())
+    return made
+
+
+@pytest.mark.parametrize('wanted', FROZEN)
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=['contiguous', 'channels_last'])
+@pytest.mark.parametrize('name', repvgg_zoo.BLOCKS)
+def test_frozen_norms_one_convolution_gives_the_gradients_of_the_branches(name, layout, wanted, fast_path_calls):
+    made = with_frozen_norms(randomise(block_type(name)(8, 8).double(), px=11, in_chans=8), FROZEN[wanted])
+    made.to(memory_format=layout)
+    plain = copy.deepcopy(made)
+    x, x_plain = (images(3, 33, in_chans=8, dtype=torch.float64).requires_grad_() for _ in range(2))
+    statistics = copy.deepcopy(dict(made.named_buffers()))
+    fast_path_calls.clear()  # of the call that randomised it
+    y, expected = made(x), run_branches(lambda: plain(x_plain))
+    assert fast_path_calls == [True]
+    assert rel_diff(y, expected) < 1e-12  # float64
+    y.square().mean().backward()
+    expected.square().mean().backward()
+    assert rel_diff(x.grad, x_plain.grad) < 1e-10
+    trained = dict(made.named_parameters())
+    for key, p in plain.named_parameters():
+        if not p.requires_grad:
+            assert trained[key].grad is None, key
+        elif not p.grad.any():  # γ of what nothing depends on
+            assert not trained[key].grad.any(), key
+        else:
+            assert rel_diff(trained[key].grad, p.grad) < 1e-10, key
+    assert all(torch.equal(value, statistics[key]) for key, value in made.named_buffers())
+
+
+@pytest.mark.parametrize('norm', ['torchvision', 'timm'])
+def test_frozen_norms_of_other_libraries_fold_for_a_call(norm, fast_path_calls):
+    made = block()
+    plain = copy.deepcopy(made)
+    if norm == 'timm':
+        for branch in ('conv_kxk', 'conv_1x1'):
+            made.get_submodule(branch).bn = freeze_batch_norm_2d(made.get_submodule(branch).bn)
+        made.identity = freeze_batch_norm_2d(made.identity)
+    else:
+        for parent, name in ((made.conv_kxk, 'bn'), (made.conv_1x1, 'bn'), (made, 'identity')):
+            old = getattr(parent, name)
+            frozen = FrozenBatchNorm2d(8, eps=old.eps)
+            frozen.load_state_dict(old.state_dict())
+            setattr(parent, name, frozen.double())
+    x = batch(made)
+    y, expected = made.train()(x), run_branches(lambda: plain(x))
+    assert fast_path_calls == [True]
+    assert y.requires_grad
+    assert rel_diff(y, expected) < 1e-12  # float64
+
+
+def test_frozen_norms_keep_fewer_bytes_than_the_branches():
+    model = with_frozen_norms(timm.create_model('repvgg_a0'), lambda _: True)
+    x = images(4, 224)
+    assert saved_bytes(model, x) < 0.6 * run_branches(lambda: saved_bytes(model, x))
+
+
+def saved_bytes(model: nn.Module, x: Tensor) -> int:
+    """What autograd keeps beside parameters, buffers and the input: activations, and folded kernels."""
+    saved = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    given = {t.untyped_storage().data_ptr() for t in (x, *model.parameters(), *model.buffers())}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    return sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in given)
+
+
+@pytest.mark.parametrize('name', ['csla', 'bn_after'])
+def test_blocks_with_one_norm_train_as_one_convolution(name, fast_path_calls):
+    made = randomise(block_type(name)(8, 8).double(), px=11, in_chans=8).train()
+    plain = copy.deepcopy(made)
+    x, x_plain = (images(3, 33, in_chans=8, dtype=torch.float64).requires_grad_() for _ in range(2))
+    fast_path_calls.clear()  # of the call that randomised it
+    y, expected = made(x), run_branches(lambda: plain(x_plain))
+    assert fast_path_calls == [True]
+    assert rel_diff(y, expected) < 1e-12  # float64
+    y.square().mean().backward()
+    expected.square().mean().backward()
+    for (key, p), q in zip(made.named_parameters(), plain.parameters(), strict=True):
+        # gradients of kernels before a normalisation cancel, hence the absolute term
+        assert q.grad is None or (p.grad - q.grad).abs().max() <= 1e-10 * q.grad.abs().max() + 1e-12, key
+    for (key, a), b in zip(made.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13, msg=key)
+
+
+def test_blocks_are_folded_whether_gradients_are_recorded_or_not(fast_path_calls):
     made = block()
     x = batch(made)
     assert made(x).requires_grad
     assert not made.requires_grad_(False)(x).requires_grad
     assert made(x.requires_grad_()).requires_grad
-    assert taken == [False, True, False]
+    assert fast_path_calls == [True] * 3
 
 
-def test_one_parameter_that_learns_is_enough(taken):
+def test_one_parameter_that_learns_gets_its_gradient(fast_path_calls):
     x = batch(block())
     for name, _ in block().named_parameters():
         made, plain = block().requires_grad_(False), block().requires_grad_(False)
         found, expected = (m.get_parameter(name).requires_grad_() for m in (made, plain))
         made(x).square().sum().backward()
-        branches(lambda: plain(x).square().sum().backward())  # noqa: B023
-        assert torch.equal(found.grad, expected.grad), name
-    assert taken == [False] * 8
+        run_branches(lambda: plain(x).square().sum().backward())  # noqa: B023
+        assert rel_diff(found.grad, expected.grad) < 1e-10, name  # float64
+    assert fast_path_calls == [True] * 8
 
 
-def test_few_pixels_are_not_worth_a_fold(taken):
+def test_few_pixels_are_not_worth_a_fold(fast_path_calls):
     made = block()
     with torch.no_grad():
         for px in (31, 32):
             made(images(1, px, in_chans=8, dtype=torch.float64))
         for count in (3, 4):  # over the batch, of the output
             block('stride')(images(count, 32, in_chans=6, dtype=torch.float64))
-    assert taken == [False, True, False, True]
+    assert fast_path_calls == [False, True, False, True]
 
 
 @MODES
-def test_no_images_are_no_error(training, taken):
+def test_no_images_are_no_error(training, fast_path_calls):
     assert block().train(training)(torch.empty(0, 8, 41, 41, dtype=torch.float64)).shape == (0, 8, 41, 41)
-    assert taken == [False]
+    assert fast_path_calls == [training]
 
 
 HOOKS = {
@@ -278,20 +381,21 @@ def counted(hook: Callable[..., Any], fired: list[nn.Module]) -> Callable[..., A
 
 @MODES
 @pytest.mark.parametrize('register', HOOKS)
-def test_hooks_on_branches_fire(register, training, taken):
+def test_hooks_on_branches_fire(register, training, fast_path_calls):
     x = batch(block().train(training))
     for name in HOOKED:
         made, plain, fired = block().train(training), block().train(training), []
         getattr(made.get_submodule(name), register)(counted(HOOKS[register], fired))
         getattr(plain.get_submodule(name), register)(HOOKS[register])
-        assert_equal(run(made, x), branches(lambda: run(plain, x)))  # noqa: B023
+        assert_equal(run(made, x), run_branches(lambda: run(plain, x)))  # noqa: B023
         assert len(fired) == (training or 'backward' not in register), name
-    assert not any(taken)
+        # in training the 1x1 branch is recomputed, except where its own parts are hooked
+        assert fast_path_calls.pop() == (training and name not in ('conv_1x1.conv', 'conv_1x1.bn')), name
 
 
 @MODES
 @pytest.mark.parametrize('register', HOOKS)
-def test_hooks_on_all_modules_fire(register, training, taken):
+def test_hooks_on_all_modules_fire(register, training, fast_path_calls):
     made, fired = block().train(training), []
     made.act = nn.ReLU()  # PyTorch lets no hook on gradients stand before an activation in place
     register_for_all = getattr(nn_module, register.replace('register_', 'register_module_'))
@@ -301,18 +405,18 @@ def test_hooks_on_all_modules_fire(register, training, taken):
     finally:
         handle.remove()
     assert ({made.conv_1x1.conv, made.identity} <= set(fired)) == (training or 'backward' not in register)
-    assert taken == [False]
+    assert fast_path_calls == [False]
     run(made, batch(made))
-    assert taken == [False, True]
+    assert fast_path_calls == [False, True]
 
 
 @MODES
-def test_hooks_on_the_block_need_no_branches(training, taken):
+def test_hooks_on_the_block_need_no_branches(training, fast_path_calls):
     made, fired = block().train(training), []
     made.register_forward_hook(counted(lambda *_: None, fired))
     run(made, batch(made))
     assert fired == [made]
-    assert taken == [True]
+    assert fast_path_calls == [True]
 
 
 def patch_forward_of_conv(made: RepVGGBlock) -> None:
@@ -389,6 +493,14 @@ def other_mode_of_conv_1x1(made: RepVGGBlock) -> None:
     made.conv_1x1.train(not made.training)
 
 
+POINT_IS_CHANGED = (
+    patch_forward_of_branch,
+    weight_norm,
+    subclass_of_norm,
+    other_mode_of_conv_1x1,
+)
+
+
 @MODES
 @pytest.mark.parametrize(
     'change',
@@ -404,26 +516,36 @@ def other_mode_of_conv_1x1(made: RepVGGBlock) -> None:
         subclass_of_norm,
         other_norm,
         no_statistics,
-        bias_of_conv,
         more_layers,
         other_mode_of_identity,
         other_mode_of_conv_1x1,
     ],
 )
-def test_changed_branches_are_run_as_they_are(change, training, taken):
+def test_changed_branches_are_run_as_they_are(change, training, fast_path_calls):
     made, plain = block().train(training), block().train(training)
     x = batch(made)
     before = run(block().train(training), x)
     change(made), change(plain)
     found = run(made, x)
-    assert_equal(found, branches(lambda: run(plain, x)))
-    assert taken == [True, False]
-    if not (training and change is bias_of_conv):  # which the normalisation takes off again
-        assert rel_diff(found[0], before[0]) > 1e-3
+    assert_equal(found, run_branches(lambda: run(plain, x)))
+    assert fast_path_calls == [True, training and change not in POINT_IS_CHANGED]
+    assert rel_diff(found[0], before[0]) > 1e-3
+
+
+@MODES
+def test_bias_of_a_convolution_is_folded(training, fast_path_calls):
+    made, plain = block().train(training), block().train(training)
+    x = batch(made)
+    before = run(block().train(training), x)
+    bias_of_conv(made), bias_of_conv(plain)
+    found = run(made, x)
+    assert_close(found, run_branches(lambda: run(plain, x)))
+    assert fast_path_calls == [True, True]
+    assert training or rel_diff(found[0], before[0]) > 1e-3  # normalisation takes it off again in training
 
 
 def append_to_branch(made: RepVGGBlock) -> None:
-    made.conv_kxk.append(nn.Sigmoid())
+    made.conv_kxk = nn.Sequential(made.conv_kxk, nn.Sigmoid())
 
 
 def other_drop_block(made: RepVGGBlock) -> None:
@@ -493,37 +615,37 @@ def one_branch_in_groups(made: RepVGGBlock) -> None:
 def test_changed_branches_give_what_they_should(change, training):
     """Whichever way is taken."""
     made, plain = block().train(training), block().train(training)
-    change(made), change(plain)
     x = batch(made)
-    assert_close(run(made, x), branches(lambda: run(plain, x)))
+    change(made), change(plain)
+    assert_close(run(made, x), run_branches(lambda: run(plain, x)))
 
 
 @pytest.mark.parametrize(
     'kwargs', [dict(drop_path_rate=0.5), dict(drop_block=lambda: DropBlock2d(0.5, 3))], ids=['path', 'block']
 )
-def test_stochastic_depth_in_evaluation(kwargs, taken):
+def test_stochastic_depth_in_evaluation(kwargs, fast_path_calls):
     """Several outputs of one image, whose spread tells how sure the model is."""
     made = block(**kwargs)
     x = batch(made)
     expected = run(made, x)
     made.drop_path.train(), made.drop_block.train()
     found = run(made, x)
-    assert_equal(found, branches(lambda: run(made, x)))
+    assert_equal(found, run_branches(lambda: run(made, x)))
     assert rel_diff(found[0], expected[0]) > 1e-3
-    assert taken == [True, False]
+    assert fast_path_calls == [True, False]
 
 
-def test_other_tensors_take_the_branches(taken):
+def test_other_tensors_take_the_branches(fast_path_calls):
     class Marked(Tensor):
         pass
 
     made = block()
     x = batch(made)
-    expected = branches(lambda: run(made, x))[0]
+    expected = run_branches(lambda: run(made, x))[0]
     assert rel_diff(run(made, x.as_subclass(Marked))[0].as_subclass(Tensor), expected) == 0
     assert isinstance(run(made, x.as_subclass(Marked))[0], Marked)
     assert run(made.to('meta'), x.to('meta'))[0].shape == expected.shape
-    assert not any(taken)
+    assert not any(fast_path_calls)
 
 
 def test_wrong_input_is_pytorchs_error():
@@ -535,11 +657,11 @@ def test_wrong_input_is_pytorchs_error():
 
 
 @MODES
-def test_branches_on_demand(training, taken):
+def test_branches_on_demand(training, fast_path_calls):
     made = block().train(training)
     x, in_thread = batch(made), []
-    with one_by_one():
-        with contextlib.suppress(KeyError), one_by_one():
+    with disable_fast_path():
+        with contextlib.suppress(KeyError), disable_fast_path():
             run(made, x)
             raise KeyError
         run(made, x)
@@ -548,13 +670,13 @@ def test_branches_on_demand(training, taken):
         thread.join()
     run(made, x)
     assert len(in_thread) == 1
-    assert taken == [False, False, True, True]
+    assert fast_path_calls == [False, False, True, True]
 
 
 # ------------------------------------------------------------------------------------ graphs and transforms
 
 
-def test_graphs_hold_the_branches(taken):
+def test_graphs_hold_the_branches(fast_path_calls):
     made = block(dtype=torch.float32)
     x = batch(made, dtype=torch.float32)
     with torch.no_grad():
@@ -564,43 +686,43 @@ def test_graphs_hold_the_branches(taken):
         compiled = torch.compile(made, backend='eager', fullgraph=True)
         aot_compiled = torch.compile(made, backend='aot_eager', fullgraph=True)
         scripted = torch.jit.script(made)
-        expected = branches(lambda: made(x))
+        expected = run_branches(lambda: made(x))
         for module in (traced, exported.module(), symbolic, compiled, aot_compiled, scripted):
             assert torch.equal(module(x), expected)
     assert str(traced.inlined_graph).count('aten::_convolution(') == 2
     assert sum(node.target == torch.ops.aten.conv2d.default for node in exported.graph.nodes) == 2
-    assert not any(taken)
+    assert not any(fast_path_calls)
 
 
 @pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
-def test_compiled_training_takes_the_branches(backend, taken):
+def test_compiled_training_takes_the_branches(backend, fast_path_calls):
     made, plain = block().train(), block().train()
     x = batch(made)
-    assert_close(run(torch.compile(made, backend=backend, fullgraph=True), x), branches(lambda: run(plain, x)))
+    assert_close(run(torch.compile(made, backend=backend, fullgraph=True), x), run_branches(lambda: run(plain, x)))
     for a, b in zip(made.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)  # float64
-    assert not any(taken)
+    assert not any(fast_path_calls)
 
 
-def test_transforms_of_functions_take_the_branches(taken):
+def test_transforms_of_functions_take_the_branches(fast_path_calls):
     made = block()
     x = batch(made)
     loss = lambda x: made(x).square().sum()  # noqa: E731
-    expected = torch.autograd.grad(branches(lambda: loss(x.requires_grad_())), x)[0]
+    expected = torch.autograd.grad(run_branches(lambda: loss(x.requires_grad_())), x)[0]
     x = x.detach()
     with torch.no_grad():
-        assert rel_diff(torch.vmap(made)(x[None])[0], branches(lambda: made(x))) < 1e-13  # float64
+        assert rel_diff(torch.vmap(made)(x[None])[0], run_branches(lambda: made(x))) < 1e-13  # float64
     assert rel_diff(torch.func.grad(loss)(x), expected) < 1e-12  # float64
     _, derivative = torch.func.jvp(loss, (x,), (torch.ones_like(x),))
     torch.testing.assert_close(derivative, expected.sum(), rtol=1e-10, atol=1e-10)  # float64, a long sum
     with torch.no_grad(), forward_ad.dual_level():
         dual = forward_ad.unpack_dual(loss(forward_ad.make_dual(x, torch.ones_like(x))))
     torch.testing.assert_close(dual.tangent, expected.sum(), rtol=1e-10, atol=1e-10)
-    assert not any(taken)
+    assert not any(fast_path_calls)
 
 
 @MODES
-def test_other_parameters_for_one_call(training, taken):
+def test_other_parameters_for_one_call(training, fast_path_calls):
     """Gradients arrive at tensors that take the parameters' places."""
     made = block().train(training).requires_grad_(False)
     x = batch(made)
@@ -611,13 +733,13 @@ def test_other_parameters_for_one_call(training, taken):
 
     values = tuple(2 * made.get_parameter(name) for name in names)
     leaves = [value.clone().requires_grad_() for value in values]
-    expected = torch.autograd.grad(branches(lambda: loss(leaves)), leaves)
+    expected = torch.autograd.grad(run_branches(lambda: loss(leaves)), leaves)
     assert_equal(torch.autograd.grad(loss(leaves), leaves), expected)
     if not training:  # PyTorch lets no statistics move inside a transform
         assert_close(torch.func.grad(loss)(values), expected)
     with torch.no_grad():
-        torch.testing.assert_close(loss(values), branches(lambda: loss(values)), rtol=1e-12, atol=0)  # float64
-    assert not any(taken)
+        torch.testing.assert_close(loss(values), run_branches(lambda: loss(values)), rtol=1e-12, atol=0)  # float64
+    assert not any(fast_path_calls)
 
 
 # --------------------------------------------------------------------------------- comparisons of the forms
@@ -627,13 +749,11 @@ def test_comparisons_of_the_forms_run_the_branches(monkeypatch):
     """Or a wrong fold would be compared with itself."""
     model, x = randomise(timm.create_model('test_repvgg'), px=32), images(64, 64)  # enough pixels to fold every block
     with torch.no_grad():
-        assert rel_diff(model(x), branches(lambda: model(x))) < 1e-4  # float32
-    real = reparam.fold_block
-    for module in (deploy, blocks.sum_branches.__globals__):
-        patch = monkeypatch.setattr if module is deploy else monkeypatch.setitem
-        patch(module, 'fold_block', lambda *args, **kwargs: tuple(2 * t for t in real(*args, **kwargs)))
+        assert rel_diff(model(x), run_branches(lambda: model(x))) < 1e-4  # float32
+    real = base.sum_kernels
+    monkeypatch.setattr(base, 'sum_kernels', lambda kernels: 2 * real(kernels))
     with torch.no_grad():
-        assert rel_diff(model(x), branches(lambda: model(x))) > 0.1
+        assert rel_diff(model(x), run_branches(lambda: model(x))) > 0.1
     with pytest.raises(FoldError, match='differs'):
         model.switch_to_deploy(verify=x)
     deployed = copy.deepcopy(model).switch_to_deploy()

@@ -1,0 +1,90 @@
+"""Private state of torch and timm that this package needs, in one place.
+
+Each function says why it is needed and which test notices when it breaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as _module
+from torch.utils._device import DeviceContext
+
+__all__ = ['copy_hooks', 'forward_pre_hooks', 'has_hooks', 'has_saved_tensor_hooks', 'is_plain_eager', 'version_of']
+
+_HOOK_TABLES = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+_GLOBAL_HOOK_TABLES = tuple(f'_global{name}' for name in _HOOK_TABLES)
+_PATCHABLE = ('forward', '_conv_forward')
+
+
+def has_hooks(module: nn.Module, *, ignore: Callable[[Any], bool] | None = None) -> bool:
+    """Whether a module has hooks, or a `forward` of its own in place of its class's.
+
+    torch has no public way to ask. Test: `test_hooks_on_branches_fire`.
+
+    Args:
+        module: The module.
+        ignore: Tells which hooks do not count.
+    """
+    state = module.__dict__
+    if any(name in state for name in _PATCHABLE):
+        return True
+    if ignore is None:
+        return any(state[table] for table in _HOOK_TABLES)
+    return not all(ignore(hook) for table in _HOOK_TABLES for hook in state[table].values())
+
+
+def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """Hooks before the forward pass, among them those that compute a kernel (pruning, weight and spectral norm).
+
+    torch has no public way to list them. Test: `test_kernels_that_hooks_compute_fold`.
+    """
+    return list(module._forward_pre_hooks.values())
+
+
+def copy_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Give a module the hooks of the one whose place it takes, except those on state dicts.
+
+    torch has no public way to move them. Test: `test_hooks_of_the_block_stay`.
+    """
+    names = [name for name in nn.Identity().__dict__ if 'hook' in name and 'state_dict' not in name]
+    target.__dict__.update({name: source.__dict__[name] for name in names})
+
+
+def is_plain_eager() -> bool:
+    """Whether operators run as they are called: no tracing, no transform, no mode that watches them, no global hook.
+
+    A default device is a function mode too, but changes nothing here. torch has no public way to ask any of this except
+    for compilation and tracing. Tests: `test_graphs_hold_the_branches`, `test_modes_see_the_branches`,
+    `test_transforms_of_functions_take_the_branches`, `test_hooks_on_all_modules_fire`.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    function_modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    if not all(isinstance(mode, DeviceContext) for mode in function_modes):
+        return False
+    return not any(getattr(_module, table) for table in _GLOBAL_HOOK_TABLES)
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Whether hooks on saved tensors are in force: activation checkpointing, offloading to the CPU.
+
+    Only the innermost hooks see a tensor. torch has no public way to ask. Test: `test_gradient_checkpointing`.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place, by which autograd tells that a saved tensor is out of date.
+
+    torch has no public way to ask. Test: `test_what_changes_before_the_backward_pass_is_an_error`.
+    """
+    return tensor._version

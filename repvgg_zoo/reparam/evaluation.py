@@ -1,0 +1,67 @@
+"""A module's outputs in eval mode, by its branches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ['disable_fast_path', 'eval_outputs', 'evaluating', 'fast_path_is_disabled']
+
+_disabled = ContextVar('fast_path_is_disabled', default=False)
+
+
+@contextmanager
+def disable_fast_path() -> Iterator[None]:
+    """Run the branches one by one meanwhile, in this thread: for comparisons of both forms.
+
+    Example:
+        >>> import timm, repvgg_zoo
+        >>> model = timm.create_model('test_repvgg').eval()
+        >>> with disable_fast_path():
+        ...     logits = model(torch.ones(1, 3, 32, 32))
+    """
+    token = _disabled.set(True)
+    try:
+        yield
+    finally:
+        _disabled.reset(token)
+
+
+def fast_path_is_disabled() -> bool:
+    """Whether the branches are to be run one by one."""
+    return _disabled.get()
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode meanwhile, branches one by one and no gradients; the mode of every submodule is kept."""
+    modes = {submodule: submodule.training for submodule in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad(), disable_fast_path():
+            yield
+    finally:
+        for submodule in module.modules():
+            submodule.training = modes.get(submodule, module.training)
+
+
+def eval_outputs(module: nn.Module, batch: Any) -> list[Tensor]:
+    """Run a module in eval mode; returns all tensors among its outputs."""
+    with evaluating(module):
+        return [output.detach().clone() for output in _tensors(module(batch))]
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)

@@ -1,0 +1,139 @@
+"""What a convolution computes apart from its kernel, and which convolutions fold together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+
+from .fold import FoldError
+
+__all__ = ['Geometry', 'agreed', 'build_conv', 'check_is_plain_conv', 'fold_dtype', 'geometry_of']
+
+
+class Geometry(NamedTuple):
+    """Of a convolution whose padding centres its kernel; None where the value has no effect on what it computes."""
+
+    in_chs: int | None = None
+    out_chs: int | None = None
+    groups: int | None = None
+    stride: tuple[int, ...] | None = None
+    dilation_rows: int | None = None
+    dilation_columns: int | None = None
+    padding_mode: str | None = None
+
+
+def geometry_of(conv: nn.Conv2d) -> Geometry:
+    """Read a convolution; raise `FoldError` if its padding does not centre its kernel."""
+    size, dilation = conv.kernel_size, conv.dilation
+    centred = tuple(d * (k // 2) for d, k in zip(dilation, size, strict=True))
+    padding = {'same': centred, 'valid': (0,) * len(size)}.get(conv.padding, conv.padding)
+    if padding != centred or not all(k % 2 for k in size):
+        raise FoldError(f'its padding {conv.padding} does not centre a {size} kernel of dilation {dilation}')
+    return Geometry(
+        in_chs=conv.weight.shape[1] * conv.groups,
+        out_chs=conv.weight.shape[0],
+        groups=conv.groups,
+        stride=conv.stride,
+        dilation_rows=dilation[0] if size[0] > 1 else None,
+        dilation_columns=dilation[1] if size[1] > 1 else None,
+        padding_mode=conv.padding_mode if any(k > 1 for k in size) else None,
+    )
+
+
+def agreed(geometries: Mapping[str, Geometry]) -> Geometry:
+    """The one geometry that all branches have; raise `FoldError` that names two branches which differ.
+
+    Args:
+        geometries: Of each branch, by the branch's name.
+    """
+    common: dict[str, object] = {}
+    for field in Geometry._fields:
+        told = {name: value for name, geometry in geometries.items() if (value := getattr(geometry, field)) is not None}
+        if len(set(told.values())) > 1:
+            first = next(iter(told))
+            other = next(name for name, value in told.items() if value != told[first])
+            raise FoldError(
+                f'its branches do not fit together: the {field} of {first} is {told[first]}, that of {other} is '
+                f'{told[other]}; change all convolutions of a block alike'
+            )
+        common[field] = next(iter(told.values()), None)
+    return Geometry(**common)
+
+
+def check_is_plain_conv(conv: nn.Module, name: str, *, known: tuple[type[nn.Module], ...] = (nn.Conv2d,)) -> None:
+    """Raise `FoldError` unless a module is a convolution and nothing more, and its kernel is at hand.
+
+    Args:
+        conv: The module.
+        name: What the error calls it.
+        known: Classes that compute exactly a convolution. A subclass is accepted too if it has no modules, parameters
+            or buffers of its own; whoever accepts one has to prove what it computes.
+    """
+    kind = type_before_parametrizations(conv)
+    if not issubclass(kind, nn.Conv2d):
+        raise FoldError(
+            f'its {name} is a {kind.__module__}.{kind.__qualname__}, which is no convolution; merge or remove adapters, quantizers and '
+            'other wrappers first'
+        )
+    extra = [] if is_parametrized(conv) else [n for n, _ in conv.named_children()]
+    own = {n for n, _ in conv.named_parameters(recurse=False)} | {n for n, _ in conv.named_buffers(recurse=False)}
+    extra += sorted(n for n in own if n not in ('weight', 'bias') and not n.startswith(('weight_', 'bias_')))
+    if kind not in known and extra:
+        raise FoldError(
+            f'its {name} is a {kind.__module__}.{kind.__qualname__}, which has {", ".join(extra)} beside a kernel; merge or remove adapters '
+            'and fake quantizers first'
+        )
+    check_has_values(conv.weight, name)
+
+
+def check_has_values(kernel: Tensor, name: str) -> None:
+    """Raise `FoldError` if a kernel is elsewhere: on the meta device, offloaded, or sharded over processes."""
+    if hasattr(kernel, 'full_tensor') or kernel.ndim != 4:
+        raise FoldError(
+            f'the kernel of its {name} is sharded over processes; gather the full state dict, load it into a model '
+            'that is not sharded, and switch that one'
+        )
+    if kernel.is_meta:
+        raise FoldError(
+            f"the kernel of its {name} is on device 'meta' and has no values; load the weights first, or bring "
+            'offloaded ones back'
+        )
+
+
+def build_conv(kernel: Tensor, bias: Tensor, geometry: Geometry, *, like: nn.Module) -> nn.Conv2d:
+    """Make the convolution of a kernel, without copying it.
+
+    Args:
+        kernel: `(C_out, C_in / groups, k, k)`.
+        bias: `(C_out,)`.
+        geometry: What it computes apart from its kernel.
+        like: The branches that it takes the place of. The convolution is as trainable as their kernels, and in their
+            mode.
+    """
+    dilation = (geometry.dilation_rows or 1, geometry.dilation_columns or 1)
+    size = kernel.shape[2], kernel.shape[3]
+    groups = geometry.groups or 1
+    conv = nn.Conv2d(
+        kernel.shape[1] * groups,
+        kernel.shape[0],
+        size,
+        stride=geometry.stride or 1,
+        padding=tuple(d * (k // 2) for d, k in zip(dilation, size, strict=True)),
+        dilation=dilation,
+        groups=groups,
+        padding_mode=geometry.padding_mode or 'zeros',
+        device='meta',
+    )
+    requires_grad = any(p.requires_grad for p in like.parameters() if p.ndim > 2)
+    conv.weight = nn.Parameter(kernel, requires_grad=requires_grad)
+    conv.bias = nn.Parameter(bias, requires_grad=requires_grad)
+    return conv.train(like.training)
+
+
+def fold_dtype(kernel: Tensor) -> torch.dtype:
+    """What a kernel is folded in for good: float64, or float32 on MPS, which has no float64."""
+    return torch.float32 if kernel.device.type == 'mps' else torch.float64
