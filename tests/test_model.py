@@ -160,7 +160,7 @@ def swap_group_index(patch):
 
 def lose_bias(patch):
     real = RepVGGBlock.sum_of_branches
-    patch.setattr(RepVGGBlock, 'sum_of_branches', lambda self, dtype: (real(self, dtype)[0], torch.zeros(1)))
+    patch.setattr(RepVGGBlock, 'sum_of_branches', lambda self, dtype: (k := real(self, dtype)[0], k.new_zeros(len(k))))
 
 
 def fold_in_half_precision(patch):
