@@ -31,7 +31,7 @@ def timm_model(name: str, **kwargs) -> nn.Module:
 
 
 @pytest.mark.parametrize('name', params(NAMES))
-def test_both_forms_compute_the_same(name):
+def test_switch_keeps_the_outputs(name):
     model = randomise(timm.create_model(name).double())
     x = images(dtype=torch.float64)
     before = model(x)
@@ -42,7 +42,7 @@ def test_both_forms_compute_the_same(name):
 
 @pytest.mark.parametrize('name', ['repvgg_a0', 'repvgg_b1g4'])
 @pytest.mark.parametrize('output_stride', [8, 16])
-def test_both_forms_compute_the_same_with_dilation(name, output_stride):
+def test_switch_dilated_keeps_the_outputs(name, output_stride):
     model = randomise(timm.create_model(name, output_stride=output_stride).double())
     x = images(px=96, dtype=torch.float64)
     before = model(x)
@@ -168,7 +168,7 @@ def model(request):
     return timm.create_model('test_repvgg', deploy=request.param).eval()
 
 
-def test_interface(model):
+def test_model_has_the_interface_of_timm(model):
     x = images(2, px=32)
     features = model.forward_features(x)
     assert features.shape == (2, model.num_features, 2, 2)
@@ -195,7 +195,7 @@ def test_intermediates(model):
     assert model.num_features == taken[2].shape[1]
 
 
-def test_classifier_reset(model):
+def test_reset_classifier_changes_the_outputs(model):
     x = images(2, px=32)
     model.reset_classifier(7)
     assert model(x).shape == (2, 7)
@@ -305,7 +305,7 @@ def test_model_inside_another_translates_keys_of_foreign_layouts(model):
     assert torch.equal(revived(x), model(x))
 
 
-def test_copies(model):
+def test_copied_model_computes_the_same(model):
     x = images(2, px=32)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
         assert torch.equal(copied(x), model(x))
@@ -395,7 +395,7 @@ def test_channels_last_training_does_not_crash():
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-def test_drop_path_is_of_the_training_form_alone():
+def test_drop_path_only_in_the_training_form():
     model = timm.create_model('test_repvgg', drop_path_rate=0.9)
     x = images(16, px=32)
     torch.manual_seed(0)
@@ -410,7 +410,7 @@ def test_layers_by_name():
     assert isinstance(model.stem.conv_kxk.bn, nn.BatchNorm2d)
 
 
-def test_auxiliary_heads():
+def test_aux_heads_train_and_fold_away():
     model = timm.create_model('repvggplus_l2pse', aux_heads=True, num_classes=7)
     x = images(2)
     logits, aux_logits = model.train()(x)
@@ -426,12 +426,12 @@ def test_auxiliary_heads():
     assert model.aux_heads is None
 
 
-def test_auxiliary_heads_where_there_are_none():
+def test_aux_heads_of_variant_without_raises():
     with pytest.raises(ValueError, match=r'repvgg_a0 has no auxiliary heads; these have: repvggplus_l2pse'):
         timm.create_model('repvgg_a0', aux_heads=True)
 
 
-def test_bad_output_stride():
+def test_output_stride_unknown_raises():
     with pytest.raises(ValueError, match='output_stride is 4; it can be 8, 16 or 32'):
         timm.create_model('repvgg_a0', output_stride=4)
 
@@ -495,7 +495,7 @@ def test_import_warns_of_nothing():
     assert done.stdout == done.stderr == ''
 
 
-def test_unknown_tag_names_the_nearest():
+def test_create_unknown_tag_raises_with_the_nearest():
     with pytest.raises(RuntimeError, match=r"unknown tag 'rvgg_in1' of repvgg_a0; did you mean 'rvgg_in1k'"):
         timm.create_model('repvgg_a0.rvgg_in1', pretrained=True)
 
