@@ -1,5 +1,7 @@
 """RepVGG with timm's model interface."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -14,7 +16,7 @@ from .blocks.base import ReparamBlock
 from .blocks.factory import block_type
 from .blocks.grad_checkpointing import checkpointed
 from .checkpoints.layouts import to_timm_layout
-from .checkpoints.state_dicts import StateDict, without_aux_heads
+from .checkpoints.state_dicts import StateDict, drop_aux_heads
 from .reparam import switch as _deploy
 from .variants import VARIANTS, Variant
 
@@ -22,10 +24,9 @@ __all__ = ['AuxHead', 'RepVGG']
 
 
 class AuxHead(nn.Module):
-    """An auxiliary classifier on an intermediate feature map: `(N, C, H, W)` to `(N, num_classes)`.
+    """An auxiliary classifier on a feature map, as in the official RepVGGplus: `(N, C, H, W)` to `(N, num_classes)`.
 
-    3x3 convolution of stride 2 with batch normalisation and ReLU, global average, linear layer, as in the
-    official RepVGGplus.
+    A 3x3 convolution of stride 2 with batch normalisation and ReLU, a global average, a linear layer.
     """
 
     def __init__(self, chs: int, num_classes: int, *, norm_layer: Callable[..., nn.Module], **dd: Any) -> None:
@@ -42,9 +43,14 @@ class AuxHead(nn.Module):
 class RepVGG(nn.Module):
     """RepVGG (arXiv 2101.03697) and RepVGGplus: `(N, in_chans, H, W)` to `(N, num_classes)`.
 
-    The training form has three branches in a block; `switch_to_deploy()` folds them into one 3x3
-    convolution. State dicts of every known layout and of either form load, as long as they need no
-    branches that they do not have.
+    A block of the training form is a sum of branches; `switch_to_deploy()` folds them into one 3x3 convolution.
+    `load_state_dict` takes every known layout, and folds training-form weights for the deploy form.
+
+    Example:
+        >>> import timm, torch, repvgg_zoo
+        >>> model = timm.create_model('repvgg_a0', num_classes=10).eval()
+        >>> model.switch_to_deploy()(torch.zeros(1, 3, 64, 64)).shape
+        torch.Size([1, 10])
     """
 
     __jit_unused_properties__: ClassVar = [
@@ -80,6 +86,10 @@ class RepVGG(nn.Module):
         """Weights are initialised as in the official code: by PyTorch's defaults.
 
         Args:
+            variant: A row of `repvgg_zoo.VARIANTS`.
+            num_classes: 0 leaves the classifier out.
+            in_chans: Channels of the images.
+            global_pool: timm's name of the pooling in front of the classifier.
             output_stride: 32, or 16 or 8 to keep resolution by dilation instead of stride.
             img_size: No effect, as in timm's RepVGG: images of any size are taken.
             drop_rate: Dropout before the classifier.
@@ -88,11 +98,15 @@ class RepVGG(nn.Module):
             drop_block_size: Side of the dropped squares in the last stage, in pixels of the feature map.
             act_layer: Activation, by timm's name or as a class.
             norm_layer: Batch normalisation, by timm's name or as a class.
-            block: Training-time block, a name of `repvgg_zoo.family.BLOCKS`; the deploy form is the same for all.
+            block: Training-time block, a name of `repvgg_zoo.BLOCKS`; the deploy form is the same for all.
             deploy: Build the deploy form.
-            aux_heads: Add the auxiliary heads of RepVGGplus. The model then returns
-                `(logits, [logits of each head])` in train mode; in eval mode and in the deploy form it
-                returns the logits alone.
+            aux_heads: Add the auxiliary heads of RepVGGplus. In train mode the model then returns
+                `(logits, [logits of each head])`; in eval mode and in the deploy form it returns only the logits.
+            device: Device of the tensors.
+            dtype: Dtype of the parameters.
+
+        Raises:
+            ValueError: `output_stride` or `block` is unknown, or the variant has no auxiliary heads.
         """
         super().__init__()
         if output_stride not in (8, 16, 32):
@@ -165,6 +179,7 @@ class RepVGG(nn.Module):
             if aux_heads and not deploy
             else None
         )
+        self.register_load_state_dict_pre_hook(_rename_foreign_keys)
 
     @property
     def deploy(self) -> bool:
@@ -173,25 +188,29 @@ class RepVGG(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Device of the first parameter."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the first parameter."""
         return next(self.parameters()).dtype
 
     @property
     def head_hidden_size(self) -> int:
-        """Features that the classifier sees."""
-        return self.head.in_features * self.head.global_pool.feat_mult()
+        """Number of features that the classifier sees; a replaced head counts as one without a pool of its own."""
+        pool = getattr(self.head, 'global_pool', None)
+        return self.num_features * (pool.feat_mult() if hasattr(pool, 'feat_mult') else 1)
 
     @property
     def classifier_names(self) -> tuple[str, ...]:
-        """Paths of the linear layers whose size is the number of classes."""
-        return 'head.fc', *(f'aux_heads.{index}.fc' for index in range(len(self.aux_heads or ())))
+        """Paths of the linear layers whose size is the number of classes; none of a head that was replaced."""
+        heads = ('head', *(f'aux_heads.{index}' for index in range(len(self.aux_heads or ()))))
+        return tuple(f'{head}.fc' for head in heads if hasattr(self.get_submodule(head), 'fc'))
 
     @property
     def _model_args(self) -> dict[str, Any]:
-        """What timm writes into `config.json` to build the model again; the form belongs to it."""
+        """Arguments to build the model again, its form among them; timm writes them into `config.json`."""
         args = dict(self.__dict__.get('_creation_args', {}))
         # Not every timm tells a model what it was created with.
         own = {'deploy': (self.deploy, False), 'block': (self.block, 'repvgg'), 'in_chans': (self.in_chans, 3)}
@@ -206,12 +225,12 @@ class RepVGG(nn.Module):
         }
 
     @torch.jit.ignore
-    def switch_to_deploy(self, *, verify: Tensor | None = None) -> 'RepVGG':
+    def switch_to_deploy(self, *, verify: Tensor | None = None) -> RepVGG:
         """Fold every block into one convolution, in place; see `repvgg_zoo.switch_to_deploy`."""
         return _deploy.switch_to_deploy(self, verify=verify)
 
     @torch.jit.ignore
-    def reparameterize(self) -> 'RepVGG':
+    def reparameterize(self) -> RepVGG:
         """`switch_to_deploy()` by timm's name."""
         return self.switch_to_deploy()
 
@@ -222,9 +241,13 @@ class RepVGG(nn.Module):
 
     @torch.jit.ignore
     def _describe_first_conv(self) -> None:
-        """Tell timm which convolutions take the images."""
-        parts = [f'stem.{path}' for path, m in self.stem.named_modules() if isinstance(m, nn.Conv2d)]
-        parts = [path for path in parts if not path.startswith('stem.attn.') and '1x1_kxk' not in path]
+        """Tell timm which convolutions read the images."""
+        parts = [
+            '.'.join(filter(None, ('stem', path, conv)))
+            for path, block in self.stem.named_modules()
+            if isinstance(block, ReparamBlock)
+            for conv in block.input_convs()
+        ]
         first_conv = tuple(parts) if len(parts) > 1 else next(iter(parts), None)  # some compute their kernel
         for description in ('pretrained_cfg', '_traits'):  # timm's, of the model and of its inputs
             if hasattr(self, description):
@@ -236,15 +259,26 @@ class RepVGG(nn.Module):
         self._describe_first_conv()
 
     @torch.jit.ignore
-    def fold_state_dict(self, state_dict: StateDict) -> StateDict:
-        """The deploy form of a training-form state dict in timm's layout, which is used up.
+    def fold_state_dict(self, state_dict: StateDict) -> None:
+        """Fold the branches in a training-form state dict in timm's layout, in place.
 
-        The branches are those of this model's block or of the default one.
+        They are those of this model's blocks or of the default block. Each block's branches are released before the
+        next block is folded.
+
+        Raises:
+            CheckpointError: A block is incomplete, or has other branches.
+            FoldError: A block cannot be folded.
+
+        Example:
+            >>> import timm, repvgg_zoo
+            >>> state_dict = timm.create_model('test_repvgg').state_dict()
+            >>> timm.create_model('test_repvgg', deploy=True).fold_state_dict(state_dict)
+            >>> [key for key in state_dict if key.startswith('stem')]
+            ['stem.reparam_conv.weight', 'stem.reparam_conv.bias']
         """
         for path, block in self.named_modules():
             if isinstance(block, ReparamBlock):
                 block.fold_state_dict(state_dict, f'{path}.')
-        return without_aux_heads(state_dict)
 
     @torch.jit.ignore
     def _remove_aux_heads(self) -> None:
@@ -254,6 +288,7 @@ class RepVGG(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
+        """Name the parameters that timm's optimizers spare beside biases and normalisation: none."""
         return set()
 
     @torch.jit.ignore
@@ -269,16 +304,25 @@ class RepVGG(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of the stages for the backward pass, and run the stages again there."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        return self.head.fc
+        """Return the linear layer, or the head itself if it was replaced by one without `fc`."""
+        return getattr(self.head, 'fc', self.head)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifiers by fresh ones; `num_classes=0` removes the classifier."""
+        """Replace the classifiers by fresh ones; a head that has no `reset` of its own is replaced as a whole.
+
+        Args:
+            num_classes: 0 removes the classifier.
+            global_pool: timm's name of the pooling; the present one if None.
+        """
         self.num_classes = num_classes
         like = next(self.head.parameters(), next(self.parameters()))  # a head without a classifier has no dtype
+        if not hasattr(self.head, 'reset'):
+            self.head = ClassifierHead(self.num_features, 0, pool_type=self.global_pool, drop_rate=self.drop_rate)
         self.head.reset(num_classes, global_pool)
         self.head.to(like.device, like.dtype).train(self.training)
         if global_pool is not None:
@@ -299,9 +343,12 @@ class RepVGG(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Feature map to logits, or to the pooled features that the classifier sees."""
-        return self.head(x, pre_logits=pre_logits)
+        if pre_logits:
+            return self.head(x, pre_logits=True)
+        return self.head(x)  # a head that users put in takes the feature map only
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images to logits; with auxiliary heads in train mode, to `(logits, [logits of each head])`."""
         has_aux = self.aux_heads is not None and self.stem.reparam_conv is None
         if not torch.jit.is_scripting() and has_aux and self.training:
             return self._forward_with_aux(x)
@@ -328,14 +375,18 @@ class RepVGG(nn.Module):
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Forward features and the feature maps of the stem (0) and the stages (1 to 4).
+        """Return the forward features, and the feature maps of the stem (0) and the stages (1 to 4).
 
         Args:
-            indices: Which of them: the last n if an int, all if None.
+            x: Images, `(N, in_chans, H, W)`.
+            indices: Of the maps to return; the last n if an int, all if None.
             norm: No effect; there is no norm layer outside the blocks.
-            stop_early: Stop behind the last one asked for.
+            stop_early: Stop behind the last map of `indices`.
             output_fmt: 'NCHW'.
-            intermediates_only: Return the list alone.
+            intermediates_only: Return only the list of maps.
+
+        Raises:
+            ValueError: `output_fmt` is another one.
         """
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt is '{output_fmt}'; it can be 'NCHW'")
@@ -362,27 +413,38 @@ class RepVGG(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages behind the last feature map asked for, and the head that sits on them."""
+        """Drop the stages behind the last feature map of `indices`, and the head that sits on them.
+
+        Args:
+            indices: As in `forward_intermediates`.
+            prune_norm: No effect; there is no norm layer outside the blocks.
+            prune_head: Drop the classifier even if no stage is dropped.
+
+        Returns:
+            The indices of the feature maps that are left to take.
+        """
         take_indices, max_index = feature_take_indices(len(self.stage_ends), indices)
         pruned = max_index < len(self.stages)
         self.stages = self.stages[:max_index]
         if pruned:
-            self.num_features = self.head.in_features = self.feature_info[max_index]['num_chs']
+            self.num_features = self.feature_info[max_index]['num_chs']
+            if hasattr(self.head, 'reset'):
+                self.head.in_features = self.num_features
         if prune_head or pruned:
             self.reset_classifier(0, '')
         return take_indices
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Rename the keys of foreign layouts, wherever the model stands."""
-        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        renamed = to_timm_layout(own, strict=False)
-        if self.aux_heads is None:
-            renamed = without_aux_heads(renamed)
-        if renamed.keys() != own.keys():
-            for key in own:
-                del state_dict[prefix + key]
-            state_dict.update({prefix + key: value for key, value in renamed.items()})
-        super()._load_from_state_dict(state_dict, prefix, *args)
+
+def _rename_foreign_keys(model: RepVGG, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Rename the keys of foreign layouts, wherever the model stands, before the blocks look for theirs."""
+    own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    renamed = to_timm_layout(own, strict=False)
+    if model.aux_heads is None:
+        drop_aux_heads(renamed)
+    if renamed.keys() != own.keys():
+        for key in own:
+            del state_dict[prefix + key]
+        state_dict.update({prefix + key: value for key, value in renamed.items()})
 
 
 def _attn_layer(variant: Variant) -> Callable[..., nn.Module] | None:

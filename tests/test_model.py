@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import json
 import pickle
 import subprocess
@@ -11,7 +12,7 @@ from dataclasses import asdict
 import pytest
 import timm
 import torch
-from helpers import TIMM_NAMES, images, params, randomise, rel_diff, run_branches
+from helpers import OFFICIAL, TIMM_NAMES, images, params, randomise, rel_diff, rename, run_branches
 from timm.models import byobnet
 from torch import nn
 
@@ -31,7 +32,7 @@ def timm_model(name: str, **kwargs) -> nn.Module:
 
 
 @pytest.mark.parametrize('name', params(NAMES))
-def test_both_forms_compute_the_same(name):
+def test_switch_keeps_the_outputs(name):
     model = randomise(timm.create_model(name).double())
     x = images(dtype=torch.float64)
     before = model(x)
@@ -42,7 +43,7 @@ def test_both_forms_compute_the_same(name):
 
 @pytest.mark.parametrize('name', ['repvgg_a0', 'repvgg_b1g4'])
 @pytest.mark.parametrize('output_stride', [8, 16])
-def test_both_forms_compute_the_same_with_dilation(name, output_stride):
+def test_switch_dilated_keeps_the_outputs(name, output_stride):
     model = randomise(timm.create_model(name, output_stride=output_stride).double())
     x = images(px=96, dtype=torch.float64)
     before = model(x)
@@ -190,7 +191,7 @@ def model(request):
     return timm.create_model('test_repvgg', deploy=request.param).eval()
 
 
-def test_interface(model):
+def test_model_has_the_interface_of_timm(model):
     x = images(2, px=32)
     features = model.forward_features(x)
     assert features.shape == (2, model.num_features, 2, 2)
@@ -205,22 +206,22 @@ def test_interface(model):
 
 def test_intermediates(model):
     x = images(2, px=32)
-    final, fast_path_calls = model.forward_intermediates(x)
-    assert [t.shape[1] for t in fast_path_calls] == [info['num_chs'] for info in model.feature_info]
-    assert [32 // t.shape[2] for t in fast_path_calls] == [info['reduction'] for info in model.feature_info]
+    final, maps = model.forward_intermediates(x)
+    assert [t.shape[1] for t in maps] == [info['num_chs'] for info in model.feature_info]
+    assert [32 // t.shape[2] for t in maps] == [info['reduction'] for info in model.feature_info]
     assert torch.equal(final, model.forward_features(x))
     early = model.forward_intermediates(x, indices=[0, 2], stop_early=True, intermediates_only=True)
-    assert [torch.equal(a, b) for a, b in zip(early, (fast_path_calls[0], fast_path_calls[2]), strict=True)] == [
+    assert [torch.equal(a, b) for a, b in zip(early, (maps[0], maps[2]), strict=True)] == [
         True,
         True,
     ]
     kept = model.prune_intermediate_layers([0, 2])
     assert kept == [0, 2]
-    assert torch.equal(model.forward_intermediates(x, indices=[2], intermediates_only=True)[0], fast_path_calls[2])
-    assert model.num_features == fast_path_calls[2].shape[1]
+    assert torch.equal(model.forward_intermediates(x, indices=[2], intermediates_only=True)[0], maps[2])
+    assert model.num_features == maps[2].shape[1]
 
 
-def test_classifier_reset(model):
+def test_reset_classifier_changes_the_outputs(model):
     x = images(2, px=32)
     model.reset_classifier(7)
     assert model(x).shape == (2, 7)
@@ -231,7 +232,106 @@ def test_classifier_reset(model):
     assert model.head_hidden_size == 2 * model.num_features
 
 
-def test_copies(model):
+@pytest.mark.parametrize(
+    ('block', 'convs'),
+    [
+        ('repvgg', ('conv_kxk.conv', 'conv_1x1.conv')),
+        ('dbb', ('branches.kxk.conv', 'branches.1x1.conv')),
+        ('csla', ('branches.kxk.branch.conv', 'branches.1x1.branch.conv')),
+        ('dirac', ()),
+    ],
+)
+@pytest.mark.parametrize('name', ['repvgg_a0', 'repvgg_d2se'])
+def test_first_conv_names_the_convolutions_that_read_images(name, block, convs):
+    model = timm.create_model(name, block=block, device='meta')
+    assert model.stem.input_convs() == list(convs)
+    assert model.pretrained_cfg['first_conv'] == (tuple(f'stem.{conv}' for conv in convs) or None)
+    deployed = timm.create_model(name, block=block, deploy=True, device='meta')
+    assert deployed.stem.input_convs() == ['reparam_conv']
+    assert deployed.pretrained_cfg['first_conv'] == 'stem.reparam_conv'
+
+
+def test_switch_after_wrapped_stem_names_its_convolution():
+    model = randomise(timm.create_model('test_repvgg'), px=32)
+    x = images(2, px=32)
+    model.stem = nn.Sequential(nn.Identity(), model.stem)
+    expected = model(x)
+    assert rel_diff(model.switch_to_deploy()(x), expected) < 1e-4
+    assert model.pretrained_cfg['first_conv'] == 'stem.1.reparam_conv'
+
+
+class NarrowHead(nn.Module):
+    """A user's own head, which has nothing that timm's has."""
+
+    def __init__(self, chs: int):
+        super().__init__()
+        self.linear = nn.Linear(chs, 3)
+
+    def forward(self, x):
+        return self.linear(x.mean((2, 3)))
+
+
+HEADS = {
+    'identity': (nn.Identity, (2, 96, 2, 2)),
+    'sequential': (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 3)), (2, 3)),
+    'own class': (lambda: NarrowHead(96), (2, 3)),
+}
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_replaced_head_takes_the_feature_map_only(model, head):
+    make, shape = HEADS[head]
+    x = images(2, px=32)
+    model.head = make()
+    assert model(x).shape == shape
+    assert model.forward_head(model.forward_features(x)).shape == shape
+    with pytest.raises(TypeError, match='pre_logits'):
+        model.forward_head(model.forward_features(x), pre_logits=True)
+    assert model.head_hidden_size == model.num_features
+    assert model.get_classifier() is model.head
+    assert model.classifier_names == ()
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(model.switch_to_deploy().state_dict() if model.deploy else model.state_dict())
+    assert torch.equal(copied(x), model(x))
+    assert timm.models.group_parameters(model, model.group_matcher())
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_reset_classifier_after_replaced_head_makes_one_of_timm(model, head):
+    x = images(2, px=32)
+    model.head = HEADS[head][0]()
+    model.reset_classifier(5)
+    assert model(x).shape == (2, 5)
+    assert model.classifier_names == ('head.fc',)
+    assert not model.head.training
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_prune_after_replaced_head_leaves_the_features(model, head):
+    x = images(2, px=32)
+    model.head = HEADS[head][0]()
+    expected = model.forward_intermediates(x, indices=[2], intermediates_only=True)[0]
+    assert model.prune_intermediate_layers([2]) == [2]
+    assert torch.equal(model(x), expected)
+    model.reset_classifier(4, 'avg')
+    assert model(x).shape == (2, 4)
+
+
+def test_model_inside_another_translates_keys_of_foreign_layouts(model):
+    whole = nn.ModuleDict({'backbone': model, 'neck': nn.Linear(2, 2)})
+    foreign = {f'backbone.{key}': value for key, value in rename(model.state_dict(), OFFICIAL).items()}
+    foreign |= {f'neck.{key}': value for key, value in whole['neck'].state_dict().items()}
+    other = timm.create_model('test_repvgg', deploy=model.deploy).eval()
+    copied = copy.deepcopy(nn.ModuleDict({'backbone': other, 'neck': nn.Linear(2, 2)}))  # the hook is that of the copy
+    copied.load_state_dict(foreign)
+    x = images(2, px=32)
+    assert torch.equal(copied['backbone'](x), model(x))
+    revived = pickle.loads(pickle.dumps(other))  # noqa: S301
+    revived.load_state_dict(rename(model.state_dict(), OFFICIAL))
+    assert torch.equal(revived(x), model(x))
+
+
+def test_copied_model_computes_the_same(model):
     x = images(2, px=32)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
         assert torch.equal(copied(x), model(x))
@@ -321,7 +421,7 @@ def test_channels_last_training_does_not_crash():
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-def test_drop_path_is_of_the_training_form_alone():
+def test_drop_path_only_in_the_training_form():
     model = timm.create_model('test_repvgg', drop_path_rate=0.9)
     x = images(16, px=32)
     torch.manual_seed(0)
@@ -336,7 +436,7 @@ def test_layers_by_name():
     assert isinstance(model.stem.conv_kxk.bn, nn.BatchNorm2d)
 
 
-def test_auxiliary_heads():
+def test_aux_heads_train_and_fold_away():
     model = timm.create_model('repvggplus_l2pse', aux_heads=True, num_classes=7)
     x = images(2)
     logits, aux_logits = model.train()(x)
@@ -352,12 +452,12 @@ def test_auxiliary_heads():
     assert model.aux_heads is None
 
 
-def test_auxiliary_heads_where_there_are_none():
+def test_aux_heads_of_variant_without_raises():
     with pytest.raises(ValueError, match=r'repvgg_a0 has no auxiliary heads; these have: repvggplus_l2pse'):
         timm.create_model('repvgg_a0', aux_heads=True)
 
 
-def test_bad_output_stride():
+def test_output_stride_unknown_raises():
     with pytest.raises(ValueError, match='output_stride is 4; it can be 8, 16 or 32'):
         timm.create_model('repvgg_a0', output_stride=4)
 
@@ -386,6 +486,21 @@ def test_registry_still_tells_what_timm_told(timm_alone):
         assert timm.models.is_model_pretrained(name)
 
 
+def test_every_variant_has_an_entry_point_and_every_entry_point_a_variant():
+    entry_points = {
+        name: value
+        for name, value in vars(repvgg_zoo.repvgg).items()
+        if inspect.isfunction(value) and value.__module__ == 'repvgg_zoo.repvgg' and 'repvgg' in name and name[0] != '_'
+    }
+    assert set(entry_points) == set(VARIANTS)
+    for name, entry_point in entry_points.items():
+        assert entry_point(device='meta').variant is VARIANTS[name]
+        assert timm.models.model_entrypoint(name) is entry_point
+        assert len(entry_point.__doc__.splitlines()) == 1
+    assert set(repvgg_zoo.repvgg.__all__) == {'RepVGG', *VARIANTS}
+    assert len(repvgg_zoo.repvgg.__all__) == 1 + len(VARIANTS)
+
+
 def test_registry_has_the_new_entries():
     assert timm.list_models('*', module='repvgg') == timm.list_models('*repvgg*') == sorted(NAMES)
     assert timm.models.is_model_pretrained('repvgg_b3.rvgg_in1k_deploy')
@@ -406,7 +521,7 @@ def test_import_warns_of_nothing():
     assert done.stdout == done.stderr == ''
 
 
-def test_unknown_tag_names_the_nearest():
+def test_create_unknown_tag_raises_with_the_nearest():
     with pytest.raises(RuntimeError, match=r"unknown tag 'rvgg_in1' of repvgg_a0; did you mean 'rvgg_in1k'"):
         timm.create_model('repvgg_a0.rvgg_in1', pretrained=True)
 

@@ -15,7 +15,7 @@ def numbers(text: str) -> tuple[float, ...]:
 
 
 @pytest.mark.parametrize('row', OFFICIAL, ids=lambda row: row['name'])
-def test_architecture_is_the_official_one(row):
+def test_variant_equals_the_official_one(row):
     variant = VARIANTS[row['name']]
     assert variant.depths == numbers(row['depths'])
     assert variant.stem_channels == int(row['stem_channels'])
@@ -26,15 +26,15 @@ def test_architecture_is_the_official_one(row):
     assert round(gmacs, 3) == float(row['gmacs_deploy'])
 
 
-def test_every_official_model_is_a_variant():
+def test_variants_are_the_official_models():
     assert [*(row['name'] for row in OFFICIAL), 'test_repvgg'] == list(VARIANTS)
 
 
-def test_tiny_variant_is_tiny():
+def test_variant_test_repvgg_is_tiny():
     assert 0.3e6 < count_params(VARIANTS['test_repvgg'], deploy=True, num_classes=10) < 0.6e6
 
 
-def test_unknown_variant_names_the_nearest():
+def test_get_variant_unknown_name_raises_with_the_nearest():
     with pytest.raises(ValueError, match="unknown variant 'repvgg_b11'; did you mean 'repvgg_b1'"):
         get_variant('repvgg_b11')
 

@@ -224,7 +224,16 @@ class ReparamBlock(nn.Module):
             biases.append(bias)
         return sum_kernels(kernels), sum(biases)
 
-    # ----------------------------------------------------------------------- the fold protocol, `reparam.switch.Foldable`
+    @torch.jit.ignore
+    def input_convs(self) -> list[str]:
+        """Paths of the convolutions that read the block's input and hold their kernel as it is, in either form."""
+        if self.reparam_conv is not None:
+            return [self.conv_name]
+        paths = {module: path for path, module in self.named_modules()}
+        branches = [branch for branch in self.named_branches().values() if branch in paths]
+        return [f'{paths[branch]}.{conv}' for branch in branches for conv in branch.input_convs()]
+
+    # The fold protocol, `reparam.switch.Foldable`.
 
     @torch.jit.unused
     def is_deploy(self) -> bool:
@@ -278,8 +287,6 @@ class ReparamBlock(nn.Module):
         layout = torch.channels_last if _is_channels_last(kernels) else torch.contiguous_format
         kernel = kernel.to(dtype).contiguous(memory_format=layout)
         return build_conv(kernel, bias.to(dtype), self.geometry(), like=self)
-
-    # --------------------------------------------------------------------------------------------------- state dicts
 
     @torch.jit.unused
     def fold_state_dict(self, state_dict: dict[str, Any], prefix: str = '') -> None:

@@ -49,11 +49,17 @@ class SubsampledConv2d(nn.Conv2d):
     """A strided 1x1 convolution that reads every stride-th pixel first, then convolves with stride 1.
 
     The function is the same. In PyTorch 2.14 the backward pass of a strided 1x1 convolution over fewer than 16
-    channels_last channels, in float32, corrupts memory on some x86 CPUs; the stem is one. A pool of one pixel, unlike a
-    slice, gets its size from the convolution's formula, so torch.export can tell that the branches fit together.
+    channels_last channels, in float32, corrupts memory on some x86 CPUs; the stem is one.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript takes this condition only by itself
+            if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+                rows, columns = self.stride
+                x = x[:, :, ::rows, ::columns]  # a view, so that autograd keeps nothing more
+                return F.conv2d(x, self.weight, self.bias, groups=self.groups)
+        # a pool of one pixel, unlike a slice, gets its size from the convolution's formula, by which torch.export can
+        # tell that the branches fit together
         return F.conv2d(F.avg_pool2d(x, 1, self.stride), self.weight, self.bias, groups=self.groups)
 
 

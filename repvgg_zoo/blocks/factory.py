@@ -40,11 +40,18 @@ _BLOCK_PATH = re.compile(r'^(?:stem|stages\.\d+\.\d+)\.')
 
 
 def blocks_with_keys(keys: Iterable[str]) -> list[str]:
-    """The block types whose branches have the keys of a training-form state dict in timm's layout.
+    """Find the block types whose branches have the keys of a training-form state dict in timm's layout.
 
-    More than one where types differ only in their initial values; none for the default block and for unknown blocks.
+    More than one where block types differ only in their initial values; none if no known type has these keys.
+
+    Example:
+        >>> blocks_with_keys(['stem.conv_kxk.conv.weight'])
+        ['repvgg']
     """
-    held = _modules(_BLOCK_PATH.sub('', key) for key in keys if _BLOCK_PATH.match(key) and SPLIT_BN not in key)
+    parts = [_BLOCK_PATH.sub('', key) for key in keys if _BLOCK_PATH.match(key) and SPLIT_BN not in key]
+    if any(part.startswith('conv_kxk.') for part in parts):
+        return ['repvgg']
+    held = _modules(parts)
     return [name for name, modules in _modules_by_type().items() if modules == held]
 
 

@@ -1,26 +1,24 @@
-"""What a model needs from a state dict: its form, its fold, strict checks."""
+"""State dicts in timm's layout: their form, their variant, and whether they fit a model."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from ..reparam.foreign import TIMM
+from ..reparam.foreign import MULTI_BRANCH_KEY, TIMM
 from ..variants import VARIANTS, Variant
 from .errors import CheckpointError, abbreviate
 
 __all__ = [
     'AUX_PREFIX',
-    'FAMILY_BRANCH',
     'Form',
     'StateDict',
     'check_fit',
+    'drop_aux_heads',
     'form_of',
     'identify_variant',
-    'without_aux_heads',
 ]
 
 Form: TypeAlias = Literal['training', 'deploy']
@@ -28,36 +26,52 @@ StateDict: TypeAlias = dict[str, Tensor]
 AUX_PREFIX = 'aux_heads.'
 
 _KXK, _DEPLOY = f'{TIMM.conv_kxk}.conv.weight', f'{TIMM.reparam_conv}.weight'
-FAMILY_BRANCH = re.compile(r'(?:^|\.)branches\.\d*[a-z]')
-"""Matches the path of a branch of `family.FamilyBlock`, which alone knows how it folds: it has a name, not a number."""
 
 
-def form_of(state_dict: Iterable[str]) -> Form:
-    """The form that a state dict in timm's layout holds; raises `CheckpointError` for a mixture."""
-    keys = list(state_dict)
-    training = [key for key in keys if key.endswith(_KXK) or FAMILY_BRANCH.search(key)]
+def form_of(keys: Iterable[str]) -> Form:
+    """Tell the form of weights by their keys in timm's layout.
+
+    Raises:
+        CheckpointError: There are blocks of both forms, or none.
+
+    Example:
+        >>> form_of(['stem.reparam_conv.weight', 'stem.reparam_conv.bias'])
+        'deploy'
+    """
+    keys = list(keys)
+    training = [key for key in keys if key.endswith(_KXK) or MULTI_BRANCH_KEY.search(key)]
     deploy = [key for key in keys if key.endswith(_DEPLOY)]
     if training and deploy:
         raise CheckpointError(
             f'a checkpoint with blocks of both forms: {abbreviate(training)} of the training form, '
-            f'{abbreviate(deploy)} of the '
-            'deploy form; save it again from a model of one form'
+            f'{abbreviate(deploy)} of the deploy form; save it again from a model of one form'
         )
     if not training and not deploy:
         raise CheckpointError(f'no RepVGG block among the keys {abbreviate(keys)}')
     return 'training' if training else 'deploy'
 
 
-def without_aux_heads(state_dict: Mapping[str, Tensor]) -> StateDict:
-    """A state dict without the auxiliary heads, which only training uses."""
-    return {key: value for key, value in state_dict.items() if not key.startswith(AUX_PREFIX)}
+def drop_aux_heads(state_dict: StateDict) -> None:
+    """Remove the auxiliary heads, which only training uses."""
+    for key in [key for key in state_dict if key.startswith(AUX_PREFIX)]:
+        del state_dict[key]
 
 
 def check_fit(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, what: str) -> None:
-    """Raise `CheckpointError` unless keys and shapes are those of `expected`, the model's state dict.
+    """Check that keys and shapes are those of a model.
 
-    The error lists what is missing, unexpected and of the wrong shape, and the variant that the
-    checkpoint is of where its shapes tell. `what` names the model.
+    Args:
+        state_dict: Weights in timm's layout.
+        expected: The model's state dict.
+        what: Name of the model's variant.
+
+    Raises:
+        CheckpointError: They are not. The error lists what is missing, unexpected and of the wrong shape, and names
+            the variant that the shapes tell.
+
+    Example:
+        >>> import torch
+        >>> check_fit({'head.fc.bias': torch.zeros(2)}, {'head.fc.bias': torch.zeros(2)}, what='repvgg_a0')
     """
     wrong_shape = [
         f'{key}: {tuple(value.shape)} in the checkpoint, {tuple(expected[key].shape)} in the model'
@@ -77,9 +91,22 @@ def check_fit(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
 
 
 def identify_variant(state_dict: Mapping[str, Tensor]) -> Variant | None:
-    """The variant whose depths, channels, groups and squeeze-excite a state dict in timm's layout has."""
-    suffix = f'.{_KXK}' if any(key.endswith(_KXK) for key in state_dict) else f'.{_DEPLOY}'
-    shapes = {key.removesuffix(suffix): value.shape for key, value in state_dict.items() if key.endswith(suffix)}
+    """Find the variant with the depths, channels, groups and squeeze-excite of a state dict in timm's layout.
+
+    Returns:
+        The variant; None if no variant has these shapes, or if the training-form blocks are not of the default type.
+
+    Example:
+        >>> import timm
+        >>> identify_variant(timm.create_model('repvgg_b1g2', device='meta').state_dict()).name
+        'repvgg_b1g2'
+    """
+    shapes = {
+        key.removesuffix(suffix): value.shape
+        for key, value in state_dict.items()
+        for suffix in (f'.{_KXK}', f'.{_DEPLOY}')
+        if key.endswith(suffix)
+    }
     squeezed = state_dict.get(f'stages.0.0.{TIMM.squeeze}.weight')
     for variant in VARIANTS.values():
         channels = {

@@ -1,7 +1,8 @@
-"""Blocks of other code bases: what they call their parts, and an adapter to the fold protocol."""
+"""What blocks call their parts, and an adapter of other code bases' blocks to the fold protocol."""
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,16 @@ from .fold import BNStats, fuse_conv_bn, identity_kernel, sum_kernels
 from .geometry import Geometry, agreed, build_conv, check_is_plain_conv, fold_dtype, geometry_of
 from .kernel_hooks import refresh_kernels
 
-__all__ = ['BLOCK_NAMES', 'MMPRETRAIN', 'OFFICIAL', 'OFFICIAL_PLUS', 'TIMM', 'BlockNames', 'ForeignBlock']
+__all__ = [
+    'BLOCK_NAMES',
+    'MMPRETRAIN',
+    'MULTI_BRANCH_KEY',
+    'OFFICIAL',
+    'OFFICIAL_PLUS',
+    'TIMM',
+    'BlockNames',
+    'ForeignBlock',
+]
 
 
 class BlockNames(NamedTuple):
@@ -32,6 +42,9 @@ OFFICIAL_PLUS = OFFICIAL._replace(squeeze='post_se.down', excite='post_se.up')
 MMPRETRAIN = BlockNames(
     'branch_3x3', 'branch_1x1', 'branch_norm', 'branch_reparam', 'norm', 'se_layer.conv1.conv', 'se_layer.conv2.conv'
 )
+
+MULTI_BRANCH_KEY = re.compile(r'(?:^|\.)branches\.\d*[a-z]')
+"""Matches keys of this package's multi-branch blocks: their branches have names, not numbers."""
 
 BLOCK_NAMES = (TIMM, OFFICIAL, MMPRETRAIN)
 """The names by which a block's parts are found in a module."""

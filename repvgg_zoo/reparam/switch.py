@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -15,18 +14,15 @@ from torch import Tensor, nn
 
 from .evaluation import eval_outputs
 from .fold import FoldError
-from .foreign import ForeignBlock
+from .foreign import MULTI_BRANCH_KEY, ForeignBlock
 from .geometry import Geometry
 from .stale_optimizers import forget_replaced, remember_replaced
 from .tolerance import MAX_REL_DIFF
 
-__all__ = ['MULTI_BRANCH_KEY', 'Foldable', 'switch_to_deploy']
+__all__ = ['Foldable', 'switch_to_deploy']
 
 _logger = logging.getLogger(__name__)
 ModuleT = TypeVar('ModuleT', bound=nn.Module)
-
-MULTI_BRANCH_KEY = re.compile(r'(?:^|\.)branches\.\d*[a-z]')
-"""Matches the path of a branch of a multi-branch block: branches have names, not numbers."""
 
 
 @runtime_checkable

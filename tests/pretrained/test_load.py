@@ -3,17 +3,20 @@
 import copy
 import json
 import shutil
+import weakref
 
 import huggingface_hub.constants
 import pytest
 import timm
 import torch
-from helpers import images, randomise, rel_diff
+from helpers import images, randomise, rel_diff, run_branches
 from safetensors.torch import load_file, save_file
 
-from repvgg_zoo import CheckpointError
+from repvgg_zoo import CheckpointError, RepVGG
+from repvgg_zoo.blocks.base import ReparamBlock
 from repvgg_zoo.checkpoints.files import read_checkpoint
-from repvgg_zoo.pretrained.load import load_pretrained
+from repvgg_zoo.pretrained import load
+from repvgg_zoo.pretrained.load import adapt_inputs_and_classifier, assign, convert_form, load_pretrained, read
 from repvgg_zoo.pretrained.manifest import read_manifest
 
 
@@ -48,7 +51,7 @@ def put_into_cache(cache, repo_id, files):
 # -------------------------------------------------------------------------------------- bundled weights
 
 
-def test_bundled_weights_are_of_the_form_of_their_tag(model, x):
+def test_pretrained_bundled_tags_have_their_form(model, x):
     assert model.variant.name == 'test_repvgg'
     assert not model.deploy
     deployed = timm.create_model('test_repvgg.cifar10_deploy', pretrained=True).eval()
@@ -58,21 +61,33 @@ def test_bundled_weights_are_of_the_form_of_their_tag(model, x):
     assert all(torch.equal(folded.state_dict()[key], value) for key, value in deployed.state_dict().items())
 
 
-def test_training_weights_are_folded_in_the_memory_they_were_read_into(monkeypatch):
-    addresses = set()
+def test_load_training_weights_into_deploy_model_releases_branches_block_by_block(monkeypatch):
+    """So that loading needs the memory of the file, and of one block more."""
+    alive, folded, addresses = weakref.WeakValueDictionary(), [], set()
+    fold = ReparamBlock.fold_state_dict
 
-    def read(path):
-        state_dict = read_checkpoint(path)
+    def spy_read(path, **kwargs):
+        state_dict = read_checkpoint(path, **kwargs)
+        alive.update(state_dict)
         addresses.update(value.data_ptr() for value in state_dict.values())
         return state_dict
 
-    monkeypatch.setattr('repvgg_zoo.pretrained.load.read_checkpoint', read)
+    def spy_fold(block, state_dict, prefix):
+        if any(key.startswith(f'{prefix}conv_kxk') for key in state_dict):
+            fold(block, state_dict, prefix)
+            folded.append(prefix)
+            assert not [key for key in alive if key.startswith(tuple(folded))]
+            assert 'head.fc.weight' in alive
+
+    monkeypatch.setattr('repvgg_zoo.pretrained.load.read_checkpoint', spy_read)
+    monkeypatch.setattr(ReparamBlock, 'fold_state_dict', spy_fold)
     model = timm.create_model('test_repvgg', pretrained=True, deploy=True)
-    assert {p.data_ptr() for name, p in model.named_parameters() if name.endswith('weight')} <= addresses
+    assert len(folded) == 1 + sum(model.variant.depths)
+    assert model.head.fc.weight.data_ptr() in addresses  # taken over, not copied
 
 
 @pytest.mark.parametrize('name', ['test_repvgg.cifar10', 'test_repvgg.cifar10_deploy'])
-def test_weights_are_the_models_own(name, tmp_path):
+def test_pretrained_tensors_are_the_models_own(name, tmp_path):
     model = timm.create_model(name, pretrained=True, num_classes=7)
     tensors = [*model.parameters(), *model.buffers()]
     assert all(parameter.requires_grad and parameter.is_leaf for parameter in model.parameters())
@@ -81,7 +96,7 @@ def test_weights_are_the_models_own(name, tmp_path):
     save_file(model.state_dict(), tmp_path / 'whole.safetensors')
 
 
-def test_layers_that_no_file_has_are_still_made(model, x):
+def test_pretrained_buffers_that_no_file_holds_are_made(model, x):
     class Norm(torch.nn.BatchNorm2d):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
@@ -91,14 +106,14 @@ def test_layers_that_no_file_has_are_still_made(model, x):
             return super().forward(x) * self.one
 
     other = timm.create_model('test_repvgg', pretrained=True, norm_layer=Norm).eval()
-    assert torch.equal(other(x), model(x))
+    assert torch.equal(other(x), run_branches(lambda: model(x)))
 
 
-def test_dtype_is_kept():
+def test_pretrained_dtype_is_kept():
     assert timm.create_model('test_repvgg', pretrained=True, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_memory_format_of_a_checkpoint_does_not_leak(model, x, tmp_path):
+def test_pretrained_channels_last_file_loads_contiguous(model, x, tmp_path):
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     torch.save(last.state_dict(), tmp_path / 'x.pth')
     loaded = timm.create_model(
@@ -109,7 +124,7 @@ def test_memory_format_of_a_checkpoint_does_not_leak(model, x, tmp_path):
     assert torch.equal(loaded.eval()(x), model(x))
 
 
-def test_tensors_that_share_memory_in_a_checkpoint_are_taken_apart(model, tmp_path):
+def test_pretrained_shared_storage_is_taken_apart(model, tmp_path):
     flat = torch.cat([value.flatten().float() for value in model.state_dict().values()])
     values = flat.split([value.numel() for value in model.state_dict().values()])
     shared = {k: v.view(like.shape) for v, (k, like) in zip(values, model.state_dict().items(), strict=True)}
@@ -120,14 +135,14 @@ def test_tensors_that_share_memory_in_a_checkpoint_are_taken_apart(model, tmp_pa
     assert all(torch.equal(t, model.state_dict()[key]) for key, t in loaded.state_dict().items())
 
 
-def test_deploy_tag_into_the_training_form():
+def test_pretrained_deploy_tag_into_training_model_raises():
     with pytest.raises(CheckpointError, match='deploy=True'):
         timm.create_model('test_repvgg.cifar10_deploy', pretrained=True, deploy=False)
 
 
 @pytest.mark.parametrize('deploy', [False, True])
 @pytest.mark.parametrize('in_chans', [1, 3, 4, 6])
-def test_input_channels_are_adapted_as_timm_does(model, in_chans, deploy):
+def test_pretrained_other_in_chans_adapts_as_timm(model, in_chans, deploy):
     state_dict = dict(model.state_dict())
     for key in ('stem.conv_kxk.conv.weight', 'stem.conv_1x1.conv.weight'):
         state_dict[key] = timm.models.adapt_input_conv(in_chans, state_dict[key])
@@ -140,7 +155,7 @@ def test_input_channels_are_adapted_as_timm_does(model, in_chans, deploy):
 
 @pytest.mark.parametrize('deploy', [False, True])
 @pytest.mark.parametrize('num_classes', [0, 7])
-def test_other_classes_leave_the_features_pretrained(model, x, num_classes, deploy):
+def test_pretrained_other_classes_keep_the_features(model, x, num_classes, deploy):
     other = timm.create_model('test_repvgg', pretrained=True, num_classes=num_classes, deploy=deploy).eval()
     assert rel_diff(other.forward_features(x), model.forward_features(x)) < 1e-5
     assert other(x).shape == (2, num_classes or 96)
@@ -148,7 +163,7 @@ def test_other_classes_leave_the_features_pretrained(model, x, num_classes, depl
 
 @pytest.mark.parametrize('deploy', [False, True])
 @pytest.mark.parametrize('feature_cls', [None, 'getter'])
-def test_features_only(model, x, deploy, feature_cls):
+def test_pretrained_features_only_equals_intermediates(model, x, deploy, feature_cls):
     features = timm.create_model(
         'test_repvgg', pretrained=True, features_only=True, out_indices=(1, 4), deploy=deploy, feature_cls=feature_cls
     ).eval()
@@ -158,7 +173,7 @@ def test_features_only(model, x, deploy, feature_cls):
     assert features.feature_info.channels() == [48, 96]
 
 
-def test_flipped_byte_is_noticed(tmp_path, monkeypatch):
+def test_pretrained_flipped_byte_raises(tmp_path, monkeypatch):
     record = read_manifest()['test_repvgg.cifar10']
     content = bytearray(record.path.read_bytes())
     content[-1] ^= 1
@@ -170,10 +185,71 @@ def test_flipped_byte_is_noticed(tmp_path, monkeypatch):
         load_pretrained(timm.create_model('test_repvgg'), cfg)
 
 
+# ------------------------------------------------------------------------------------------- the pipeline
+
+
+def test_load_identifies_once(monkeypatch):
+    calls = []
+    for name in ('to_timm_layout', 'form_of', 'blocks_with_keys', 'read_checkpoint'):
+        real = getattr(load, name)
+        monkeypatch.setattr(load, name, lambda *a, name=name, real=real, **k: calls.append(name) or real(*a, **k))
+    for kwargs in (dict(), dict(deploy=True), dict(unfold=True, block='acb'), dict(in_chans=1, num_classes=3)):
+        calls.clear()
+        timm.create_model('test_repvgg', pretrained=True, **kwargs)
+        assert sorted(calls) == ['blocks_with_keys', 'form_of', 'read_checkpoint', 'to_timm_layout']
+
+
+def test_build_once_if_files_hold_every_tensor(monkeypatch):
+    built, loaded = [], []
+    init, load_state_dict = RepVGG.__init__, RepVGG.load_state_dict
+    monkeypatch.setattr(RepVGG, '__init__', lambda *a, **k: built.append(k.get('device')) or init(*a, **k))
+    monkeypatch.setattr(RepVGG, 'load_state_dict', lambda *a, **k: loaded.append(k) or load_state_dict(*a, **k))
+    timm.create_model('test_repvgg', pretrained=True)
+    assert (built, loaded) == (['meta'], [{'assign': True}])
+
+
+@pytest.mark.parametrize('block', ['acb', 'plain', 'repvgg'])
+def test_read_tells_form_and_block_types(block, tmp_path):
+    model = timm.create_model('test_repvgg', block=block)
+    for form in ('training', 'deploy'):
+        save_file(model.state_dict(), tmp_path / 'file.safetensors')
+        checkpoint = read(tmp_path / 'file.safetensors')
+        assert checkpoint.form == form
+        held = {'plain': ('plain', 'plain_delta')}.get(block, (block,))
+        assert checkpoint.blocks == (held if form == 'training' else ())
+        model.eval().switch_to_deploy()
+
+
+def test_read_of_another_architecture_names_the_file(tmp_path):
+    save_file({'fc.weight': torch.zeros(1)}, tmp_path / 'file.safetensors')
+    with pytest.raises(CheckpointError, match=r'file\.safetensors.*: no RepVGG checkpoint'):
+        read(tmp_path / 'file.safetensors')
+
+
+def test_deploy_model_of_another_variant_names_that_of_the_file(tmp_path):
+    save_file(timm.create_model('test_repvgg').state_dict(), tmp_path / 'file.safetensors')
+    for device in ('meta', 'cpu'):
+        model = timm.create_model('repvgg_a0', deploy=True, device=device)
+        with pytest.raises(CheckpointError, match='it looks like a checkpoint of test_repvgg'):
+            assign(model, convert_form(read(tmp_path / 'file.safetensors'), model))
+
+
+@pytest.mark.parametrize('block', ['repvgg', 'acb', 'mobileone', 'qarepvgg', 'csla'])
+def test_adapt_inputs_of_training_weights_changes_every_kernel_that_reads_images(block, x, tmp_path):
+    source = randomise(timm.create_model('test_repvgg', block=block), px=32)
+    save_file(source.state_dict(), tmp_path / 'file.safetensors')
+    model = timm.create_model('test_repvgg', block=block, in_chans=1, num_classes=10)
+    checkpoint = convert_form(read(tmp_path / 'file.safetensors'), model)
+    adapt_inputs_and_classifier(checkpoint, model, timm.get_pretrained_cfg('test_repvgg.cifar10'))
+    assign(model, checkpoint)
+    grey = x[:, :1]
+    assert rel_diff(model.eval()(grey), source(grey.expand(-1, 3, -1, -1))) < 1e-5
+
+
 # ---------------------------------------------------------------------------------------- other sources
 
 
-def test_classifier_that_fits_is_loaded(tmp_path, caplog):
+def test_pretrained_classifier_that_fits_is_loaded(tmp_path, caplog):
     """Though the registry speaks of another number of classes than the file and the model have."""
     source = timm.create_model('repvgg_a0', num_classes=10)
     save_file(source.state_dict(), tmp_path / 'mine.safetensors')
@@ -185,7 +261,7 @@ def test_classifier_that_fits_is_loaded(tmp_path, caplog):
     assert 'no classifier of 9 classes; it is fresh' in caplog.text
 
 
-def test_file_overlay_and_checkpoint_path(tmp_path):
+def test_pretrained_file_overlay_and_checkpoint_path_load(tmp_path):
     source = randomise(timm.create_model('test_repvgg'), px=32)
     save_file(source.state_dict(), tmp_path / 'mine.safetensors')
     x = images(px=32)
@@ -198,7 +274,7 @@ def test_file_overlay_and_checkpoint_path(tmp_path):
             assert rel_diff(loaded.eval()(x), source(x)) < 1e-5
 
 
-def test_state_dict_overlay(x):
+def test_pretrained_state_dict_overlay_is_copied(x):
     source = randomise(timm.create_model('test_repvgg'), px=32)
     overlay = dict(state_dict=source.state_dict(), file=None)
     loaded = timm.create_model('test_repvgg', pretrained=True, pretrained_cfg_overlay=overlay)
@@ -208,7 +284,7 @@ def test_state_dict_overlay(x):
     assert not torch.equal(loaded(x), source(x))
 
 
-def test_url(tmp_path, x):
+def test_pretrained_url_is_downloaded(tmp_path, x):
     source = randomise(timm.create_model('test_repvgg'), px=32)
     save_file(source.state_dict(), tmp_path / 'mine.safetensors')
     overlay = dict(url=(tmp_path / 'mine.safetensors').as_uri(), file=None)
@@ -220,7 +296,7 @@ def test_url(tmp_path, x):
 
 
 @pytest.mark.parametrize('deploy', [False, True])
-def test_folder_that_timm_saved(tmp_path, deploy, x):
+def test_pretrained_folder_that_timm_saved_loads(tmp_path, deploy, x):
     source = randomise(timm.create_model('test_repvgg', num_classes=7), px=32)
     expected = source(x)
     if deploy:
@@ -239,7 +315,7 @@ def test_folder_that_timm_saved(tmp_path, deploy, x):
     assert fewer(x[:, :1]).shape == (2, 2)
 
 
-def test_folder_without_weights(tmp_path):
+def test_pretrained_folder_without_weights_raises(tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps({'architecture': 'test_repvgg', 'pretrained_cfg': {}}))
     with pytest.raises(CheckpointError, match=r'no weights in .*neither model\.safetensors nor'):
         timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
@@ -248,7 +324,7 @@ def test_folder_without_weights(tmp_path):
 # ----------------------------------------------------------------------------------------------- the Hub
 
 
-def test_tags_and_hub_names_from_the_cache(hub_cache, tmp_path):
+def test_pretrained_hub_cache_serves_tags_and_names(hub_cache, tmp_path):
     source = randomise(timm.create_model('repvgg_a0'))
     timm.models.save_for_hf(source, tmp_path / 'saved', safe_serialization=True)
     put_into_cache(hub_cache, 'timm/repvgg_a0.rvgg_in1k', (tmp_path / 'saved').iterdir())
@@ -268,7 +344,7 @@ def test_tags_and_hub_names_from_the_cache(hub_cache, tmp_path):
     assert rel_diff(folded(x), expected) < 1e-4
 
 
-def test_cache_dir_is_used(hub_cache, tmp_path):
+def test_pretrained_cache_dir_is_used(hub_cache, tmp_path):
     source = timm.create_model('repvgg_a0')
     save_file(source.state_dict(), tmp_path / 'model.safetensors')
     put_into_cache(tmp_path / 'mine', 'timm/repvgg_a0.rvgg_in1k', [tmp_path / 'model.safetensors'])
@@ -279,7 +355,7 @@ def test_cache_dir_is_used(hub_cache, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['repvgg_a0.rvgg_in1k', 'repvgg_a0.rvgg_in1k_deploy'])
-def test_no_network_and_no_cache(name, hub_cache):
+def test_pretrained_offline_without_cache_raises(name, hub_cache):
     with pytest.raises(
         CheckpointError, match=r'cannot get model\.safetensors of timm/repvgg_a0\.rvgg_in1k from the Hub'
     ):
@@ -287,12 +363,12 @@ def test_no_network_and_no_cache(name, hub_cache):
 
 
 @pytest.mark.parametrize('name', ['repvgg_b1g2', 'repvggplus_l2pse.rvgg_in1k_deploy'])
-def test_weights_that_nobody_published(name):
+def test_pretrained_unpublished_weights_raise(name):
     with pytest.raises(CheckpointError, match=r'nobody has published weights of .*; get RepVGG.*\.pth from'):
         timm.create_model(name, pretrained=True)
 
 
-def test_weights_of_another_variant(tmp_path):
+def test_pretrained_other_variant_raises(tmp_path):
     save_file(timm.create_model('test_repvgg', num_classes=1000).state_dict(), tmp_path / 'model.safetensors')
     overlay = dict(file=str(tmp_path / 'model.safetensors'))
     for kwargs in (dict(), dict(num_classes=5)):  # timm itself is lenient once the classes differ

@@ -19,12 +19,10 @@ from timm.models import byobnet
 from torch import Tensor
 
 from ...checkpoints.errors import CheckpointError
-from ...checkpoints.files import FILE_SUFFIXES, read_checkpoint
-from ...checkpoints.layouts import to_timm_layout
-from ...checkpoints.state_dicts import form_of
+from ...checkpoints.files import FILE_SUFFIXES
 from ...model import RepVGG
 from ...pretrained.hub import CARD, WEIGHT_FILES, HubError, download_weights, push_folder, sha256_of
-from ...pretrained.load import load_state_dict
+from ...pretrained.load import assign, convert_form, read
 from ...pretrained.locate import locate, weights_in
 from ...pretrained.manifest import DEPLOY_SUFFIX, FoldCheck, WeightsRecord, read_manifest, weights_dir, write_manifest
 from ...reparam.evaluation import disable_fast_path
@@ -163,7 +161,7 @@ def push_folders(published: Iterable[Published], *, replace_existing: bool = Fal
 def _locate(record: WeightsRecord, source: str | Path | None) -> tuple[Path, str]:
     """The file that a source stands for, and what a card may call it."""
     if source is None:
-        path = locate(timm.get_pretrained_cfg(record.name), own=False)
+        path = locate(timm.get_pretrained_cfg(record.name), use_override_dir=False)
         return path, record.hub_ref or path.name
     path = Path(source)
     if str(source) and path.is_dir():
@@ -177,16 +175,16 @@ def _locate(record: WeightsRecord, source: str | Path | None) -> tuple[Path, str
 
 
 def _write_training_form(record: WeightsRecord, path: Path, folder: Path) -> None:
-    state_dict = to_timm_layout(read_checkpoint(path))
-    if form_of(state_dict) == 'deploy':
+    checkpoint = read(path)
+    if checkpoint.form == 'deploy':
         raise CheckpointError(f'{str(path)!r} is of the deploy form; both forms come from the training form alone')
     model = timm.create_model(
         record.name,
         num_classes=record.preprocessing.num_classes,
-        aux_heads=any(key.startswith('aux_heads.') for key in state_dict) or None,
+        aux_heads=any(key.startswith('aux_heads.') for key in checkpoint.state_dict) or None,
         device='meta',
     )
-    load_state_dict(model, state_dict)
+    assign(model, convert_form(checkpoint, model))
     model._model_args = {}  # the auxiliary heads are in the file for whoever asks for them
     save_model(model, folder)
 
