@@ -228,7 +228,7 @@ def short_message(error: BaseException) -> str:
         'no route to host'
     """
     root = list(_causes(error))[-1]
-    return _MESSAGES.get(_status(error)) or str(root).strip().split('\n', 1)[0] or type(root).__name__
+    return _MESSAGES.get(_status(error) or 0) or str(root).strip().split('\n', 1)[0] or type(root).__name__
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

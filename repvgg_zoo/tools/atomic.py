@@ -11,7 +11,7 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:  # Windows cannot lock a folder
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = ['locked', 'new_folder', 'write_text']
 

@@ -1,4 +1,4 @@
-"""The command line: finds the verbs in their files."""
+"""The command line: finds the commands in their files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from .console import print_error
 
-__all__ = ['VERBS', 'Verb', 'main']
+__all__ = ['COMMANDS', 'Command', 'main']
 
 
-class Verb(NamedTuple):
+class Command(NamedTuple):
     """A word of the command line and the module behind it."""
 
     module: str
@@ -25,18 +25,18 @@ class Verb(NamedTuple):
     """Mistakes of the user: they are told in one line. Other exceptions are bugs."""
 
 
-VERBS = MappingProxyType(
+COMMANDS = MappingProxyType(
     {
-        'list': Verb('.listing', 'list the variants, their sizes, published accuracy and weights'),
-        'demo': Verb('.demo', 'evaluate, fine-tune, fold and evaluate again on bundled images'),
-        'convert': Verb('.convert', 'write a checkpoint of any layout and form as a model folder'),
-        'quantize': Verb('.quantize', 'write the deploy form in INT8, and report what it costs and gains'),
-        'verify': Verb('.verify', 'tell whether two checkpoints, or both forms of one, compute the same function'),
-        'publish': Verb('.publish.publish', 'write both forms of a checkpoint as model folders, and upload them'),
-        'reproduce': Verb('.reproduce', 'print the commands that reproduce the published accuracy'),
-        'benchmark': Verb('.benchmark.benchmark', 'measure speed and memory, here and beside other models'),
+        'list': Command('.listing', 'list the variants, their sizes, published accuracy and weights'),
+        'demo': Command('.demo', 'evaluate, fine-tune, fold and evaluate again on bundled images'),
+        'convert': Command('.convert', 'write a checkpoint of any layout and form as a model folder'),
+        'quantize': Command('.quantize', 'write the deploy form in INT8, and report what it costs and gains'),
+        'verify': Command('.verify', 'tell whether two checkpoints, or both forms of one, compute the same function'),
+        'publish': Command('.publish.publish', 'write both forms of a checkpoint as model folders, and upload them'),
+        'reproduce': Command('.reproduce', 'print the commands that reproduce the published accuracy'),
+        'benchmark': Command('.benchmark.benchmark', 'measure speed and memory, here and beside other models'),
         # a script's own errors pass through the launcher
-        'run': Verb('.launch', 'run a script, module or console script with the zoo registered in timm', ()),
+        'run': Command('.launch', 'run a script, module or console script with the zoo registered in timm', ()),
     }
 )
 
@@ -59,38 +59,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     args = _parser(argv[0] if argv else None).parse_args(argv)
-    verb = VERBS[args.verb]
+    command = COMMANDS[args.command]
     try:
-        return _module(verb).main(args)
+        return _module(command).main(args)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except verb.errors as error:
+    except command.errors as error:
         print_error(error)
         return 1
 
 
 def _parser(chosen: str | None) -> argparse.ArgumentParser:
-    """The parser, with the arguments of the chosen verb: other verbs' modules are not imported."""
+    """The parser, with the arguments of the chosen command: other commands' modules are not imported."""
     from .. import __version__
 
     parser = argparse.ArgumentParser(
         prog='repvgg-zoo',
         description='RepVGG models for timm, in the training and the deploy form.',
-        epilog='`repvgg-zoo VERB --help` explains a verb.',
+        epilog='`repvgg-zoo COMMAND --help` explains a command.',
     )
     parser.add_argument('--version', action='version', version=f'repvgg-zoo {__version__}')
-    subparsers = parser.add_subparsers(dest='verb', metavar='VERB', required=True)
-    for name, verb in VERBS.items():
+    subparsers = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
+    for name, command in COMMANDS.items():
         subparser = subparsers.add_parser(
-            name, help=verb.summary, description=f'{verb.summary[0].upper()}{verb.summary[1:]}.'
+            name, help=command.summary, description=f'{command.summary[0].upper()}{command.summary[1:]}.'
         )
         if name == chosen:
-            _module(verb).add_arguments(subparser)
+            _module(command).add_arguments(subparser)
     return parser
 
 
-def _module(verb: Verb) -> ModuleType:
-    return importlib.import_module(verb.module, __package__)
+def _module(command: Command) -> ModuleType:
+    return importlib.import_module(command.module, __package__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 from safetensors import SafetensorError
@@ -159,7 +160,7 @@ def save_model(model: RepVGG, folder: Path) -> None:
     _sort_metadata(weights)
     model_args = model._model_args
     model_args.pop('num_classes', None)  # out of date if the classifier was replaced
-    save_config_for_hf(model, config, model_args=model_args)
+    save_config_for_hf(model, str(config), model_args=model_args)
     content = json.loads(config.read_text())
     content.get('model_args', {}).pop('num_classes', None)  # already at the top level; transformers rejects it here
     config.write_text(json.dumps(content, indent=2))
@@ -204,30 +205,29 @@ def open_model(
     path = Path(source)
     if (config := path / 'config.json').is_file():
         try:
-            model = timm.create_model(f'local-dir:{path}', pretrained=True)
+            model = _create(f'local-dir:{path}', pretrained=True)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise CheckpointError(f'{str(config)!r} is no configuration of a timm model: {error!r}') from error
         return _checked(model, source, variant, block)
     if path.is_dir():
         path = weights_in(path)
     if _is_model_name(source):
-        return _checked(timm.create_model(str(source), pretrained=True), source, variant, block)
+        return _checked(_create(str(source), pretrained=True), source, variant, block)
 
     state_dict = to_timm_layout(read_checkpoint(path, use_ema=use_ema))
-    found = identify_variant(state_dict)
-    if variant is None and found is None:
+    chosen = identify_variant(state_dict) if variant is None else get_variant(variant)
+    if chosen is None:
         raise CheckpointError(
             f'{str(path)!r} has the shapes of no known variant; `repvgg-zoo list` shows them. If it was trained with '
             'another block than the default one, name the variant'
         )
-    name = get_variant(variant).name if variant else found.name
     classifier = state_dict.get('head.fc.weight')
     deploy = form_of(state_dict) == 'deploy'
     stem = [
         v.shape[1] for key, v in state_dict.items() if key.startswith('stem.') and v.ndim == 4 and '.attn.' not in key
     ]
-    model = timm.create_model(
-        name,
+    model = _create(
+        chosen.name,
         num_classes=0 if classifier is None else classifier.shape[0],
         in_chans=min(stem, default=3),  # kernels behind the first of a branch have more
         deploy=deploy,
@@ -236,6 +236,10 @@ def open_model(
     )
     load_state_dict(model, state_dict)
     return model
+
+
+def _create(name: str, **kwargs: Any) -> RepVGG:
+    return cast('RepVGG', timm.create_model(name, **kwargs))
 
 
 def _checked(model: RepVGG, source: str | Path, variant: str | None, block: str | None) -> RepVGG:

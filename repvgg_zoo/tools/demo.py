@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data import create_dataset, create_loader, resolve_model_data_config
 from timm.loss import LabelSmoothingCrossEntropy
@@ -23,7 +22,7 @@ from ..model import RepVGG
 from ..pretrained.manifest import weights_dir
 from .atomic import new_folder
 from .console import Track, print_table, progress
-from .convert import MODEL_FILES, save_model
+from .convert import MODEL_FILES, open_model, save_model
 
 __all__ = ['DemoRow', 'add_arguments', 'main', 'run_demo']
 
@@ -92,7 +91,7 @@ def run_demo(out: str | Path, *, track: Track, overwrite: bool = False) -> list[
     torch.manual_seed(0)
     owned = [f'{form}/{name}' for form in ('training', 'deploy') for name in MODEL_FILES]
     with new_folder(out, overwrite=overwrite, owned=owned) as folder:
-        model = timm.create_model(_MODEL, pretrained=True)
+        model = open_model(_MODEL)
         rows = [_evaluate('pretrained, training form', model, None, track)[0]]
 
         _finetune(model, track)
@@ -106,7 +105,7 @@ def run_demo(out: str | Path, *, track: Track, overwrite: bool = False) -> list[
         (folder / 'deploy').mkdir()
         save_model(deployed, folder / 'deploy')
 
-        reloaded = timm.create_model(f'local-dir:{folder / "deploy"}', pretrained=True)
+        reloaded = open_model(folder / 'deploy')
         rows.append(_evaluate('deploy form, reloaded', reloaded, logits, track)[0])
     return rows
 
@@ -142,11 +141,11 @@ def _finetune(model: RepVGG, track: Track) -> None:
 @torch.inference_mode()
 def _evaluate(form: str, model: RepVGG, reference: Tensor | None, track: Track) -> tuple[DemoRow, Tensor]:
     model.eval()
-    logits, labels = [], []
-    for images, targets in track(_loader(model, 'validation'), description=f'evaluating: {form}'):
-        logits.append(model(images))
-        labels.append(targets)
-    logits, labels = torch.cat(logits), torch.cat(labels)
+    outputs, targets = [], []
+    for images, target in track(_loader(model, 'validation'), description=f'evaluating: {form}'):
+        outputs.append(model(images))
+        targets.append(target)
+    logits, labels = torch.cat(outputs), torch.cat(targets)
     row = DemoRow(
         form=form,
         params=sum(parameter.numel() for parameter in model.parameters()),

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from timm.data import create_dataset, create_transform, resolve_model_data_config
+from timm.data import ImageDataset, create_dataset, create_transform, resolve_model_data_config
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ..blocks.base import ReparamBlock
 from ..model import RepVGG
@@ -254,7 +254,7 @@ def _require() -> None:
     nncf.set_log_level(logging.ERROR)
 
 
-def _dataset(folder: str | Path) -> Dataset[Any]:
+def _dataset(folder: str | Path) -> ImageDataset:
     if not Path(folder).is_dir():
         raise FileNotFoundError(f'no folder of images at {str(folder)!r}')
     try:
@@ -307,7 +307,7 @@ def _compile(path: Path) -> Callable[[Tensor], Tensor]:
 
 def _evaluate(
     runs: list[Callable[[Tensor], Tensor]],
-    dataset: Dataset[Any],
+    dataset: ImageDataset,
     num_classes: int,
     track: Track,
 ) -> dict[str, Any]:
@@ -336,7 +336,7 @@ def _evaluate(
     )
 
 
-def _latencies(runs: list[Callable[[Tensor], Tensor]], x: Tensor, track: Track) -> dict[str, float]:
+def _latencies(runs: list[Callable[[Tensor], Tensor]], x: Tensor, track: Track) -> dict[str, Any]:
     seconds = time_rounds([(lambda: x, run) for run in runs], rounds=_LATENCY_ROUNDS, track=track)
     float32, int8 = (1e3 * statistics.median(times) for times in seconds)
     return dict(float32_latency_ms=float32, int8_latency_ms=int8)
@@ -418,13 +418,13 @@ def equalize(model: RepVGG, *, sweeps: int = 10) -> RepVGG:
     """
     if not isinstance(model, RepVGG):
         raise TypeError(f'equalisation is for a RepVGG of this package; here is a {type(model).__name__}')
-    blocks = [model.stem, *(block for stage in model.stages for block in stage)]
+    blocks = [model.stem, *(block for stage in model.stages for block in stage.children())]
     if not all(isinstance(block, ReparamBlock) and block.reparam_conv is not None for block in blocks):
-        raise ValueError('equalisation is for the deploy form; switch_to_deploy() comes first')
+        raise ValueError('equalisation is for the deploy form; call switch_to_deploy() first')
     for _ in range(sweeps):
-        for block, following in pairwise(blocks):
+        for block, following in pairwise(cast('list[ReparamBlock]', blocks)):
             if isinstance(block.attn, nn.Identity) and type(block.act) is nn.ReLU:
-                _equalize_pair(block.reparam_conv, following.reparam_conv)
+                _equalize_pair(cast('nn.Conv2d', block.reparam_conv), cast('nn.Conv2d', following.reparam_conv))
     return model
 
 
@@ -435,5 +435,5 @@ def _equalize_pair(first: nn.Conv2d, second: nn.Conv2d) -> None:
     dead = (range_1 < _DEAD_RANGE * range_1.median()) | (range_2 < _DEAD_RANGE * range_2.median())
     scale = torch.where(dead | (range_1 == 0) | (range_2 == 0), 1.0, (range_1 / range_2).sqrt())
     first.weight /= scale.view(-1, 1, 1, 1)
-    first.bias /= scale
+    cast('Tensor', first.bias).div_(scale)
     by_input *= scale.view(second.groups, 1, -1, 1, 1)

@@ -84,7 +84,7 @@ def updated_records(records: Mapping[str, WeightsRecord]) -> dict[str, WeightsRe
         >>> list(updated_records({}))[:2]
         ['repvgg_a0.untrained', 'repvgg_a0.untrained_deploy']
     """
-    updated = {}
+    updated: dict[str, WeightsRecord] = {}
     for variant in VARIANTS.values():
         own = [r for r in records.values() if r.arch == variant.name] or _untrained(variant)
         updated |= {record.name: _counted(record, variant) for record in own}

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..blocks.fast_sum import one_by_one
 from ..checkpoints.errors import CheckpointError
 from ..model import RepVGG
+from ..reparam.switch import switch_to_deploy
 from .console import print_table
 from .convert import open_model
 
@@ -190,10 +191,10 @@ def float64_rel_diff(model: RepVGG, x: Tensor) -> float:
     """
     training = deploy = x.double()
     with torch.inference_mode(), one_by_one():
-        for block in (model.stem, *(block for stage in model.stages for block in stage)):
+        for block in (model.stem, *(block for stage in model.stages for block in stage.children())):
             exact = copy.deepcopy(block).double()
             training = exact(training)
-            deploy = exact.switch_to_deploy()(deploy)
+            deploy = switch_to_deploy(exact)(deploy)
         head = copy.deepcopy(model.head).double()
         return rel_diff(head(deploy), head(training))
 

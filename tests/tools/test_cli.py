@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from repvgg_zoo import VARIANTS, __version__
-from repvgg_zoo.tools.cli import VERBS, main
+from repvgg_zoo.tools.cli import COMMANDS, main
 
 
 def zoo(*args, cwd=None):
@@ -21,7 +21,7 @@ def test_version_is_printed():
 
 
 @pytest.mark.parametrize(
-    ('verb', 'argument'),
+    ('name', 'argument'),
     [
         ('list', '--markdown'),
         ('demo', '--out'),
@@ -34,9 +34,9 @@ def test_version_is_printed():
         ('run', 'SCRIPT_OR_MODULE'),
     ],
 )
-def test_help(verb, argument, capsys):
-    assert len(VERBS) == 9
-    for command, expected in (([], f'\n    {verb}'), ([verb], argument)):
+def test_help(name, argument, capsys):
+    assert len(COMMANDS) == 9
+    for command, expected in (([], f'\n    {name}'), ([name], argument)):
         with pytest.raises(SystemExit) as ended:
             main([*command, '--help'])
         assert ended.value.code == 0
@@ -45,7 +45,7 @@ def test_help(verb, argument, capsys):
         assert expected in said
 
 
-def test_help_imports_no_verb():
+def test_help_imports_no_tool():
     """The program's own help costs what importing the package costs."""
     code = (
         'import sys\n'
@@ -123,7 +123,7 @@ def test_mistake_gives_one_line_and_status(args, message, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_unknown_verb_fails():
+def test_unknown_command_fails():
     done = zoo('frobnicate')
     assert done.returncode == 2
     assert 'Traceback' not in done.stderr

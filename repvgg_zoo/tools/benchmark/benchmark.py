@@ -1,4 +1,4 @@
-"""The verb `benchmark`: speed and memory of models, on this machine."""
+"""The command `benchmark`: speed and memory of models, on this machine."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def _row(
         peak_memory_mb=None if memory_bytes is None else memory_bytes / 1e6,
         saved_mb=case.saved_bytes() / 1e6 if case.work == 'train' else None,
         top1_pct=case.model.top1_pct,
-        baseline=f'{baseline.model} {baseline.form} {baseline.runtime}' if baseline_ms else None,
+        baseline=f'{baseline.model} {baseline.form} {baseline.runtime}' if baseline and baseline_ms else None,
         ratio=baseline_ms and baseline_ms / latency_ms,
     )
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import timm
 import torchvision
-from timm.models import byobnet, get_pretrained_cfg
+from timm.models import byobnet, get_pretrained_cfg_value
 from timm.utils import reparameterize_model
 from torch import nn
 
@@ -18,6 +18,7 @@ __all__ = ['PEERS', 'BenchmarkForm', 'ModelName', 'timms_own']
 
 BenchmarkForm: TypeAlias = Literal['training', 'deploy', 'single']
 """The two forms of RepVGG, and `single` for models that have one form."""
+Source: TypeAlias = Literal['zoo', 'timm', 'torchvision']
 
 PEERS = (
     'torchvision:resnet18',
@@ -53,7 +54,7 @@ _TIMM_TOP1_PCT = {
 class ModelName(NamedTuple):
     """`ARCH` of the zoo, `timm:NAME` or `torchvision:NAME`."""
 
-    source: Literal['zoo', 'timm', 'torchvision']
+    source: Source
     name: str
 
     @classmethod
@@ -86,7 +87,7 @@ class ModelName(NamedTuple):
             tags = [known.partition('.')[2] for known in timm.list_pretrained(f'{name.partition(".")[0]}.*')]
             if name.partition('.')[2] not in tags:
                 raise ValueError(f'unknown tag in {text!r}; there are: {", ".join(tags)}')
-        return cls(source, name)
+        return cls(cast('Source', source), name)
 
     def __str__(self) -> str:
         return self.name if self.source == 'zoo' else f'{self.source}:{self.name}'
@@ -106,7 +107,7 @@ class ModelName(NamedTuple):
         """Side of the square images that the published accuracy holds for."""
         if self.source == 'torchvision':
             return _torchvision_weights(self.name).transforms().crop_size[0]
-        return get_pretrained_cfg(self.name).input_size[-1]
+        return cast('tuple[int, int, int]', get_pretrained_cfg_value(self.name, 'input_size'))[-1]
 
     @property
     def top1_pct(self) -> float | None:
@@ -128,7 +129,9 @@ class ModelName(NamedTuple):
         Returns:
             The model.
         """
-        load = {} if weights is None else dict(pretrained=True, pretrained_cfg_overlay=dict(file=weights))
+        load: dict[str, Any] = (
+            {} if weights is None else dict(pretrained=True, pretrained_cfg_overlay=dict(file=weights))
+        )
         if self.source == 'torchvision':
             fresh = dict(aux_logits=False, init_weights=False) if self.name == 'googlenet' else {}
             model = torchvision.models.get_model(self.name, weights=None, **fresh)

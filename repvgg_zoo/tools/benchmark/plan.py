@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...variants import VARIANTS
-from .cases import Case
-from .models import PEERS, ModelName
+from .cases import Case, Work
+from .models import PEERS, BenchmarkForm, ModelName
 from .runtimes import RUNTIMES
 
 __all__ = ['FULL', 'QUICK', 'Settings', 'plan']
@@ -37,8 +37,8 @@ QUICK = Settings(
 def plan(
     models: Sequence[str],
     *,
-    forms: Sequence[str] = ('training', 'deploy'),
-    work: Sequence[str] = ('infer',),
+    forms: Sequence[BenchmarkForm] = ('training', 'deploy'),
+    work: Sequence[Work] = ('infer',),
     runtimes: Sequence[str] = ('eager',),
     batches: Sequence[int] = (1,),
     dtypes: Sequence[str] = ('float32',),
@@ -69,16 +69,16 @@ def plan(
     """
     cases = []
     for name, kind in itertools.product(map(ModelName.parse, dict.fromkeys(models)), work):
-        own_forms = forms if name.has_forms else ['single']
+        own_forms: Sequence[BenchmarkForm] = forms if name.has_forms else ['single']
         if kind == 'infer':
             for batch, dtype, layout, runtime, form in itertools.product(batches, dtypes, layouts, runtimes, own_forms):
                 if RUNTIMES[runtime].takes(batch=batch, dtype=dtype, layout=layout):
-                    setting = dict(runtime=runtime, batch=batch, dtype=dtype, layout=layout)
+                    setting: dict[str, Any] = dict(runtime=runtime, batch=batch, dtype=dtype, layout=layout)
                     cases.append(Case(model=name, form=form, **setting))
         elif kind == 'train':
-            form = 'training' if name.has_forms else 'single'
+            trained: BenchmarkForm = 'training' if name.has_forms else 'single'
             for batch, layout in itertools.product(batches, layouts):
-                cases.append(Case(model=name, form=form, work=kind, batch=batch, layout=layout))
+                cases.append(Case(model=name, form=trained, work=kind, batch=batch, layout=layout))
         elif name.has_forms:
             kept = [form for form in own_forms if kind == 'load' or form == 'training']
             cases += [Case(model=name, form=form, work=kind) for form in kept]

@@ -78,18 +78,22 @@ def _name(row: Row) -> str:
 def _speed_accuracy(axes: Axes, rows: list[Row]) -> None:
     family = [row for row in rows if row.form == 'deploy']
     peers = [row for row in rows if row.form == 'single']
-    dense = sorted((r for r in family if VARIANTS[r.model].groups == 1), key=lambda row: row.images_per_s)
-    axes.plot([r.images_per_s for r in dense], [r.top1_pct for r in dense], color='C3', zorder=1)
+    dense = sorted(_speed_and_top1(row) for row in family if VARIANTS[row.model].groups == 1)
+    axes.plot([speed for speed, _ in dense], [top1 for _, top1 in dense], color='C3', zorder=1)
     for label, group, color, above in (('RepVGG, deploy form', family, 'C3', 4), ('others', peers, 'C0', -9)):
-        axes.scatter([r.images_per_s for r in group], [r.top1_pct for r in group], color=color, label=label, zorder=2)
-        for row in group:
-            place = (row.images_per_s, row.top1_pct)
-            axes.annotate(_name(row), place, xytext=(4, above), textcoords='offset points', fontsize=7)
+        points = [_speed_and_top1(row) for row in group]
+        axes.scatter([speed for speed, _ in points], [top1 for _, top1 in points], color=color, label=label, zorder=2)
+        for row, point in zip(group, points, strict=True):
+            axes.annotate(_name(row), point, xytext=(4, above), textcoords='offset points', fontsize=7)
     axes.margins(x=0.12)
     axes.set(xscale='log', xlabel='images per second', ylabel='published ImageNet top-1 (%)')
     axes.set_title(f'Speed and accuracy: {_setting_text(rows[0])}')
     axes.legend()
     axes.grid(alpha=0.3, which='both')
+
+
+def _speed_and_top1(row: Row) -> tuple[float, float]:
+    return row.images_per_s or 0.0, row.top1_pct or 0.0
 
 
 def _forms(axes: Axes, rows: list[Row]) -> None:
@@ -102,7 +106,7 @@ def _runtimes(axes: Axes, rows: list[Row]) -> None:
         return row.runtime if row.dtype == 'float32' else f'{row.runtime}, {row.dtype}'
 
     first = [row for row in rows if (row.batch, row.layout) == (rows[0].batch, rows[0].layout)]
-    _bars(axes, first, series=label, group=_name, value=lambda row: row.pct_of_matmul_peak)
+    _bars(axes, first, series=label, group=_name, value=lambda row: row.pct_of_matmul_peak or 0.0)
     axes.set(
         ylabel='% of the peak rate of matrix products',
         title=f'Deploy form by runtime: batch {first[0].batch}, {first[0].layout}',

@@ -54,7 +54,7 @@ class Runtime:
 def _cast(model: nn.Module, x: Tensor, dtype: str) -> tuple[nn.Module, Tensor]:
     """Cast a model and a batch to a dtype, and the model to the batch's layout."""
     layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-    return model.to(getattr(torch, dtype), memory_format=layout), x.to(getattr(torch, dtype))
+    return model.to(getattr(torch, dtype)).to(memory_format=layout), x.to(getattr(torch, dtype))
 
 
 def _eager(model: nn.Module, x: Tensor, dtype: str) -> Run:
@@ -172,8 +172,8 @@ def _with(prepare: Callable[..., Run], **options: Any) -> Callable[[nn.Module, T
     return lambda model, x, dtype: prepare(model, x, dtype, **options)
 
 
-_TORCH = dict(dtypes=('float32', 'bfloat16'), layouts=('contiguous', 'channels_last'))
-_NCNN = dict(packages=('ncnn', 'pnnx'), extra='ncnn', max_batch=1)
+_TORCH: dict[str, Any] = dict(dtypes=('float32', 'bfloat16'), layouts=('contiguous', 'channels_last'))
+_NCNN: dict[str, Any] = dict(packages=('ncnn', 'pnnx'), extra='ncnn', max_batch=1)
 
 RUNTIMES = {
     'eager': Runtime(prepare=_eager, is_quick=True, **_TORCH),

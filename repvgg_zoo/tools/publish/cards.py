@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
+from typing import Any
 
 from huggingface_hub import CardData, EvalResult, RepoCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
@@ -38,6 +39,9 @@ def model_card(record: WeightsRecord, *, owner: str, source: str, in_timm: bool)
     Returns:
         The card: metadata and text.
 
+    Raises:
+        ValueError: The record has no comparison of the two forms.
+
     Example:
         >>> from dataclasses import replace
         >>> from repvgg_zoo.pretrained.manifest import FoldCheck, read_manifest
@@ -46,19 +50,20 @@ def model_card(record: WeightsRecord, *, owner: str, source: str, in_timm: bool)
         >>> model_card(record, owner='me', source='a file', in_timm=False).data.license
         'mit'
     """
+    model_index: dict[str, Any] = {'model-index': _model_index(record)}  # not an identifier
     metadata = CardData(
         license=record.license,
         library_name='timm',
         pipeline_tag='image-classification',
         tags=['timm', 'repvgg', 'image-classification', f'arxiv:{_PAPER_ID}'],
         datasets=sorted({_DATASET_IDS[m.dataset] for m in (*record.published, *record.measured)}) or None,
-        **{'model-index': _model_index(record)},
+        **model_index,
     )
     # a ModelCard would put all figures of one data set under the first source
     return RepoCard(f'---\n{metadata.to_yaml()}\n---\n\n{_text(record, owner, source, in_timm)}\n')
 
 
-def _model_index(record: WeightsRecord) -> list[dict] | None:
+def _model_index(record: WeightsRecord) -> list[dict[str, Any]] | None:
     """One result for the figures of each source."""
     results = []
     for _, metrics in groupby((*record.published, *record.measured), key=lambda m: m.source):
@@ -189,6 +194,8 @@ def _origin(record: WeightsRecord, source: str) -> str:
 
 def _forms(record: WeightsRecord) -> str:
     check = record.fold_check
+    if check is None:
+        raise ValueError(f'{record.name} has no fold_check; compare both forms before writing the card')
     agreement = (
         f'{check.images} random images'
         if check.top1_agreement_pct is None

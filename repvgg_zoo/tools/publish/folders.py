@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import timm
 import torch
 from huggingface_hub.utils import validate_repo_id
-from timm.models import byobnet
+from timm.models import PretrainedCfg, byobnet
 from torch import Tensor
 
 from ...blocks.fast_sum import one_by_one
@@ -109,13 +110,14 @@ def build_folders(
         if not replace_existing:
             for folder, partial in zip(folders, new, strict=True):
                 _keep_existing(folder, partial)
-    return tuple(Published(record=r, folder=folder) for r, folder in zip(described, folders, strict=True))
+    training, deploy = (Published(record=r, folder=folder) for r, folder in zip(described, folders, strict=True))
+    return training, deploy
 
 
 def _locate(record: WeightsRecord, source: str | Path | None) -> tuple[Path, str]:
     """Find the file of a source, and what a card may call it."""
     if source is None:
-        path = locate(timm.get_pretrained_cfg(record.name), own=False)
+        path = locate(cast('PretrainedCfg', timm.get_pretrained_cfg(record.name)), own=False)
         return path, record.hub_ref or path.name
     path = Path(source)
     if str(source) and path.is_dir():
@@ -132,11 +134,14 @@ def _write_training_form(record: WeightsRecord, path: Path, folder: Path) -> Non
     state_dict = to_timm_layout(read_checkpoint(path))
     if form_of(state_dict) == 'deploy':
         raise CheckpointError(f'{str(path)!r} is of the deploy form; both forms are made from the training form')
-    model = timm.create_model(
-        record.name,
-        num_classes=record.preprocessing.num_classes,
-        aux_heads=any(key.startswith('aux_heads.') for key in state_dict) or None,
-        device='meta',
+    model = cast(
+        'RepVGG',
+        timm.create_model(
+            record.name,
+            num_classes=record.preprocessing.num_classes,
+            aux_heads=any(key.startswith('aux_heads.') for key in state_dict) or None,
+            device='meta',
+        ),
     )
     load_state_dict(model, state_dict)
     model._model_args = {}  # aux_heads=True is for the user to ask for; the file has their weights

@@ -1,4 +1,4 @@
-"""The verb `publish`: both forms of a checkpoint as model folders, and as repositories on the Hub."""
+"""The command `publish`: both forms of a checkpoint as model folders, and as repositories on the Hub."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from ...pretrained.hub import WEIGHT_FILES, sha256_of
 from ...pretrained.manifest import DEPLOY_SUFFIX, manifest_path, read_manifest
@@ -79,9 +80,10 @@ def _publish_and_print(name: str, args: argparse.Namespace) -> None:
         )
     for item in published:
         done = 'published' if args.push else 'would publish'
-        print(f'{item.folder}: {item.record.size_bytes / 1e6:.1f} MB, {done} as {item.record.hub_id}')
-    check = published[0].record.fold_check
-    print(f'the forms differ by {check.float64_rel_diff:.1e} in float64, {check.float32_rel_diff:.1e} in float32')
+        size_mb = (item.folder / WEIGHT_FILES[0]).stat().st_size / 1e6
+        print(f'{item.folder}: {size_mb:.1f} MB, {done} as {item.record.hub_id}')
+    if check := published[0].record.fold_check:
+        print(f'the forms differ by {check.float64_rel_diff:.1e} in float64, {check.float32_rel_diff:.1e} in float32')
 
 
 def publish(
@@ -175,6 +177,6 @@ def push_folders(published: Iterable[Published], *, replace_existing: bool = Fal
         weights = item.folder / WEIGHT_FILES[0]
         if sha256_of(weights) != item.record.sha256:
             raise HubError(f'{str(weights)!r} has changed since it was written; publish it again')
-        revision = push_folder(item.folder, item.record.hub_id, replace=replace_existing)
+        revision = push_folder(item.folder, cast('str', item.record.hub_id), replace=replace_existing)
         record_weights(replace(item.record, revision=revision))
         _logger.info('%s is on the Hub at revision %s', item.record.hub_id, revision)

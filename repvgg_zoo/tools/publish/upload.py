@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ...pretrained.hub import is_http_error, is_transient, retrying, sha256_of, short_message
 
@@ -63,15 +63,16 @@ def _push_once(folder: Path, repo_id: str, *, replace: bool) -> str:
 
     api = HfApi(library_name='repvgg-zoo', library_version=__version__)
     info = _get_or_create(api, repo_id)
+    sha = cast('str', info.sha)  # every repository has a first commit
     remote = {sibling.rfilename: sibling for sibling in info.siblings or () if sibling.rfilename != '.gitattributes'}
     local = {path.name: path for path in folder.iterdir()}
     surplus = [name for name in remote if name not in local]
     different = [name for name in local if name not in remote or not _has_same_content(local[name], remote[name])]
     if not different and not surplus:
-        return info.sha
+        return sha
     if remote and not replace:
         if not surplus and different == [CARD]:
-            return info.sha
+            return sha
         raise HubError(
             f'{repo_id} on the Hub holds other files than {str(folder)!r} (first: {(surplus or different)[0]}); look '
             'at it, and pass replace (--replace) to replace them'
@@ -80,7 +81,7 @@ def _push_once(folder: Path, repo_id: str, *, replace: bool) -> str:
         repo_id=repo_id,
         folder_path=folder,
         commit_message=f'Publish {repo_id.split("/")[-1]}',
-        parent_commit=info.sha,  # a commit that somebody else makes meanwhile is not buried
+        parent_commit=sha,  # a commit that somebody else makes meanwhile is not buried
         delete_patterns='*' if surplus else None,
     )
     return commit.oid
