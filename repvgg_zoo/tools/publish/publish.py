@@ -8,11 +8,11 @@ import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from ...pretrained.hub import WEIGHT_FILES, sha256_of
 from ...pretrained.manifest import DEPLOY_SUFFIX, manifest_path, read_manifest
-from ..console import Track, no_progress, print_error, progress
+from ..console import print_error, progress
 from .folders import Published, build_folders
 from .manifest_file import record_weights
 from .upload import HubError, push_folder
@@ -90,24 +90,18 @@ def publish(
     name: str,
     source: str | Path | None = None,
     *,
-    owner: str,
-    out: str | Path | None = None,
     push: bool = False,
     replace_existing: bool = False,
-    images: str | Path | None = None,
-    track: Track = no_progress,
+    **options: Any,
 ) -> tuple[Published, Published]:
     """Write the model folders of both forms of a checkpoint, and upload them.
 
     Args:
-        name: See `build_folders`, as for the arguments that are not explained here.
+        name: See `build_folders`.
         source: See `build_folders`.
-        owner: See `build_folders`.
-        out: See `build_folders`.
         push: Upload the folders, see `push_folders`.
         replace_existing: Replace model folders, and with `push` repositories, that hold other weights.
-        images: See `build_folders`.
-        track: See `build_folders`.
+        options: Other options of `build_folders`. `owner` is required.
 
     Returns:
         The training form and the deploy form.
@@ -125,9 +119,7 @@ def publish(
     weights_dir = manifest_path().parent
     if push and not os.access(weights_dir, os.W_OK):
         raise PermissionError(f'{str(weights_dir)!r} cannot be written, so publishing could not be recorded there')
-    published = build_folders(
-        name, source, owner=owner, out=out, replace_existing=replace_existing, images=images, track=track
-    )
+    published = build_folders(name, source, replace_existing=replace_existing, **options)
     if push:
         push_folders(published, replace_existing=replace_existing)
     return published
