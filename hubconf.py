@@ -1,8 +1,41 @@
 """torch.hub: `torch.hub.load(REPO, 'repvgg_a0', pretrained=True, deploy=True, num_classes=10, in_chans=3)`."""
 
-from repvgg_zoo import VARIANTS as _VARIANTS
-from repvgg_zoo import repvgg as _repvgg
+from repvgg_zoo.repvgg import (
+    repvgg_a0,
+    repvgg_a1,
+    repvgg_a2,
+    repvgg_b0,
+    repvgg_b1,
+    repvgg_b1g2,
+    repvgg_b1g4,
+    repvgg_b2,
+    repvgg_b2g2,
+    repvgg_b2g4,
+    repvgg_b3,
+    repvgg_b3g2,
+    repvgg_b3g4,
+    repvgg_d2se,
+    repvggplus_l2pse,
+    test_repvgg,
+)
 
 dependencies = ['torch', 'torchvision', 'timm', 'huggingface_hub', 'safetensors']
 
-globals().update({_name: getattr(_repvgg, _name) for _name in _VARIANTS})
+__all__ = [
+    'repvgg_a0',
+    'repvgg_a1',
+    'repvgg_a2',
+    'repvgg_b0',
+    'repvgg_b1',
+    'repvgg_b1g2',
+    'repvgg_b1g4',
+    'repvgg_b2',
+    'repvgg_b2g2',
+    'repvgg_b2g4',
+    'repvgg_b3',
+    'repvgg_b3g2',
+    'repvgg_b3g4',
+    'repvgg_d2se',
+    'repvggplus_l2pse',
+    'test_repvgg',
+]

@@ -1,5 +1,7 @@
 """RepVGG with timm's model interface."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -14,9 +16,8 @@ from .blocks.base import ReparamBlock
 from .blocks.factory import block_type
 from .blocks.fast_sum import ConvNorm
 from .blocks.grad_checkpointing import checkpointed
-from .blocks.multi_branch import FamilyBlock
 from .checkpoints.layouts import to_timm_layout
-from .checkpoints.state_dicts import StateDict, fold_state_dict, without_aux_heads
+from .checkpoints.state_dicts import StateDict, drop_aux_heads
 from .reparam import switch as _deploy
 from .variants import VARIANTS, Variant
 
@@ -167,6 +168,7 @@ class RepVGG(nn.Module):
             if aux_heads and not deploy
             else None
         )
+        self.register_load_state_dict_pre_hook(_rename_foreign_keys)
 
     @property
     def deploy(self) -> bool:
@@ -183,13 +185,15 @@ class RepVGG(nn.Module):
 
     @property
     def head_hidden_size(self) -> int:
-        """Features that the classifier sees."""
-        return self.head.in_features * self.head.global_pool.feat_mult()
+        """Number of features that the classifier sees; a replaced head counts as one without a pool of its own."""
+        pool = getattr(self.head, 'global_pool', None)
+        return self.num_features * (pool.feat_mult() if hasattr(pool, 'feat_mult') else 1)
 
     @property
     def classifier_names(self) -> tuple[str, ...]:
-        """Paths of the linear layers whose size is the number of classes."""
-        return 'head.fc', *(f'aux_heads.{index}.fc' for index in range(len(self.aux_heads or ())))
+        """Paths of the linear layers whose size is the number of classes; none of a head that was replaced."""
+        heads = ('head', *(f'aux_heads.{index}' for index in range(len(self.aux_heads or ()))))
+        return tuple(f'{head}.fc' for head in heads if hasattr(self.get_submodule(head), 'fc'))
 
     @property
     def _model_args(self) -> dict[str, Any]:
@@ -208,12 +212,12 @@ class RepVGG(nn.Module):
         }
 
     @torch.jit.ignore
-    def switch_to_deploy(self, *, verify: Tensor | None = None) -> 'RepVGG':
+    def switch_to_deploy(self, *, verify: Tensor | None = None) -> RepVGG:
         """Fold every block into one convolution, in place; see `repvgg_zoo.switch_to_deploy`."""
         return _deploy.switch_to_deploy(self, verify=verify)
 
     @torch.jit.ignore
-    def reparameterize(self) -> 'RepVGG':
+    def reparameterize(self) -> RepVGG:
         """`switch_to_deploy()` by timm's name."""
         return self.switch_to_deploy()
 
@@ -224,9 +228,13 @@ class RepVGG(nn.Module):
 
     @torch.jit.ignore
     def _describe_first_conv(self) -> None:
-        """Tell timm which convolutions take the images."""
-        parts = [f'stem.{path}' for path, m in self.stem.named_modules() if isinstance(m, nn.Conv2d)]
-        parts = [path for path in parts if not path.startswith('stem.attn.') and '1x1_kxk' not in path]
+        """Tell timm which convolutions read the images."""
+        parts = [
+            '.'.join(filter(None, ('stem', path, conv)))
+            for path, block in self.stem.named_modules()
+            if isinstance(block, ReparamBlock)
+            for conv in block.input_convs()
+        ]
         first_conv = tuple(parts) if len(parts) > 1 else next(iter(parts), None)  # some compute their kernel
         for description in ('pretrained_cfg', '_traits'):  # timm's, of the model and of its inputs
             if hasattr(self, description):
@@ -238,16 +246,26 @@ class RepVGG(nn.Module):
         self._describe_first_conv()
 
     @torch.jit.ignore
-    def fold_state_dict(self, state_dict: StateDict) -> StateDict:
-        """The deploy form of a training-form state dict in timm's layout, which is used up.
+    def fold_state_dict(self, state_dict: StateDict) -> None:
+        """Fold the branches in a training-form state dict in timm's layout, in place.
 
-        The branches are those of this model's block or of the default one.
+        They are those of this model's blocks or of the default block. Each block's branches are released before the
+        next block is folded.
+
+        Raises:
+            CheckpointError: A block is incomplete, or has other branches.
+            FoldError: A block cannot be folded.
+
+        Example:
+            >>> import timm, repvgg_zoo
+            >>> state_dict = timm.create_model('test_repvgg').state_dict()
+            >>> timm.create_model('test_repvgg', deploy=True).fold_state_dict(state_dict)
+            >>> [key for key in state_dict if key.startswith('stem')]
+            ['stem.reparam_conv.weight', 'stem.reparam_conv.bias']
         """
-        folded = fold_state_dict(state_dict, eps=self.stem.norm_eps, in_place=True)
         for path, block in self.named_modules():
-            if isinstance(block, FamilyBlock):
-                block.fold_state_dict(folded, f'{path}.')
-        return folded
+            if isinstance(block, ReparamBlock):
+                block.fold_state_dict(state_dict, f'{path}.')
 
     @torch.jit.ignore
     def _remove_aux_heads(self) -> None:
@@ -276,12 +294,20 @@ class RepVGG(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        return self.head.fc
+        """Return the linear layer, or the head itself if it was replaced by one without `fc`."""
+        return getattr(self.head, 'fc', self.head)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifiers by fresh ones; `num_classes=0` removes the classifier."""
+        """Replace the classifiers by fresh ones; a head that has no `reset` of its own is replaced as a whole.
+
+        Args:
+            num_classes: 0 removes the classifier.
+            global_pool: timm's name of the pooling; the present one if None.
+        """
         self.num_classes = num_classes
         like = next(self.head.parameters(), next(self.parameters()))  # a head without a classifier has no dtype
+        if not hasattr(self.head, 'reset'):
+            self.head = ClassifierHead(self.num_features, 0, pool_type=self.global_pool, drop_rate=self.drop_rate)
         self.head.reset(num_classes, global_pool)
         self.head.to(like.device, like.dtype).train(self.training)
         if global_pool is not None:
@@ -302,7 +328,9 @@ class RepVGG(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Feature map to logits, or to the pooled features that the classifier sees."""
-        return self.head(x, pre_logits=pre_logits)
+        if pre_logits:
+            return self.head(x, pre_logits=True)
+        return self.head(x)  # a head that users put in takes the feature map only
 
     def forward(self, x: Tensor) -> Tensor:
         has_aux = self.aux_heads is not None and self.stem.reparam_conv is None
@@ -370,22 +398,24 @@ class RepVGG(nn.Module):
         pruned = max_index < len(self.stages)
         self.stages = self.stages[:max_index]
         if pruned:
-            self.num_features = self.head.in_features = self.feature_info[max_index]['num_chs']
+            self.num_features = self.feature_info[max_index]['num_chs']
+            if hasattr(self.head, 'reset'):
+                self.head.in_features = self.num_features
         if prune_head or pruned:
             self.reset_classifier(0, '')
         return take_indices
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Rename the keys of foreign layouts, wherever the model stands."""
-        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        renamed = to_timm_layout(own, strict=False)
-        if self.aux_heads is None:
-            renamed = without_aux_heads(renamed)
-        if renamed.keys() != own.keys():
-            for key in own:
-                del state_dict[prefix + key]
-            state_dict.update({prefix + key: value for key, value in renamed.items()})
-        super()._load_from_state_dict(state_dict, prefix, *args)
+
+def _rename_foreign_keys(model: RepVGG, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Rename the keys of foreign layouts, wherever the model stands, before the blocks look for theirs."""
+    own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    renamed = to_timm_layout(own, strict=False)
+    if model.aux_heads is None:
+        drop_aux_heads(renamed)
+    if renamed.keys() != own.keys():
+        for key in own:
+            del state_dict[prefix + key]
+        state_dict.update({prefix + key: value for key, value in renamed.items()})
 
 
 def _attn_layer(variant: Variant) -> Callable[..., nn.Module] | None:

@@ -1,4 +1,13 @@
-"""timm's registry: default configurations and entrypoints."""
+"""timm's registry: default configurations and entry points.
+
+Every entry point takes the arguments of `timm.create_model` and of `repvgg_zoo.RepVGG`, and:
+
+deploy: Build the deploy form; by default as the tag of the weights says. Training-form weights are folded.
+unfold: Make branches, of the default or any other `block=`, from deploy-form weights. Needs `pretrained=True`.
+cache_dir: Folder for downloads.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 import warnings
@@ -7,32 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import (
-    PretrainedCfg,
-    build_model_with_cfg,
-    generate_default_cfgs,
-    register_model,
-    resolve_pretrained_cfg,
-)
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, resolve_pretrained_cfg
+from timm.models import register_model as register_with_timm
 from torch import nn
 
 from .model import RepVGG
 from .pretrained.load import load_pretrained
 from .pretrained.manifest import DEPLOY_SUFFIX, WeightsRecord, read_manifest
-from .variants import VARIANTS, Variant, suggestion
+from .variants import VARIANTS, Variant, get_variant, suggestion
 
-__all__ = ['RepVGG']
+__all__ = ['RepVGG']  # to which timm adds the entry points
 
 
 def _first_conv(*, deploy: bool) -> str | tuple[str, str]:
     return 'stem.reparam_conv' if deploy else ('stem.conv_kxk.conv', 'stem.conv_1x1.conv')
 
 
-# --------------------------------------------------------------------------------------- timm's registry
-
-
 def _pretrained_cfg(record: WeightsRecord) -> PretrainedCfg:
-    """timm's description of a file of weights; of the training-form file where nobody published the fold."""
+    """Describe a file of weights to timm; the training-form file if nobody published the fold."""
     variant, preprocessing = VARIANTS[record.arch], record.preprocessing
     pool = preprocessing.input_px // variant.total_stride
     return PretrainedCfg(
@@ -56,7 +57,7 @@ default_cfgs = generate_default_cfgs({name: _pretrained_cfg(record) for name, re
 
 
 def _create_repvgg(
-    variant: Variant,
+    name: str,
     *,
     pretrained: bool = False,
     pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
@@ -66,6 +67,7 @@ def _create_repvgg(
     unfold: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
+    variant = get_variant(name)
     if isinstance(pretrained_cfg, str):
         _check_tag(variant, pretrained_cfg)
     if unfold and not pretrained:
@@ -81,20 +83,12 @@ def _create_repvgg(
     cfg = dataclasses.replace(cfg, first_conv=_first_conv(deploy=deploy))
 
     def build(**model_kwargs: Any) -> RepVGG:
-        if (
-            pretrained
-            and not unfold
-            and model_kwargs.get('device') is None
-            and torch.get_default_device().type == 'cpu'
-        ):
-            # neither memory nor time for weights that are replaced at once
-            model = RepVGG(variant, deploy=deploy, **(model_kwargs | {'device': 'meta'}))
-            load_pretrained(model, cfg, cache_dir=cache_dir)
-            if not any(t.is_meta for t in (*model.parameters(), *model.buffers())):
-                return model
-        model = RepVGG(variant, deploy=deploy, **model_kwargs)
-        if pretrained:
-            load_pretrained(model, cfg, cache_dir=cache_dir, unfold=unfold)
+        if not pretrained:
+            return RepVGG(variant, deploy=deploy, **model_kwargs)
+        # Branches are made from their initial values, so these must be there.
+        make = RepVGG if unfold else _build_without_values
+        model = make(variant, deploy=deploy, **model_kwargs)
+        load_pretrained(model, cfg, cache_dir=cache_dir, unfold=unfold)
         return model
 
     model = build_model_with_cfg(
@@ -110,26 +104,120 @@ def _create_repvgg(
     return model
 
 
+def _build_without_values(variant: Variant, **kwargs: Any) -> RepVGG:
+    """Build a model whose tensors are all loaded next: on the CPU, neither memory nor time is spent on their values."""
+    if kwargs.get('device') is None and torch.get_default_device().type == 'cpu':
+        model = RepVGG(variant, **(kwargs | {'device': 'meta'}))
+        tensors = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+        if tensors <= model.state_dict().keys():  # no layer has a buffer that no file holds
+            return model
+    return RepVGG(variant, **kwargs)
+
+
 def _check_tag(variant: Variant, tag: str) -> None:
     tags = list(default_cfgs[variant.name].cfgs)
     if tag not in tags:
         raise RuntimeError(f'unknown tag {tag!r} of {variant.name};{suggestion(tag, tags)} it has: {", ".join(tags)}')
 
 
-def _entrypoint(variant: Variant) -> Callable[..., nn.Module]:
-    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return _create_repvgg(variant, pretrained=pretrained, **kwargs)
-
-    create.__name__ = create.__qualname__ = variant.name
-    create.__doc__ = (
-        f'{variant.name}: stages of {variant.depths} blocks and {variant.stage_channels} channels.\n\n'
-        'Takes the arguments of `timm.create_model`, `deploy=True` for the deploy form, `block=` for another '
-        'training-time block, and `unfold=True` to make its branches from deploy-form weights.'
-    )
-    return create
+def register_model(entry_point: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Register an entry point with timm, without its warning: most names are timm's own, taken over on purpose."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return register_with_timm(entry_point)
 
 
-with warnings.catch_warnings():  # most names are timm's own, and are taken over on purpose
-    warnings.simplefilter('ignore')
-    for _variant in VARIANTS.values():
-        globals()[_variant.name] = register_model(_entrypoint(_variant))
+@register_model
+def repvgg_a0(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepVGG-A0 (arXiv 2101.03697)."""
+    return _create_repvgg('repvgg_a0', pretrained=pretrained, **kwargs)
+
+
+@register_model
+def repvgg_a1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepVGG-A1 (arXiv 2101.03697)."""
+    return _create_repvgg('repvgg_a1', pretrained=pretrained, **kwargs)
+
+
+@register_model
+def repvgg_a2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepVGG-A2 (arXiv 2101.03697)."""
+    return _create_repvgg('repvgg_a2', pretrained=pretrained, **kwargs)
+
+
+@register_model
+def repvgg_b0(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepVGG-B0 (arXiv 2101.03697)."""
+    return _create_repvgg('repvgg_b0', pretrained=pretrained, **kwargs)
+
+
+@register_model
+def repvgg_b1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepVGG-B1 (arXiv 2101.03697)."""
+    return _create_repvgg('repvgg_b1', pretrained=pretrained, **kwargs)
+
+
+@register_model
+def repvgg_b1g2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepVGG-B1g2 (arXiv 2101.03697)."""
+    return _create_repvgg('repvgg_b1g2', pretrained=pretrained, **kwargs)
+
+
+@register_model
+def repvgg_b1g4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepVGG-B1g4 (arXiv 2101.03697)."""
+    return _create_repvgg('repvgg_b1g4', pretrained=pretrained, **kwargs)
+
+
+@register_model
+def repvgg_b2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepVGG-B2 (arXiv 2101.03697)."""
+    return _create_repvgg('repvgg_b2', pretrained=pretrained, **kwargs)
+
+
+@register_model
+def repvgg_b2g2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepVGG-B2g2 (arXiv 2101.03697)."""
+    return _create_repvgg('repvgg_b2g2', pretrained=pretrained, **kwargs)
+
+
+@register_model
+def repvgg_b2g4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepVGG-B2g4 (arXiv 2101.03697)."""
+    return _create_repvgg('repvgg_b2g4', pretrained=pretrained, **kwargs)
+
+
+@register_model
+def repvgg_b3(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepVGG-B3 (arXiv 2101.03697)."""
+    return _create_repvgg('repvgg_b3', pretrained=pretrained, **kwargs)
+
+
+@register_model
+def repvgg_b3g2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepVGG-B3g2 (arXiv 2101.03697)."""
+    return _create_repvgg('repvgg_b3g2', pretrained=pretrained, **kwargs)
+
+
+@register_model
+def repvgg_b3g4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepVGG-B3g4 (arXiv 2101.03697)."""
+    return _create_repvgg('repvgg_b3g4', pretrained=pretrained, **kwargs)
+
+
+@register_model
+def repvgg_d2se(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepVGG-D2se of the official code: deeper, with squeeze-and-excitation."""
+    return _create_repvgg('repvgg_d2se', pretrained=pretrained, **kwargs)
+
+
+@register_model
+def repvggplus_l2pse(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepVGGplus-L2pse of the official code: squeeze-and-excitation last, auxiliary heads to train with."""
+    return _create_repvgg('repvggplus_l2pse', pretrained=pretrained, **kwargs)
+
+
+@register_model
+def test_repvgg(pretrained: bool = False, **kwargs: Any) -> nn.Module:  # noqa: PT028
+    """A tiny RepVGG for small images, to test with."""
+    return _create_repvgg('test_repvgg', pretrained=pretrained, **kwargs)

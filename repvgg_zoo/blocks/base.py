@@ -44,6 +44,11 @@ class ReparamBlock(nn.Module):
         with full_precision(self):
             return self._sum_of_kernels()
 
+    @torch.jit.ignore
+    def input_convs(self) -> list[str]:
+        """Paths of the convolutions that read the block's input, in either form."""
+        return [p for p, m in self.named_modules() if isinstance(m, nn.Conv2d) and not p.startswith('attn.')]
+
     def _sum_of_kernels(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 

@@ -31,12 +31,14 @@ _BLOCK = re.compile(r'^(?:stem|stages\.\d+\.\d+)\.')
 
 
 def blocks_with_keys(keys: Iterable[str]) -> list[str]:
-    """The members whose branches have the keys of a training-form state dict in timm's layout, if it is of any.
+    """Find the block types whose branches have the keys of a training-form state dict in timm's layout.
 
-    More than one where blocks differ in their first values alone; none if it is of the default block, or of no block
-    that is known.
+    More than one where block types differ only in their initial values; none if no known type has these keys.
     """
-    held = _modules(_BLOCK.sub('', key) for key in keys if _BLOCK.match(key) and SPLIT_BN not in key)
+    parts = [_BLOCK.sub('', key) for key in keys if _BLOCK.match(key) and SPLIT_BN not in key]
+    if any(part.startswith('conv_kxk.') for part in parts):
+        return ['repvgg']
+    held = _modules(parts)
     return [name for name, modules in _modules_of_members().items() if modules == held]
 
 

@@ -15,7 +15,7 @@ from ..checkpoints.errors import CheckpointError
 from ..reparam.fold import BNStats, FoldError
 from .base import ReparamBlock, has_identity
 from .block_types import MEMBERS
-from .branches import KernelBias, Shape, after
+from .branches import KernelBias, Shape, SqueezeConv, after
 
 __all__ = ['SPLIT_BN', 'FamilyBlock']
 
@@ -128,6 +128,12 @@ class FamilyBlock(ReparamBlock):
         conv = trained.folded_conv()
         rest = {key: value for key, value in state_dict.items() if key not in folded}
         return rest | {f'reparam_conv.{name}': value for name, value in conv.state_dict().items()}
+
+    @torch.jit.ignore
+    def input_convs(self) -> list[str]:
+        chains = [name for name, branch in (self.branches or {}).items() if isinstance(branch, SqueezeConv)]
+        inner = tuple(f'branches.{name}.' for name in chains)  # convolutions behind a 1x1 kernel
+        return [path for path in super().input_convs() if not path.startswith(inner)]
 
     @torch.jit.ignore
     def branch_list(self) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""The error of loading, and how its lists are shortened."""
+"""The error that loading raises."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ __all__ = ['CheckpointError', 'abbreviate']
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read, or does not fit the model that it is loaded into."""
+    """A checkpoint cannot be read, or does not fit the model that it is loaded into."""
 
 
 def abbreviate(items: Iterable[str], limit: int = 5) -> str:
+    """Join the first few items, and tell how many there are if some are left out.
+
+    Example:
+        >>> abbreviate('abcd', limit=2)
+        'a, b, … (4 in all)'
+    """
     items = list(items)
     return ', '.join(items[:limit]) + (f', … ({len(items)} in all)' if len(items) > limit else '')

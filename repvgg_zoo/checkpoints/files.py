@@ -4,34 +4,47 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
 
-from .errors import CheckpointError, abbreviate
+from .errors import CheckpointError
 from .state_dicts import StateDict
 
 __all__ = ['FILE_SUFFIXES', 'read_checkpoint', 'read_safetensors_header']
 
 FILE_SUFFIXES = ('.safetensors', '.pth', '.pt', '.tar', '.bin')
-"""What the names of checkpoint files end in."""
+"""Suffixes of checkpoint files."""
 
 _CONTAINERS = ('state_dict', 'model')
 _EMA_CONTAINERS = ('state_dict_ema', 'model_ema')
 
 
 def read_checkpoint(path: str | Path, *, use_ema: bool = True) -> StateDict:
-    """Read the state dict of a `.safetensors` or torch file, as its keys stand.
+    """Read the state dict of a `.safetensors` or torch file, with its keys as they are.
 
-    A state dict inside a training checkpoint (`state_dict`, `model`) is found; where the file holds an
-    exponential moving average too (`state_dict_ema`, `model_ema`), that one is taken unless `use_ema` is
-    false. Torch files are read with `weights_only=True`, so no code in them is run. Raises
-    `FileNotFoundError`, or `CheckpointError` for a file that cannot be read or holds no tensors.
+    A training checkpoint holds its state dict under `state_dict` or `model`, and an exponential moving average of the
+    weights under `state_dict_ema` or `model_ema`. Torch files are read with `weights_only=True`, which runs no code
+    from the file.
+
+    Args:
+        path: A file in either format, by any name.
+        use_ema: Take the average where the file has one.
+
+    Returns:
+        Tensors on the CPU that own their memory.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: The file cannot be read, or holds no state dict.
+
+    Example:
+        >>> from repvgg_zoo.pretrained.manifest import weights_dir
+        >>> state_dict = read_checkpoint(weights_dir() / 'test_repvgg.cifar10.safetensors')
+        >>> state_dict['head.fc.weight'].shape
+        torch.Size([10, 96])
     """
     path = Path(path)
     if not path.is_file():
@@ -47,72 +60,37 @@ def read_checkpoint(path: str | Path, *, use_ema: bool = True) -> StateDict:
     return dict(checkpoint)
 
 
-_SAFETENSORS_DTYPES = {
-    'F64': torch.float64,
-    'F32': torch.float32,
-    'F16': torch.float16,
-    'BF16': torch.bfloat16,
-    'I64': torch.int64,
-    'I32': torch.int32,
-    'I16': torch.int16,
-    'I8': torch.int8,
-    'U8': torch.uint8,
-    'BOOL': torch.bool,
-}
+_TENSORS_AT_A_TIME = 16
+"""Tensors copied from a mapped file before it is mapped anew, so that few of its pages are in memory at a time."""
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By the suffix, or by the format: the length of a header in eight bytes, then the header in JSON."""
+    """Tell by the suffix, or by the format: the length of a header in eight bytes, then the header in JSON."""
     with path.open('rb') as file:
         header_size, first = int.from_bytes(file.read(8), 'little'), file.read(1)
     return path.suffix == '.safetensors' or (first == b'{' and header_size < path.stat().st_size)
 
 
 def _read_safetensors(path: Path) -> StateDict:
-    """Read into memory that the tensors own: the library's reader maps the file, and needs as much again to copy it."""
+    """Read tensors that own their memory: those that map the file would change with it."""
     from safetensors import SafetensorError, safe_open
 
+    tensors: StateDict = {}
     try:
-        with safe_open(path, 'pt'):  # the library checks the header
-            pass
-        with path.open('rb') as file:
-            header = read_safetensors_header(file)
-            data_start = file.tell()
-        header.pop('__metadata__', None)
-        if unread := [f'{n} is {e["dtype"]}' for n, e in header.items() if e['dtype'] not in _SAFETENSORS_DTYPES]:
-            raise CheckpointError(
-                f'{str(path)!r} has tensors of dtypes that are not read: {abbreviate(unread)}; these are: '
-                f'{", ".join(_SAFETENSORS_DTYPES)}'
-            )
-        tensors = {
-            name: torch.empty(entry['shape'], dtype=_SAFETENSORS_DTYPES[entry['dtype']], device='cpu')
-            for name, entry in sorted(header.items(), key=lambda item: item[1]['data_offsets'])
-        }
-        by_size = sorted(tensors, key=lambda name: tensors[name].nbytes)
-        workers = torch.get_num_threads()  # a thread spends its time with the kernel's copies and page faults
-        shares = [
-            [(data_start + header[name]['data_offsets'][0], tensors[name]) for name in by_size[worker::workers]]
-            for worker in range(workers)
-        ]
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(_read_into, repeat(path), shares))
-        return tensors
+        with safe_open(path, 'pt') as file:
+            keys = list(file.keys())
+        for first in range(0, len(keys), _TENSORS_AT_A_TIME):
+            with safe_open(path, 'pt') as file:
+                for key in keys[first : first + _TENSORS_AT_A_TIME]:
+                    tensors[key] = file.get_tensor(key).clone()
     except SafetensorError as error:
         raise CheckpointError(f'{str(path)!r} is truncated or no safetensors file ({error}); get it again') from error
+    return tensors
 
 
 def read_safetensors_header(file: BinaryIO) -> dict[str, Any]:
-    """The header of an open safetensors file, which is then at the end of it: its length in eight bytes, and JSON."""
+    """Read the header of an open safetensors file: its length in eight bytes, and JSON."""
     return json.loads(file.read(int.from_bytes(file.read(8), 'little')))
-
-
-def _read_into(path: Path, tensors: Iterable[tuple[int, Tensor]]) -> None:
-    """Fill each tensor with the bytes that begin at its offset in a file."""
-    with path.open('rb') as file:
-        for offset, tensor in tensors:
-            file.seek(offset)
-            if file.readinto(tensor.view(-1).view(torch.uint8).numpy()) != tensor.nbytes:
-                raise CheckpointError(f'{str(path)!r} became shorter while it was read; get it again')
 
 
 def _read_torch(path: Path) -> Any:

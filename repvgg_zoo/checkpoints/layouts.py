@@ -1,4 +1,4 @@
-"""The key layouts of checkpoints as a table, and their translation to timm's."""
+"""Key layouts of checkpoints, one row each, and their translation to timm's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ['to_timm_layout']
 class _Layout:
     name: str
     marker: re.Pattern[str]
-    """Matches a key that this layout alone has."""
+    """Matches a key that only this layout has."""
     stem: str
     stages: re.Pattern[str]
     """Matches a block's prefix: stage (1 to 4), optionally which half of it, block."""
@@ -76,10 +76,23 @@ _WRAPPERS = ('module.', '_orig_mod.')
 def to_timm_layout(state_dict: Mapping[str, Tensor], *, strict: bool = True) -> StateDict:
     """Rename the keys of any layout, in either form, to timm's.
 
-    Prefixes of DistributedDataParallel and torch.compile are stripped from the front of keys, and
-    `num_batches_tracked`, which very old files lack, is filled in. The tensors are not copied. Raises
-    `CheckpointError` if no layout is recognised, unless `strict` is false, or if a key has no place in the
-    recognised one.
+    Prefixes of DistributedDataParallel and torch.compile are stripped from the front of keys. `num_batches_tracked`,
+    which very old files lack, is filled in.
+
+    Args:
+        state_dict: Weights of a whole model.
+        strict: Raise if no layout is recognised, instead of leaving the keys as they are.
+
+    Returns:
+        A new dict of the same tensors.
+
+    Raises:
+        CheckpointError: No layout is recognised, or a key has no place in the recognised one.
+
+    Example:
+        >>> import torch
+        >>> list(to_timm_layout({'backbone.stem.branch_reparam.bias': torch.zeros(1)}))
+        ['stem.reparam_conv.bias']
     """
     state_dict = {_strip_wrappers(key): value for key, value in state_dict.items()}
     if not any(map(_TIMM_MARKER.match, state_dict)):

@@ -1,9 +1,8 @@
-"""What a model needs from a state dict: its form, its fold, strict checks."""
+"""State dicts in timm's layout: their form, their variant, and whether they fit a model."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Literal, TypeAlias
 
@@ -20,10 +19,10 @@ __all__ = [
     'Form',
     'StateDict',
     'check_fit',
+    'drop_aux_heads',
     'fold_state_dict',
     'form_of',
     'identify_variant',
-    'without_aux_heads',
 ]
 
 Form: TypeAlias = Literal['training', 'deploy']
@@ -36,50 +35,51 @@ FAMILY_BRANCH = re.compile(r'(?:^|\.)branches\.\d*[a-z]')
 _BRANCHES = tuple(f'{branch}.' for branch in (TIMM.conv_kxk, TIMM.conv_1x1, TIMM.identity))
 
 
-def form_of(state_dict: Iterable[str]) -> Form:
-    """The form that a state dict in timm's layout holds; raises `CheckpointError` for a mixture."""
-    keys = list(state_dict)
+def form_of(keys: Iterable[str]) -> Form:
+    """Tell the form of weights by their keys in timm's layout.
+
+    Raises:
+        CheckpointError: There are blocks of both forms, or none.
+
+    Example:
+        >>> form_of(['stem.reparam_conv.weight', 'stem.reparam_conv.bias'])
+        'deploy'
+    """
+    keys = list(keys)
     training = [key for key in keys if key.endswith(_KXK) or FAMILY_BRANCH.search(key)]
     deploy = [key for key in keys if key.endswith(_DEPLOY)]
     if training and deploy:
         raise CheckpointError(
             f'a checkpoint with blocks of both forms: {abbreviate(training)} of the training form, '
-            f'{abbreviate(deploy)} of the '
-            'deploy form; save it again from a model of one form'
+            f'{abbreviate(deploy)} of the deploy form; save it again from a model of one form'
         )
     if not training and not deploy:
         raise CheckpointError(f'no RepVGG block among the keys {abbreviate(keys)}')
     return 'training' if training else 'deploy'
 
 
-def fold_state_dict(
-    state_dict: Mapping[str, Tensor], *, eps: float = BNStats._field_defaults['eps'], in_place: bool = False
-) -> StateDict:
-    """The deploy form of a training-form state dict in timm's layout, as `reparam.fold_block` makes it.
+def drop_aux_heads(state_dict: StateDict) -> None:
+    """Remove the auxiliary heads, which only training uses."""
+    for key in [key for key in state_dict if key.startswith(AUX_PREFIX)]:
+        del state_dict[key]
 
-    Auxiliary heads, which only training uses, are left out. The blocks may stand at any prefix, so the
-    state dict of a larger network, or of a single block, works too. `eps` is that of the batch
-    normalisation that the weights were trained with; state dicts do not hold it. `in_place` puts the folded
-    kernels into the memory of the 3x3 kernels, except where these share it with another tensor.
+
+def fold_state_dict(state_dict: Mapping[str, Tensor], *, eps: float) -> StateDict:
+    """Fold blocks of the default type, at any prefix, of a training-form state dict in timm's layout.
+
+    `eps` is that of the batch normalisation that the weights were trained with; state dicts do not hold it.
     """
     prefixes = [key.removesuffix(_KXK) for key in state_dict if key.endswith(_KXK)]
     branches = {prefix + branch for prefix in prefixes for branch in _BRANCHES}
-    holders = Counter(value.untyped_storage().data_ptr() for value in state_dict.values()) if in_place else {}
     folded = {}
     for key, value in state_dict.items():
         if key.endswith(_KXK):
             prefix = key.removesuffix(_KXK)
-            out = value if in_place and holders[value.untyped_storage().data_ptr()] == 1 else None
-            weight, bias = _fold_one(state_dict, prefix, eps, out)
+            weight, bias = _fold_one(state_dict, prefix, eps)
             folded[f'{prefix}{TIMM.reparam_conv}.weight'], folded[f'{prefix}{TIMM.reparam_conv}.bias'] = weight, bias
         elif _branch_prefix(key) not in branches:
             folded[key] = value
-    return without_aux_heads(folded)
-
-
-def without_aux_heads(state_dict: Mapping[str, Tensor]) -> StateDict:
-    """A state dict without the auxiliary heads, which only training uses."""
-    return {key: value for key, value in state_dict.items() if not key.startswith(AUX_PREFIX)}
+    return folded
 
 
 def _branch_prefix(key: str) -> str | None:
@@ -91,7 +91,7 @@ def _branch_prefix(key: str) -> str | None:
     return None
 
 
-def _fold_one(state_dict: Mapping[str, Tensor], prefix: str, eps: float, out: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fold_one(state_dict: Mapping[str, Tensor], prefix: str, eps: float) -> tuple[Tensor, Tensor]:
     def stats(norm: str) -> BNStats:
         mean, var = (state_dict[f'{prefix}{norm}.running_{name}'] for name in ('mean', 'var'))
         weight, bias = (state_dict.get(f'{prefix}{norm}.{name}') for name in ('weight', 'bias'))
@@ -106,7 +106,6 @@ def _fold_one(state_dict: Mapping[str, Tensor], prefix: str, eps: float, out: Te
             state_dict[f'{prefix}{TIMM.conv_1x1}.conv.weight'],
             stats(f'{TIMM.conv_1x1}.{TIMM.norm}'),
             stats(TIMM.identity) if f'{prefix}{TIMM.identity}.running_var' in state_dict else None,
-            out=out,
         )
     except KeyError as error:
         raise CheckpointError(f'cannot fold block {prefix.rstrip(".")!r}: {error.args[0]} is missing') from None
@@ -115,10 +114,20 @@ def _fold_one(state_dict: Mapping[str, Tensor], prefix: str, eps: float, out: Te
 
 
 def check_fit(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, what: str) -> None:
-    """Raise `CheckpointError` unless keys and shapes are those of `expected`, the model's state dict.
+    """Check that keys and shapes are those of a model.
 
-    The error lists what is missing, unexpected and of the wrong shape, and the variant that the
-    checkpoint is of where its shapes tell. `what` names the model.
+    Args:
+        state_dict: Weights in timm's layout.
+        expected: The model's state dict.
+        what: Name of the model's variant.
+
+    Raises:
+        CheckpointError: They are not. The error lists what is missing, unexpected and of the wrong shape, and names
+            the variant that the shapes tell.
+
+    Example:
+        >>> import torch
+        >>> check_fit({'head.fc.bias': torch.zeros(2)}, {'head.fc.bias': torch.zeros(2)}, what='repvgg_a0')
     """
     wrong_shape = [
         f'{key}: {tuple(value.shape)} in the checkpoint, {tuple(expected[key].shape)} in the model'
@@ -138,9 +147,22 @@ def check_fit(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
 
 
 def identify_variant(state_dict: Mapping[str, Tensor]) -> Variant | None:
-    """The variant whose depths, channels, groups and squeeze-excite a state dict in timm's layout has."""
-    suffix = f'.{_KXK}' if any(key.endswith(_KXK) for key in state_dict) else f'.{_DEPLOY}'
-    shapes = {key.removesuffix(suffix): value.shape for key, value in state_dict.items() if key.endswith(suffix)}
+    """Find the variant with the depths, channels, groups and squeeze-excite of a state dict in timm's layout.
+
+    Returns:
+        The variant; None if no variant has these shapes, or if the training-form blocks are not of the default type.
+
+    Example:
+        >>> import timm
+        >>> identify_variant(timm.create_model('repvgg_b1g2', device='meta').state_dict()).name
+        'repvgg_b1g2'
+    """
+    shapes = {
+        key.removesuffix(suffix): value.shape
+        for key, value in state_dict.items()
+        for suffix in (f'.{_KXK}', f'.{_DEPLOY}')
+        if key.endswith(suffix)
+    }
     squeezed = state_dict.get(f'stages.0.0.{TIMM.squeeze}.weight')
     for variant in VARIANTS.values():
         channels = {

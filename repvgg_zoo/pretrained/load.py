@@ -1,8 +1,9 @@
-"""From a pretrained configuration to weights in a model: where the file is, and how it is made to fit."""
+"""From a checkpoint to weights in a model: read, convert the form, adapt the ends, assign."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,48 +15,68 @@ from ..blocks.unfold import unfold_state_dict
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.files import read_checkpoint
 from ..checkpoints.layouts import to_timm_layout
-from ..checkpoints.state_dicts import FAMILY_BRANCH, StateDict, check_fit, fold_state_dict, form_of, without_aux_heads
+from ..checkpoints.state_dicts import Form, StateDict, check_fit, drop_aux_heads, form_of
 from .locate import locate
 
 if TYPE_CHECKING:
     from ..model import RepVGG
 
-__all__ = ['load_checkpoint', 'load_pretrained', 'load_state_dict']
+__all__ = [
+    'Checkpoint',
+    'adapt_inputs_and_classifier',
+    'assign',
+    'convert_form',
+    'identify',
+    'load_checkpoint',
+    'load_pretrained',
+    'make_branches',
+    'read',
+]
 
 _logger = logging.getLogger(__name__)
 
 
-def load_checkpoint(model: RepVGG, path: str | Path, *, use_ema: bool = True, unfold: bool = False) -> RepVGG:
-    """Load a checkpoint of any layout and either form strictly into a model, and return the model.
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights, and what they are of. The steps of loading change the state dict in place, to hold no tensor twice."""
 
-    Training-form weights are folded if the model is of the deploy form. With `unfold`, deploy-form weights, and
-    training-form weights of the default block, go into a training-form model of any block: it then computes the
-    same in eval mode. See `repvgg_zoo.checkpoints.read_checkpoint` for the files that are read and for `use_ema`.
+    state_dict: StateDict
+    """In timm's layout."""
+    form: Form
+    blocks: tuple[str, ...]
+    """Block types whose keys these are: more than one where the keys do not tell, none in the deploy form."""
+
+
+def load_checkpoint(model: RepVGG, path: str | Path, *, use_ema: bool = True, unfold: bool = False) -> RepVGG:
+    """Load a checkpoint of any layout and either form strictly into a model.
+
+    Training-form weights are folded for a deploy-form model.
+
+    Args:
+        model: The model to change.
+        path: A safetensors or torch file; see `repvgg_zoo.checkpoints.files.read_checkpoint`.
+        use_ema: Take the average of the weights where the file has one.
+        unfold: Make branches from deploy-form weights, or from training-form weights of the default block, for a
+            training-form model of any block. In eval mode it then computes the same.
+
+    Returns:
+        The model.
 
     Raises:
         FileNotFoundError: There is no such file.
         CheckpointError: The file cannot be read, or does not fit the model; the model is then unchanged.
+        FoldError: The weights cannot be folded; the model is then unchanged.
+        ValueError: `unfold` is for a model of the training form, and this one is of the deploy form.
+
+    Example:
+        >>> import timm, repvgg_zoo
+        >>> from repvgg_zoo.pretrained.manifest import weights_dir
+        >>> model = timm.create_model('test_repvgg', deploy=True)
+        >>> repvgg_zoo.load_checkpoint(model, weights_dir() / 'test_repvgg.cifar10.safetensors').deploy
+        True
     """
-    state_dict = to_timm_layout(read_checkpoint(path, use_ema=use_ema))
-    if unfold:
-        state_dict = _unfolded(model, _for_unfolding(model, state_dict))
-    load_state_dict(model, state_dict)
+    _load(model, read(path, use_ema=use_ema), unfold=unfold)
     return model
-
-
-def load_state_dict(model: RepVGG, state_dict: StateDict) -> None:
-    """Load a state dict in timm's layout and either form strictly; a misfit leaves the model unchanged.
-
-    A model on the meta device takes the tensors as its own, without a copy, and training weights are folded for
-    a deploy model in their own memory: the state dict is used up.
-    """
-    state_dict = _to_form_of(model, state_dict)
-    expected = model.state_dict()
-    check_fit(state_dict, expected, what=model.variant.name)
-    if model.device.type != 'meta':
-        model.load_state_dict(state_dict)
-        return
-    model.load_state_dict({key: _owned(value, expected[key]) for key, value in state_dict.items()}, assign=True)
 
 
 def load_pretrained(
@@ -63,58 +84,153 @@ def load_pretrained(
 ) -> None:
     """Load the weights that a pretrained configuration names into a model.
 
-    The stem is adapted to the model's input channels as timm does it. Where the configuration speaks of
-    another number of classes than the model has, a classifier that does not fit is left as it is
-    initialised, which is logged. Everything else must fit. Raises
-    `CheckpointError` as `load_checkpoint` does, and where no file can be had.
+    The stem is adapted to the model's input channels as timm does it. If `cfg.num_classes` differs from the model's,
+    a classifier that does not fit keeps its initial weights (logged at INFO). Everything else must fit.
+
+    Args:
+        model: The model to change.
+        cfg: Names a state dict, a file, a Hub repository or a URL.
+        cache_dir: Folder for downloads, instead of the default one.
+        unfold: As in `load_checkpoint`.
+
+    Raises:
+        CheckpointError: The weights cannot be had or read, or do not fit the model.
+        FoldError: The weights cannot be folded.
+        ValueError: `unfold` is for a model of the training form, and this one is of the deploy form.
+
+    Example:
+        >>> import timm, repvgg_zoo
+        >>> model = timm.create_model('test_repvgg', num_classes=3)
+        >>> load_pretrained(model, timm.get_pretrained_cfg('test_repvgg.cifar10'))
     """
     if cfg.state_dict is not None:
-        _load_adapted(model, cfg, {key: value.clone() for key, value in cfg.state_dict.items()}, unfold)
+        _load(model, identify({key: value.clone() for key, value in cfg.state_dict.items()}), unfold=unfold, cfg=cfg)
         return
     path = locate(cfg, cache_dir=cache_dir)
-    state_dict = read_checkpoint(path)
+    checkpoint = read(path)
     try:
-        _load_adapted(model, cfg, state_dict, unfold)
+        _load(model, checkpoint, unfold=unfold, cfg=cfg)
     except CheckpointError as error:
         raise CheckpointError(f'{str(path)!r}: {error}') from error
 
 
-def _load_adapted(model: RepVGG, cfg: PretrainedCfg, state_dict: StateDict, unfold: bool) -> None:
+def _load(model: RepVGG, checkpoint: Checkpoint, *, unfold: bool, cfg: PretrainedCfg | None = None) -> None:
+    checkpoint = convert_form(checkpoint, model, unfold=unfold)
+    if cfg is not None:
+        adapt_inputs_and_classifier(checkpoint, model, cfg)
+    if unfold:  # once the shapes are the model's
+        checkpoint = make_branches(checkpoint, model)
+    assign(model, checkpoint)
+
+
+def read(path: str | Path, *, use_ema: bool = True) -> Checkpoint:
+    """Read a file of weights, rename its keys and identify it.
+
+    Args:
+        path: See `repvgg_zoo.checkpoints.files.read_checkpoint`.
+        use_ema: Take the average of the weights where the file has one.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: The file cannot be read, or is of no known layout, or mixes both forms.
+
+    Example:
+        >>> from repvgg_zoo.pretrained.manifest import weights_dir
+        >>> checkpoint = read(weights_dir() / 'test_repvgg.cifar10.safetensors')
+        >>> checkpoint.form, checkpoint.blocks
+        ('training', ('repvgg',))
+    """
+    state_dict = read_checkpoint(path, use_ema=use_ema)
+    try:
+        return identify(state_dict)
+    except CheckpointError as error:
+        raise CheckpointError(f'{str(path)!r}: {error}') from error
+
+
+def identify(state_dict: StateDict) -> Checkpoint:
+    """Rename the keys of a state dict of any layout, and tell what it is of; see `read`."""
     state_dict = to_timm_layout(state_dict)
-    state_dict = _for_unfolding(model, state_dict) if unfold else _to_form_of(model, state_dict)
-    _adapt_stem(state_dict, model.in_chans, cfg.input_size[0])
+    return Checkpoint(state_dict, form_of(state_dict), tuple(blocks_with_keys(state_dict)))
+
+
+def convert_form(checkpoint: Checkpoint, model: RepVGG, *, unfold: bool = False) -> Checkpoint:
+    """Keep, fold or refuse weights, by the form and the block type of a model.
+
+    Args:
+        checkpoint: Its state dict is used up.
+        model: The model that the weights are for.
+        unfold: Let deploy-form weights pass for a training-form model, and fold those of the default block for a
+            model of another one; `make_branches` follows.
+
+    Raises:
+        CheckpointError: The weights need branches that they do not have, or are of another block type.
+        FoldError: A block cannot be folded.
+        ValueError: `unfold` is for a model of the training form, and this one is of the deploy form.
+    """
+    if unfold and model.deploy:
+        raise ValueError('unfold=True is for a model of the training form, and this one is of the deploy form')
+    if checkpoint.form == 'deploy' and not model.deploy and not unfold:
+        raise CheckpointError(
+            f'the checkpoint holds {model.variant.name} in the deploy form, whose branches are summed; create the '
+            'model with deploy=True, or load with unfold=True, which makes branches that compute the same'
+        )
+    has_other_block = bool(checkpoint.blocks) and model.block not in checkpoint.blocks
+    if has_other_block and not ('repvgg' in checkpoint.blocks and (model.deploy or unfold)):
+        raise CheckpointError(
+            f'the checkpoint holds the branches of block={" or ".join(map(repr, checkpoint.blocks))}, and the model '
+            f'has those of block={model.block!r}; create it with the block of the weights'
+            + (', or load with unfold=True' if 'repvgg' in checkpoint.blocks else '')
+        )
+    if checkpoint.form == 'training' and (model.deploy or has_other_block):
+        model.fold_state_dict(checkpoint.state_dict)
+        checkpoint = replace(checkpoint, form='deploy', blocks=())
+    if model.aux_heads is None:
+        drop_aux_heads(checkpoint.state_dict)
+    return checkpoint
+
+
+def adapt_inputs_and_classifier(checkpoint: Checkpoint, model: RepVGG, cfg: PretrainedCfg) -> None:
+    """Fit the first kernels to the model's input channels, and leave out a classifier of other classes.
+
+    Args:
+        checkpoint: Weights in the form of the model, or in the deploy form; changed in place.
+        model: The model that the weights are for. A classifier on the meta device that gets no weights is initialised.
+        cfg: Says how many input channels and classes the weights are for.
+
+    Raises:
+        CheckpointError: The stem cannot be adapted.
+    """
+    _adapt_stem(checkpoint, model, cfg.input_size[0])
     if model.num_classes != cfg.num_classes:
         for name in model.classifier_names:
-            _keep_classifier_that_fits(model, name, state_dict)
-    load_state_dict(model, _unfolded(model, state_dict) if unfold else state_dict)
+            _keep_classifier_that_fits(model, name, checkpoint.state_dict)
 
 
-def _for_unfolding(model: RepVGG, state_dict: StateDict) -> StateDict:
-    """The deploy form of a state dict that is to be unfolded; weights of the model's own block stay as they are."""
-    if model.deploy:
-        raise ValueError('unfold=True is for a model of the training form, and this one is of the deploy form')
-    if form_of(state_dict) == 'training':
-        if model.block != 'repvgg' and _is_of_default_block(state_dict):
-            folded = fold_state_dict(state_dict, eps=model.stem.norm_eps)
-            if model.aux_heads is None:
-                return folded
-            return folded | {key: state_dict[key] for key in state_dict.keys() - without_aux_heads(state_dict).keys()}
-        _check_block(model, state_dict)
-    return state_dict
+def make_branches(checkpoint: Checkpoint, model: RepVGG) -> Checkpoint:
+    """Make the branches of a training-form model from deploy-form weights; training-form weights stay as they are."""
+    if checkpoint.form == 'training':
+        return checkpoint
+    state_dict = unfold_state_dict(model, checkpoint.state_dict, what=model.variant.name)
+    return Checkpoint(state_dict, 'training', (model.block,))
 
 
-def _is_of_default_block(state_dict: StateDict) -> bool:
-    return not any(map(FAMILY_BRANCH.search, state_dict))
+def assign(model: RepVGG, checkpoint: Checkpoint) -> None:
+    """Give a model weights that fit it exactly: a model on the meta device takes the tensors over, others copy them.
 
-
-def _unfolded(model: RepVGG, state_dict: StateDict) -> StateDict:
-    if form_of(state_dict) == 'training':
-        return state_dict
-    return unfold_state_dict(model, state_dict, what=model.variant.name)
+    Raises:
+        CheckpointError: The weights do not fit; the model is then unchanged.
+    """
+    state_dict, expected = checkpoint.state_dict, model.state_dict()
+    check_fit(state_dict, expected, what=model.variant.name)
+    if model.device.type != 'meta':
+        model.load_state_dict(state_dict)
+        return
+    own = {key: _detached_copy(value, expected[key]) for key, value in state_dict.items()}
+    model.load_state_dict(own, assign=True)
 
 
 def _keep_classifier_that_fits(model: RepVGG, name: str, state_dict: StateDict) -> None:
-    """Replace weights of another number of classes than the model has by the model's own, fresh ones."""
+    """Replace weights of another number of classes than the model has by the model's own, initial ones."""
     linear = model.get_submodule(name)
     weight, bias = f'{name}.weight', f'{name}.bias'
     if isinstance(linear, nn.Linear) and weight in state_dict and state_dict[weight].shape == linear.weight.shape:
@@ -128,50 +244,28 @@ def _keep_classifier_that_fits(model: RepVGG, name: str, state_dict: StateDict) 
         state_dict |= {weight: linear.weight.detach(), bias: linear.bias.detach()}
 
 
-def _owned(value: Tensor, like: Tensor) -> Tensor:
-    """A tensor as a parameter of its own: of the model's dtype, contiguous, and with no other in its storage."""
+def _adapt_stem(checkpoint: Checkpoint, model: RepVGG, source_chans: int) -> None:
+    if model.in_chans == source_chans:
+        return
+    if source_chans != 3:
+        raise CheckpointError(
+            f'weights for {source_chans} channels go into a model of as many, not of {model.in_chans}'
+        )
+    state_dict = checkpoint.state_dict
+    convs = ['reparam_conv'] if checkpoint.form == 'deploy' else model.stem.input_convs()
+    inputs = [f'stem.{conv}.weight' for conv in convs]
+    kernels = [key for key, value in state_dict.items() if key.startswith('stem.') and value.ndim > 2]
+    if others := [key for key in kernels if key not in inputs and '.attn.' not in key]:
+        raise CheckpointError(
+            f'{others[0]} has another structure for {model.in_chans} channels than for {source_chans}; unfold '
+            f'deploy-form weights (unfold=True), or take a model of {source_chans} channels'
+        )
+    for key in state_dict.keys() & inputs:
+        state_dict[key] = adapt_input_conv(model.in_chans, state_dict[key])
+
+
+def _detached_copy(value: Tensor, like: Tensor) -> Tensor:
+    """Make a tensor of the model's dtype that is contiguous and alone in its storage; copy only if it is not so yet."""
     # flat in between, since a 1x1 kernel is contiguous in channels_last too
     value = value.detach().to(like.dtype).contiguous().view(-1).view(value.shape)
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
-
-
-def _to_form_of(model: RepVGG, state_dict: StateDict) -> StateDict:
-    form = form_of(state_dict)
-    if form == 'training':
-        _check_block(model, state_dict)
-        if model.deploy:
-            return model.fold_state_dict(state_dict)
-    if not model.deploy and form == 'deploy':
-        raise CheckpointError(
-            f'the checkpoint holds {model.variant.name} in the deploy form, whose branches are summed; create the '
-            'model with deploy=True, or load with unfold=True, which makes branches that compute the same'
-        )
-    return state_dict if model.aux_heads is not None else without_aux_heads(state_dict)
-
-
-def _check_block(model: RepVGG, state_dict: StateDict) -> None:
-    """Raise if training-form weights are of a block that neither fits the model nor folds into its deploy form."""
-    is_default = _is_of_default_block(state_dict)
-    held = ['repvgg'] if is_default else blocks_with_keys(state_dict)
-    if not held or model.block in held or (model.deploy and is_default):
-        return
-    raise CheckpointError(
-        f'the checkpoint holds the branches of block={" or ".join(map(repr, held))}, and the model has those of '
-        f'block={model.block!r}; create it with the block of the weights'
-        + (', or load with unfold=True' if is_default else '')
-    )
-
-
-def _adapt_stem(state_dict: StateDict, in_chans: int, source_chans: int) -> None:
-    if in_chans == source_chans:
-        return
-    if source_chans != 3:
-        raise CheckpointError(f'weights for {source_chans} channels go into a model of as many, not of {in_chans}')
-    kernels = [key for key, value in state_dict.items() if key.startswith('stem.') and value.ndim > 2]
-    if others := [key for key in kernels if not key.endswith('conv.weight') and '.attn.' not in key]:
-        raise CheckpointError(
-            f'{others[0]} has another structure for {in_chans} channels than for {source_chans}; unfold deploy-form '
-            f'weights (unfold=True), or take a model of {source_chans} channels'
-        )
-    for key in [key for key in kernels if key.endswith('conv.weight')]:
-        state_dict[key] = adapt_input_conv(in_chans, state_dict[key])

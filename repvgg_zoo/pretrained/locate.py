@@ -19,14 +19,29 @@ WEIGHTS_VARIABLE = 'REPVGG_ZOO_WEIGHTS'
 """Environment variable: a folder of model folders, named `arch.tag`, that go before the Hub and the bundled files."""
 
 
-def locate(cfg: PretrainedCfg, *, cache_dir: str | Path | None = None, own: bool = True) -> Path:
-    """The local path of the weights that a pretrained configuration names, downloaded to the cache if need be.
+def locate(cfg: PretrainedCfg, *, cache_dir: str | Path | None = None, use_override_dir: bool = True) -> Path:
+    """Find the weights that a pretrained configuration names, and download them to the cache if need be.
 
-    A file that the manifest has the sha256 of is checked against it, and a downloaded one against the Hub's.
-    With `own`, the user's own folder goes first. Raises `CheckpointError`.
+    A file whose sha256 the manifest knows is checked against it, and a downloaded one against the Hub's.
+
+    Args:
+        cfg: Names a file, a folder, a Hub repository or a URL.
+        cache_dir: Folder for downloads, instead of the default one.
+        use_override_dir: Look into the folder that `REPVGG_ZOO_WEIGHTS` names first.
+
+    Returns:
+        A local path.
+
+    Raises:
+        CheckpointError: The weights cannot be had, or are not those that the manifest knows.
+
+    Example:
+        >>> import timm, repvgg_zoo
+        >>> locate(timm.get_pretrained_cfg('test_repvgg.cifar10')).name
+        'test_repvgg.cifar10.safetensors'
     """
     record = _record_of(cfg)
-    if own and record is not None and (path := _in_own_folder(record)):
+    if use_override_dir and record is not None and (path := _in_override_dir(record)):
         return path
     if cfg.file:
         path = Path(cfg.file)
@@ -43,7 +58,7 @@ def locate(cfg: PretrainedCfg, *, cache_dir: str | Path | None = None, own: bool
 
 
 def _record_of(cfg: PretrainedCfg) -> WeightsRecord | None:
-    """The record that a configuration stands for; None where it was told another place than the record's."""
+    """Find the manifest record for `cfg`; None if the user overrode its source."""
     record = read_manifest().get(f'{cfg.architecture}.{cfg.tag}')
     if record is None or cfg.source:
         return None
@@ -51,14 +66,14 @@ def _record_of(cfg: PretrainedCfg) -> WeightsRecord | None:
     return record if (file, hub_id) == (record.path and str(record.path), record.available.hub_ref) else None
 
 
-def _in_own_folder(record: WeightsRecord) -> Path | None:
-    """The weights of a record, or those that it is the fold of, in the user's own folder of model folders."""
-    if not (own := os.environ.get(WEIGHTS_VARIABLE)):
+def _in_override_dir(record: WeightsRecord) -> Path | None:
+    """Find the weights of a record, or those that it is the fold of, in the user's folder of model folders."""
+    if not (override := os.environ.get(WEIGHTS_VARIABLE)):
         return None
-    if not Path(own).is_dir():
-        raise CheckpointError(f'{WEIGHTS_VARIABLE} is {own!r}, which is no folder; set it to one, or unset it')
+    if not Path(override).is_dir():
+        raise CheckpointError(f'{WEIGHTS_VARIABLE} is {override!r}, which is no folder; set it to one, or unset it')
     for name in (record.name, record.training_name):
-        if (folder := Path(own) / name).is_dir():
+        if (folder := Path(override) / name).is_dir():
             return weights_in(folder)
     return None
 
@@ -67,8 +82,8 @@ def _how_to_get(cfg: PretrainedCfg, record: WeightsRecord | None) -> str:
     name = f'{cfg.architecture}.{cfg.tag}'
     if record is None or record.upstream is None:
         return f"{name} has no weights; use pretrained=False, or give a file with pretrained_cfg_overlay=dict(file='…')"
-    own = os.environ.get(WEIGHTS_VARIABLE)
-    missing = f' and {own!r} has no folder {record.training_name}' if own else ''
+    override = os.environ.get(WEIGHTS_VARIABLE)
+    missing = f' and {override!r} has no folder {record.training_name}' if override else ''
     return (
         f'nobody has published weights of {name} on the Hub{missing}; get {record.upstream} from the official release '
         f'({record.origin}), run `repvgg-zoo convert {record.upstream} zoo/{record.training_name}`, and set '
@@ -77,7 +92,7 @@ def _how_to_get(cfg: PretrainedCfg, record: WeightsRecord | None) -> str:
 
 
 def weights_in(folder: Path) -> Path:
-    """The file of weights in a model folder; raises `CheckpointError` if there is none."""
+    """Find the file of weights in a model folder; raises `CheckpointError` if there is none."""
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return folder / name
@@ -94,7 +109,7 @@ def _from_url(url: str, cache_dir: str | Path | None) -> Path:
 
 
 def _check_sha256(path: Path, record: WeightsRecord) -> None:
-    if cached_sha256(path) == record.sha256:  # which was compared with the content
+    if cached_sha256(path) == record.sha256:  # huggingface_hub has compared it with the content
         return
     if (actual := sha256_of(path)) != record.sha256:
         raise CheckpointError(

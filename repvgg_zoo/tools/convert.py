@@ -12,14 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
-from ..blocks.factory import block_type, blocks_with_keys
+from ..blocks.factory import block_type
 from ..blocks.unfold import unfold as unfold_model
 from ..checkpoints.errors import CheckpointError
-from ..checkpoints.files import FILE_SUFFIXES, read_checkpoint
-from ..checkpoints.layouts import to_timm_layout
-from ..checkpoints.state_dicts import Form, form_of, identify_variant
+from ..checkpoints.files import FILE_SUFFIXES
+from ..checkpoints.state_dicts import Form, identify_variant
 from ..model import RepVGG
-from ..pretrained.load import load_state_dict
+from ..pretrained.load import assign, convert_form, read
 from ..pretrained.locate import weights_in
 from ..variants import get_variant
 from .atomic import new_folder
@@ -214,7 +213,8 @@ def open_model(
     if _is_model_name(source):
         return _checked(_create(str(source), pretrained=True), source, variant, block)
 
-    state_dict = to_timm_layout(read_checkpoint(path, use_ema=use_ema))
+    checkpoint = read(path, use_ema=use_ema)
+    state_dict = checkpoint.state_dict
     chosen = identify_variant(state_dict) if variant is None else get_variant(variant)
     if chosen is None:
         raise CheckpointError(
@@ -222,7 +222,6 @@ def open_model(
             'another block than the default one, name the variant'
         )
     classifier = state_dict.get('head.fc.weight')
-    deploy = form_of(state_dict) == 'deploy'
     stem = [
         v.shape[1] for key, v in state_dict.items() if key.startswith('stem.') and v.ndim == 4 and '.attn.' not in key
     ]
@@ -230,11 +229,11 @@ def open_model(
         chosen.name,
         num_classes=0 if classifier is None else classifier.shape[0],
         in_chans=min(stem, default=3),  # kernels behind the first of a branch have more
-        deploy=deploy,
-        block=block or next(iter(blocks_with_keys(state_dict)), 'repvgg'),
+        deploy=checkpoint.form == 'deploy',
+        block=block or next(iter(checkpoint.blocks), 'repvgg'),
         device='meta',
     )
-    load_state_dict(model, state_dict)
+    assign(model, convert_form(checkpoint, model))
     return model
 
 

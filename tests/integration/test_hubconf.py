@@ -46,7 +46,7 @@ def test_list_and_help(tmp_path):
     )
     names, *doc = output.splitlines()
     assert names.split() == sorted(VARIANTS)
-    assert 'repvgg_b1g2: stages of (4, 6, 16, 1) blocks' in '\n'.join(doc)
+    assert doc[0] == 'RepVGG-B1g2 (arXiv 2101.03697).'
     assert doc[-1] == 'False'
 
 

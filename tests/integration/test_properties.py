@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from repvgg_zoo import VARIANTS, CheckpointError, RepVGG, RepVGGBlock, load_checkpoint
 from repvgg_zoo.checkpoints.layouts import to_timm_layout
-from repvgg_zoo.checkpoints.state_dicts import fold_state_dict
 from repvgg_zoo.variants import SqueezeExcite
 
 DEVICES = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
@@ -124,8 +123,8 @@ def test_folded_kernel_is_the_exact_one_rounded(block):
 
 @given(blocks(), st.sampled_from(['', 'stages.0.1.', 'module.encoder.0.']))
 def test_fold_of_a_state_dict_is_the_switch(block, prefix):
-    state_dict = {prefix + key: value for key, value in block.state_dict().items()}
-    folded = fold_state_dict(state_dict)
+    folded = {prefix + key: value for key, value in block.state_dict().items()}
+    block.fold_state_dict(folded, prefix)
     expected = {prefix + key: value for key, value in block.switch_to_deploy().state_dict().items()}
     assert folded.keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in folded.items())

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import weakref
 
 import huggingface_hub.constants
 import pytest
@@ -12,6 +13,7 @@ from helpers import images, randomise, rel_diff
 from safetensors.torch import load_file, save_file
 
 from repvgg_zoo import CheckpointError
+from repvgg_zoo.blocks.base import ReparamBlock
 from repvgg_zoo.checkpoints.files import read_checkpoint
 from repvgg_zoo.pretrained.load import load_pretrained
 from repvgg_zoo.pretrained.manifest import read_manifest
@@ -58,17 +60,29 @@ def test_bundled_weights_are_of_the_form_of_their_tag(model, x):
     assert all(torch.equal(folded.state_dict()[key], value) for key, value in deployed.state_dict().items())
 
 
-def test_training_weights_are_folded_in_the_memory_they_were_read_into(monkeypatch):
-    addresses = set()
+def test_load_training_weights_into_deploy_model_releases_branches_block_by_block(monkeypatch):
+    """So that loading needs the memory of the file, and of one block more."""
+    alive, folded, addresses = weakref.WeakValueDictionary(), [], set()
+    fold = ReparamBlock.fold_state_dict
 
-    def read(path):
-        state_dict = read_checkpoint(path)
+    def spy_read(path, **kwargs):
+        state_dict = read_checkpoint(path, **kwargs)
+        alive.update(state_dict)
         addresses.update(value.data_ptr() for value in state_dict.values())
         return state_dict
 
-    monkeypatch.setattr('repvgg_zoo.pretrained.load.read_checkpoint', read)
+    def spy_fold(block, state_dict, prefix):
+        if any(key.startswith(f'{prefix}conv_kxk') for key in state_dict):
+            fold(block, state_dict, prefix)
+            folded.append(prefix)
+            assert not [key for key in alive if key.startswith(tuple(folded))]
+            assert 'head.fc.weight' in alive
+
+    monkeypatch.setattr('repvgg_zoo.pretrained.load.read_checkpoint', spy_read)
+    monkeypatch.setattr(ReparamBlock, 'fold_state_dict', spy_fold)
     model = timm.create_model('test_repvgg', pretrained=True, deploy=True)
-    assert {p.data_ptr() for name, p in model.named_parameters() if name.endswith('weight')} <= addresses
+    assert len(folded) == 1 + sum(model.variant.depths)
+    assert model.head.fc.weight.data_ptr() in addresses  # taken over, not copied
 
 
 @pytest.mark.parametrize('name', ['test_repvgg.cifar10', 'test_repvgg.cifar10_deploy'])

@@ -19,12 +19,10 @@ from torch import Tensor
 
 from ...blocks.fast_sum import one_by_one
 from ...checkpoints.errors import CheckpointError
-from ...checkpoints.files import FILE_SUFFIXES, read_checkpoint
-from ...checkpoints.layouts import to_timm_layout
-from ...checkpoints.state_dicts import form_of
+from ...checkpoints.files import FILE_SUFFIXES
 from ...model import RepVGG
 from ...pretrained.hub import WEIGHT_FILES, download_weights, sha256_of
-from ...pretrained.load import load_state_dict
+from ...pretrained.load import assign, convert_form, read
 from ...pretrained.locate import locate, weights_in
 from ...pretrained.manifest import DEPLOY_SUFFIX, FoldCheck, WeightsRecord, read_manifest
 from ...variants import suggestion
@@ -117,7 +115,7 @@ def build_folders(
 def _locate(record: WeightsRecord, source: str | Path | None) -> tuple[Path, str]:
     """Find the file of a source, and what a card may call it."""
     if source is None:
-        path = locate(cast('PretrainedCfg', timm.get_pretrained_cfg(record.name)), own=False)
+        path = locate(cast('PretrainedCfg', timm.get_pretrained_cfg(record.name)), use_override_dir=False)
         return path, record.hub_ref or path.name
     path = Path(source)
     if str(source) and path.is_dir():
@@ -131,19 +129,19 @@ def _locate(record: WeightsRecord, source: str | Path | None) -> tuple[Path, str
 
 
 def _write_training_form(record: WeightsRecord, path: Path, folder: Path) -> None:
-    state_dict = to_timm_layout(read_checkpoint(path))
-    if form_of(state_dict) == 'deploy':
+    checkpoint = read(path)
+    if checkpoint.form == 'deploy':
         raise CheckpointError(f'{str(path)!r} is of the deploy form; both forms are made from the training form')
     model = cast(
         'RepVGG',
         timm.create_model(
             record.name,
             num_classes=record.preprocessing.num_classes,
-            aux_heads=any(key.startswith('aux_heads.') for key in state_dict) or None,
+            aux_heads=any(key.startswith('aux_heads.') for key in checkpoint.state_dict) or None,
             device='meta',
         ),
     )
-    load_state_dict(model, state_dict)
+    assign(model, convert_form(checkpoint, model))
     model._model_args = {}  # aux_heads=True is for the user to ask for; the file has their weights
     save_model(model, folder)
 
