@@ -144,8 +144,9 @@ def _check_free(path: Path, overwrite: bool, owned: Collection[str]) -> None:
     if path.is_symlink() or not path.is_dir():
         raise FileExistsError(f'{str(path)!r} is no folder, so it is not overwritten; choose another path')
     files = (entry for entry in path.rglob('*') if entry.is_symlink() or not entry.is_dir())
-    if foreign := sorted({entry.relative_to(path).as_posix() for entry in files} - set(owned)):
+    names = (entry.relative_to(path).as_posix() for entry in files)
+    if foreign := next((name for name in names if name not in owned), None):
         raise FileExistsError(
-            f'{str(path)!r} holds {foreign[0]!r}, which was not written here, so it is not overwritten; remove it or '
-            'choose another path'
+            f'{str(path)!r} holds {foreign!r}, which is not one of the files to replace, so it is not overwritten; '
+            'remove it or choose another path'
         )

@@ -34,7 +34,7 @@ COMMANDS = MappingProxyType(
         'verify': Command('.verify', 'tell whether two checkpoints, or both forms of one, compute the same function'),
         'publish': Command('.publish.publish', 'write both forms of a checkpoint as model folders, and upload them'),
         'reproduce': Command('.reproduce', 'print the commands that reproduce the published accuracy'),
-        'benchmark': Command('.benchmark.benchmark', 'measure speed and memory, here and beside other models'),
+        'benchmark': Command('.benchmark.benchmark', 'measure speed and memory of models on this machine'),
         # a script's own errors pass through the launcher
         'run': Command('.launch', 'run a script, module or console script with the zoo registered in timm', ()),
     }

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--unfold', action='store_true', help='make branches that compute the same as a deploy form')
     parser.add_argument('--no-ema', action='store_true', help='take the plain weights if SRC holds an average too')
-    parser.add_argument('--overwrite', action='store_true', help='replace DST if it holds nothing else')
+    parser.add_argument('--overwrite', action='store_true', help='replace DST if an earlier run wrote all its files')
 
 
 def main(args: argparse.Namespace) -> int:

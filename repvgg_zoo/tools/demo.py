@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `repvgg-zoo demo`."""
     parser.epilog = 'Needs no network and less than a minute.'
     parser.add_argument('--out', default='repvgg-demo', help='folder for both forms of the model (%(default)s)')
-    parser.add_argument('--overwrite', action='store_true', help='replace that folder if it holds nothing else')
+    parser.add_argument('--overwrite', action='store_true', help='replace it if an earlier run wrote all its files')
 
 
 def main(args: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ _LEGEND = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `repvgg-zoo list`."""
-    parser.add_argument('--markdown', action='store_true', help='print the table of the README, which lacks the places')
+    parser.add_argument('--markdown', action='store_true', help='print it in Markdown, without the last two columns')
 
 
 def main(args: argparse.Namespace) -> int:

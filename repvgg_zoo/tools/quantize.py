@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--equalize', action='store_true', help='apply cross-layer equalisation first')
     parser.add_argument('--variant', help='variant of SRC, if its shapes do not tell')
     parser.add_argument('--block', help='training-time block of SRC, if that is a bare file whose keys do not tell')
-    parser.add_argument('--overwrite', action='store_true', help='replace DST if it holds nothing else')
+    parser.add_argument('--overwrite', action='store_true', help='replace DST if an earlier run wrote all its files')
 
 
 def main(args: argparse.Namespace) -> int:

@@ -90,7 +90,7 @@ def test_new_folder_overwrite_keeps_foreign_files(tmp_path, name):
     write(tmp_path / 'x', 'old')
     (tmp_path / 'x' / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / 'x' / name).write_text('mine')
-    with pytest.raises(FileExistsError, match=f'holds {name!r}, which was not written here'):
+    with pytest.raises(FileExistsError, match=f'holds {name!r}, which is not one of the files to replace'):
         write(tmp_path / 'x', overwrite=True)
     assert (tmp_path / 'x' / name).read_text() == 'mine'
     assert (tmp_path / 'x' / 'config.json').read_text() == 'old'

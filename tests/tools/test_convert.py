@@ -69,7 +69,7 @@ def test_convert_overwrite_foreign_target_raises(checkpoint, tmp_path):
     link.symlink_to(full)
     dangling.symlink_to(tmp_path / 'nowhere')
     for target, message in (
-        (full, "holds 'thesis.txt', which was not written here"),
+        (full, "holds 'thesis.txt', which is not one of the files to replace"),
         (link, 'is no folder'),
         (dangling, 'is no folder'),
         (checkpoint, 'is no folder'),
@@ -154,6 +154,6 @@ def test_convert_overwrite_keeps_foreign_files(checkpoint, tmp_path, name):
     path = tmp_path / 'project' / name
     path.parent.mkdir(parents=True)
     path.write_text('mine')
-    with pytest.raises(FileExistsError, match=f'holds {name!r}, which was not written here'):
+    with pytest.raises(FileExistsError, match=f'holds {name!r}, which is not one of the files to replace'):
         convert(checkpoint, tmp_path / 'project', overwrite=True)
     assert path.read_text() == 'mine'

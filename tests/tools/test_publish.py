@@ -97,7 +97,9 @@ def test_build_folders_foreign_file_raises(own_weights, tmp_path):
     path.write_text('mine')
     before = tree(tmp_path)
     for replace in (False, True):
-        with pytest.raises(FileExistsError, match=r"holds 'training/labels\.csv', which was not written here"):
+        with pytest.raises(
+            FileExistsError, match=r"holds 'training/labels\.csv', which is not one of the files to replace"
+        ):
             build_folders(NAME, owner='zoo', out=tmp_path, replace_existing=replace)
     assert tree(tmp_path) == before
 

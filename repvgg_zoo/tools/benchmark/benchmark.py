@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--threads', type=positive, metavar='N', help='threads of every runtime (as PyTorch has them)')
     parser.add_argument('--no-memory', action='store_true', help='skip the peak memory, which takes a process a case')
     parser.add_argument('--out', default='repvgg-benchmark', help='folder for tables and plots (%(default)s)')
-    parser.add_argument('--overwrite', action='store_true', help='replace that folder if it holds nothing else')
+    parser.add_argument('--overwrite', action='store_true', help='replace it if an earlier run wrote all its files')
 
 
 def main(args: argparse.Namespace) -> int:
