@@ -25,10 +25,9 @@ __all__ = ['AuxHead', 'RepVGG']
 
 
 class AuxHead(nn.Module):
-    """An auxiliary classifier on an intermediate feature map: `(N, C, H, W)` to `(N, num_classes)`.
+    """An auxiliary classifier on a feature map, as in the official RepVGGplus: `(N, C, H, W)` to `(N, num_classes)`.
 
-    3x3 convolution of stride 2 with batch normalisation and ReLU, global average, linear layer, as in the
-    official RepVGGplus.
+    A 3x3 convolution of stride 2 with batch normalisation and ReLU, a global average, a linear layer.
     """
 
     def __init__(self, chs: int, num_classes: int, *, norm_layer: Callable[..., nn.Module], **dd: Any) -> None:
@@ -45,9 +44,14 @@ class AuxHead(nn.Module):
 class RepVGG(nn.Module):
     """RepVGG (arXiv 2101.03697) and RepVGGplus: `(N, in_chans, H, W)` to `(N, num_classes)`.
 
-    The training form has three branches in a block; `switch_to_deploy()` folds them into one 3x3
-    convolution. State dicts of every known layout and of either form load, as long as they need no
-    branches that they do not have.
+    A block of the training form is a sum of branches; `switch_to_deploy()` folds them into one 3x3 convolution.
+    `load_state_dict` takes every known layout, and folds training-form weights for the deploy form.
+
+    Example:
+        >>> import timm, torch, repvgg_zoo
+        >>> model = timm.create_model('repvgg_a0', num_classes=10).eval()
+        >>> model.switch_to_deploy()(torch.zeros(1, 3, 64, 64)).shape
+        torch.Size([1, 10])
     """
 
     __jit_unused_properties__: ClassVar = [
@@ -83,6 +87,10 @@ class RepVGG(nn.Module):
         """Weights are initialised as in the official code: by PyTorch's defaults.
 
         Args:
+            variant: A row of `repvgg_zoo.VARIANTS`.
+            num_classes: 0 leaves the classifier out.
+            in_chans: Channels of the images.
+            global_pool: timm's name of the pooling in front of the classifier.
             output_stride: 32, or 16 or 8 to keep resolution by dilation instead of stride.
             img_size: No effect, as in timm's RepVGG: images of any size are taken.
             drop_rate: Dropout before the classifier.
@@ -91,11 +99,15 @@ class RepVGG(nn.Module):
             drop_block_size: Side of the dropped squares in the last stage, in pixels of the feature map.
             act_layer: Activation, by timm's name or as a class.
             norm_layer: Batch normalisation, by timm's name or as a class.
-            block: Training-time block, a name of `repvgg_zoo.family.BLOCKS`; the deploy form is the same for all.
+            block: Training-time block, a name of `repvgg_zoo.BLOCKS`; the deploy form is the same for all.
             deploy: Build the deploy form.
-            aux_heads: Add the auxiliary heads of RepVGGplus. The model then returns
-                `(logits, [logits of each head])` in train mode; in eval mode and in the deploy form it
-                returns the logits alone.
+            aux_heads: Add the auxiliary heads of RepVGGplus. In train mode the model then returns
+                `(logits, [logits of each head])`; in eval mode and in the deploy form it returns only the logits.
+            device: Device of the tensors.
+            dtype: Dtype of the parameters.
+
+        Raises:
+            ValueError: `output_stride` or `block` is unknown, or the variant has no auxiliary heads.
         """
         super().__init__()
         if output_stride not in (8, 16, 32):
@@ -177,10 +189,12 @@ class RepVGG(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Device of the first parameter."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the first parameter."""
         return next(self.parameters()).dtype
 
     @property
@@ -197,7 +211,7 @@ class RepVGG(nn.Module):
 
     @property
     def _model_args(self) -> dict[str, Any]:
-        """What timm writes into `config.json` to build the model again; the form belongs to it."""
+        """Arguments to build the model again, its form among them; timm writes them into `config.json`."""
         args = dict(self.__dict__.get('_creation_args', {}))
         # Not every timm tells a model what it was created with.
         own = {'deploy': (self.deploy, False), 'block': (self.block, 'repvgg'), 'in_chans': (self.in_chans, 3)}
@@ -275,6 +289,7 @@ class RepVGG(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
+        """Name the parameters that timm's optimizers spare beside biases and normalisation: none."""
         return set()
 
     @torch.jit.ignore
@@ -290,6 +305,7 @@ class RepVGG(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of the stages for the backward pass, and run the stages again there."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -333,6 +349,7 @@ class RepVGG(nn.Module):
         return self.head(x)  # a head that users put in takes the feature map only
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images to logits; with auxiliary heads in train mode, to `(logits, [logits of each head])`."""
         has_aux = self.aux_heads is not None and self.stem.reparam_conv is None
         if not torch.jit.is_scripting() and has_aux and self.training:
             return self._forward_with_aux(x)
@@ -359,14 +376,18 @@ class RepVGG(nn.Module):
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Forward features and the feature maps of the stem (0) and the stages (1 to 4).
+        """Return the forward features, and the feature maps of the stem (0) and the stages (1 to 4).
 
         Args:
-            indices: Which of them: the last n if an int, all if None.
+            x: Images, `(N, in_chans, H, W)`.
+            indices: Of the maps to return; the last n if an int, all if None.
             norm: No effect; there is no norm layer outside the blocks.
-            stop_early: Stop behind the last one asked for.
+            stop_early: Stop behind the last map of `indices`.
             output_fmt: 'NCHW'.
-            intermediates_only: Return the list alone.
+            intermediates_only: Return only the list of maps.
+
+        Raises:
+            ValueError: `output_fmt` is another one.
         """
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt is '{output_fmt}'; it can be 'NCHW'")
@@ -393,7 +414,16 @@ class RepVGG(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages behind the last feature map asked for, and the head that sits on them."""
+        """Drop the stages behind the last feature map of `indices`, and the head that sits on them.
+
+        Args:
+            indices: As in `forward_intermediates`.
+            prune_norm: No effect; there is no norm layer outside the blocks.
+            prune_head: Drop the classifier even if no stage is dropped.
+
+        Returns:
+            The indices of the feature maps that are left to take.
+        """
         take_indices, max_index = feature_take_indices(len(self.stage_ends), indices)
         pruned = max_index < len(self.stages)
         self.stages = self.stages[:max_index]

@@ -1,4 +1,4 @@
-"""What exists: one frozen row per variant, the single place where an architecture number stands.
+"""The variants: one frozen row each, and the only place that holds an architecture number.
 
 Sources: "RepVGG: Making VGG-style ConvNets Great Again", arXiv 2101.03697, section 4.1 and tables 2, 4
 and 5; the README of the official code for D2se and RepVGGplus.
@@ -40,7 +40,7 @@ class Variant:
     """Groups of every second convolution, counted from the stem as number 0 (section 4.1)."""
     se: SqueezeExcite | None = None
     aux_heads: bool = False
-    """Whether the official recipe trains with auxiliary heads."""
+    """True if the official recipe trains with auxiliary heads."""
     strides: tuple[int, int, int, int, int] = (2, 2, 2, 2, 2)
     """Strides of the stem and of each stage's first block."""
 
@@ -61,7 +61,7 @@ class Variant:
 
     @property
     def aux_blocks(self) -> tuple[tuple[int, int], ...]:
-        """Where auxiliary heads sit, as (stage, blocks of that stage before the head)."""
+        """Places of the auxiliary heads, as (stage, blocks of that stage before the head)."""
         return (0, self.depths[0]), (1, self.depths[1]), (2, self.depths[2] // 2)
 
 
@@ -102,13 +102,26 @@ VARIANTS = MappingProxyType(
 
 
 def get_variant(name: str) -> Variant:
-    """Look a variant up by its timm name; raises `ValueError` that names the nearest one."""
+    """Look a variant up by its timm name.
+
+    Raises:
+        ValueError: There is none of this name; the error names the nearest one.
+
+    Example:
+        >>> get_variant('repvgg_b1g2').groups
+        2
+    """
     if name in VARIANTS:
         return VARIANTS[name]
     raise ValueError(f'unknown variant {name!r};{suggestion(name, VARIANTS)} `repvgg-zoo list` shows all')
 
 
 def suggestion(name: str, options: Iterable[str]) -> str:
-    """` did you mean …?`, or nothing where no option comes near."""
+    """Return ` did you mean …?` with the nearest option, or nothing if none is near.
+
+    Example:
+        >>> suggestion('repvgg_b11', VARIANTS)
+        " did you mean 'repvgg_b1'?"
+    """
     nearest = difflib.get_close_matches(name, options, n=1)
     return f' did you mean {nearest[0]!r}?' if nearest else ''

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import json
 import pickle
 import subprocess
@@ -11,7 +12,7 @@ from dataclasses import asdict
 import pytest
 import timm
 import torch
-from helpers import TIMM_NAMES, images, params, randomise, rel_diff
+from helpers import OFFICIAL, TIMM_NAMES, images, params, randomise, rel_diff, rename
 from timm.models import byobnet
 from torch import nn
 
@@ -205,6 +206,105 @@ def test_classifier_reset(model):
     assert model.head_hidden_size == 2 * model.num_features
 
 
+@pytest.mark.parametrize(
+    ('block', 'convs'),
+    [
+        ('repvgg', ('conv_kxk.conv', 'conv_1x1.conv')),
+        ('dbb', ('branches.kxk.conv', 'branches.1x1.conv')),
+        ('csla', ('branches.kxk.branch.conv', 'branches.1x1.branch.conv')),
+        ('dirac', ()),
+    ],
+)
+@pytest.mark.parametrize('name', ['repvgg_a0', 'repvgg_d2se'])
+def test_first_conv_names_the_convolutions_that_read_images(name, block, convs):
+    model = timm.create_model(name, block=block, device='meta')
+    assert model.stem.input_convs() == list(convs)
+    assert model.pretrained_cfg['first_conv'] == (tuple(f'stem.{conv}' for conv in convs) or None)
+    deployed = timm.create_model(name, block=block, deploy=True, device='meta')
+    assert deployed.stem.input_convs() == ['reparam_conv']
+    assert deployed.pretrained_cfg['first_conv'] == 'stem.reparam_conv'
+
+
+def test_switch_after_wrapped_stem_names_its_convolution():
+    model = randomise(timm.create_model('test_repvgg'), px=32)
+    x = images(2, px=32)
+    model.stem = nn.Sequential(nn.Identity(), model.stem)
+    expected = model(x)
+    assert rel_diff(model.switch_to_deploy()(x), expected) < 1e-4
+    assert model.pretrained_cfg['first_conv'] == 'stem.1.reparam_conv'
+
+
+class NarrowHead(nn.Module):
+    """A user's own head, which has nothing that timm's has."""
+
+    def __init__(self, chs: int):
+        super().__init__()
+        self.linear = nn.Linear(chs, 3)
+
+    def forward(self, x):
+        return self.linear(x.mean((2, 3)))
+
+
+HEADS = {
+    'identity': (nn.Identity, (2, 96, 2, 2)),
+    'sequential': (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 3)), (2, 3)),
+    'own class': (lambda: NarrowHead(96), (2, 3)),
+}
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_replaced_head_takes_the_feature_map_only(model, head):
+    make, shape = HEADS[head]
+    x = images(2, px=32)
+    model.head = make()
+    assert model(x).shape == shape
+    assert model.forward_head(model.forward_features(x)).shape == shape
+    with pytest.raises(TypeError, match='pre_logits'):
+        model.forward_head(model.forward_features(x), pre_logits=True)
+    assert model.head_hidden_size == model.num_features
+    assert model.get_classifier() is model.head
+    assert model.classifier_names == ()
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(model.switch_to_deploy().state_dict() if model.deploy else model.state_dict())
+    assert torch.equal(copied(x), model(x))
+    assert timm.models.group_parameters(model, model.group_matcher())
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_reset_classifier_after_replaced_head_makes_one_of_timm(model, head):
+    x = images(2, px=32)
+    model.head = HEADS[head][0]()
+    model.reset_classifier(5)
+    assert model(x).shape == (2, 5)
+    assert model.classifier_names == ('head.fc',)
+    assert not model.head.training
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_prune_after_replaced_head_leaves_the_features(model, head):
+    x = images(2, px=32)
+    model.head = HEADS[head][0]()
+    expected = model.forward_intermediates(x, indices=[2], intermediates_only=True)[0]
+    assert model.prune_intermediate_layers([2]) == [2]
+    assert torch.equal(model(x), expected)
+    model.reset_classifier(4, 'avg')
+    assert model(x).shape == (2, 4)
+
+
+def test_model_inside_another_translates_keys_of_foreign_layouts(model):
+    whole = nn.ModuleDict({'backbone': model, 'neck': nn.Linear(2, 2)})
+    foreign = {f'backbone.{key}': value for key, value in rename(model.state_dict(), OFFICIAL).items()}
+    foreign |= {f'neck.{key}': value for key, value in whole['neck'].state_dict().items()}
+    other = timm.create_model('test_repvgg', deploy=model.deploy).eval()
+    copied = copy.deepcopy(nn.ModuleDict({'backbone': other, 'neck': nn.Linear(2, 2)}))  # the hook is that of the copy
+    copied.load_state_dict(foreign)
+    x = images(2, px=32)
+    assert torch.equal(copied['backbone'](x), model(x))
+    revived = pickle.loads(pickle.dumps(other))  # noqa: S301
+    revived.load_state_dict(rename(model.state_dict(), OFFICIAL))
+    assert torch.equal(revived(x), model(x))
+
+
 def test_copies(model):
     x = images(2, px=32)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
@@ -358,6 +458,21 @@ def test_registry_still_tells_what_timm_told(timm_alone):
     for name, cfg in cfgs.items():
         assert json.loads(json.dumps(asdict(timm.get_pretrained_cfg(name)))) == cfg
         assert timm.models.is_model_pretrained(name)
+
+
+def test_every_variant_has_an_entry_point_and_every_entry_point_a_variant():
+    entry_points = {
+        name: value
+        for name, value in vars(repvgg_zoo.repvgg).items()
+        if inspect.isfunction(value) and value.__module__ == 'repvgg_zoo.repvgg' and 'repvgg' in name and name[0] != '_'
+    }
+    assert set(entry_points) == set(VARIANTS)
+    for name, entry_point in entry_points.items():
+        assert entry_point(device='meta').variant is VARIANTS[name]
+        assert timm.models.model_entrypoint(name) is entry_point
+        assert len(entry_point.__doc__.splitlines()) == 1
+    assert set(repvgg_zoo.repvgg.__all__) == {'RepVGG', *VARIANTS}
+    assert len(repvgg_zoo.repvgg.__all__) == 1 + len(VARIANTS)
 
 
 def test_registry_has_the_new_entries():

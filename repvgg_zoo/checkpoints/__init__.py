@@ -1,0 +1,1 @@
+"""Files of weights, their key layouts and their form; no modules."""

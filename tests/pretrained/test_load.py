@@ -12,10 +12,11 @@ import torch
 from helpers import images, randomise, rel_diff
 from safetensors.torch import load_file, save_file
 
-from repvgg_zoo import CheckpointError
+from repvgg_zoo import CheckpointError, RepVGG
 from repvgg_zoo.blocks.base import ReparamBlock
 from repvgg_zoo.checkpoints.files import read_checkpoint
-from repvgg_zoo.pretrained.load import load_pretrained
+from repvgg_zoo.pretrained import load
+from repvgg_zoo.pretrained.load import adapt_inputs_and_classifier, assign, convert_form, load_pretrained, read
 from repvgg_zoo.pretrained.manifest import read_manifest
 
 
@@ -182,6 +183,67 @@ def test_flipped_byte_is_noticed(tmp_path, monkeypatch):
     cfg.file = str(record.path)
     with pytest.raises(CheckpointError, match=r'is not the file that was published as test_repvgg\.cifar10.*sha256'):
         load_pretrained(timm.create_model('test_repvgg'), cfg)
+
+
+# ------------------------------------------------------------------------------------------- the pipeline
+
+
+def test_load_identifies_once(monkeypatch):
+    calls = []
+    for name in ('to_timm_layout', 'form_of', 'blocks_with_keys', 'read_checkpoint'):
+        real = getattr(load, name)
+        monkeypatch.setattr(load, name, lambda *a, name=name, real=real, **k: calls.append(name) or real(*a, **k))
+    for kwargs in (dict(), dict(deploy=True), dict(unfold=True, block='acb'), dict(in_chans=1, num_classes=3)):
+        calls.clear()
+        timm.create_model('test_repvgg', pretrained=True, **kwargs)
+        assert sorted(calls) == ['blocks_with_keys', 'form_of', 'read_checkpoint', 'to_timm_layout']
+
+
+def test_build_once_if_files_hold_every_tensor(monkeypatch):
+    built, loaded = [], []
+    init, load_state_dict = RepVGG.__init__, RepVGG.load_state_dict
+    monkeypatch.setattr(RepVGG, '__init__', lambda *a, **k: built.append(k.get('device')) or init(*a, **k))
+    monkeypatch.setattr(RepVGG, 'load_state_dict', lambda *a, **k: loaded.append(k) or load_state_dict(*a, **k))
+    timm.create_model('test_repvgg', pretrained=True)
+    assert (built, loaded) == (['meta'], [{'assign': True}])
+
+
+@pytest.mark.parametrize('block', ['acb', 'plain', 'repvgg'])
+def test_read_tells_form_and_block_types(block, tmp_path):
+    model = timm.create_model('test_repvgg', block=block)
+    for form in ('training', 'deploy'):
+        save_file(model.state_dict(), tmp_path / 'file.safetensors')
+        checkpoint = read(tmp_path / 'file.safetensors')
+        assert checkpoint.form == form
+        held = {'plain': ('plain', 'plain_delta')}.get(block, (block,))
+        assert checkpoint.blocks == (held if form == 'training' else ())
+        model.eval().switch_to_deploy()
+
+
+def test_read_of_another_architecture_names_the_file(tmp_path):
+    save_file({'fc.weight': torch.zeros(1)}, tmp_path / 'file.safetensors')
+    with pytest.raises(CheckpointError, match=r'file\.safetensors.*: no RepVGG checkpoint'):
+        read(tmp_path / 'file.safetensors')
+
+
+def test_deploy_model_of_another_variant_names_that_of_the_file(tmp_path):
+    save_file(timm.create_model('test_repvgg').state_dict(), tmp_path / 'file.safetensors')
+    for device in ('meta', 'cpu'):
+        model = timm.create_model('repvgg_a0', deploy=True, device=device)
+        with pytest.raises(CheckpointError, match='it looks like a checkpoint of test_repvgg'):
+            assign(model, convert_form(read(tmp_path / 'file.safetensors'), model))
+
+
+@pytest.mark.parametrize('block', ['repvgg', 'acb', 'mobileone', 'qarepvgg', 'csla'])
+def test_adapt_inputs_of_training_weights_changes_every_kernel_that_reads_images(block, x, tmp_path):
+    source = randomise(timm.create_model('test_repvgg', block=block), px=32)
+    save_file(source.state_dict(), tmp_path / 'file.safetensors')
+    model = timm.create_model('test_repvgg', block=block, in_chans=1, num_classes=10)
+    checkpoint = convert_form(read(tmp_path / 'file.safetensors'), model)
+    adapt_inputs_and_classifier(checkpoint, model, timm.get_pretrained_cfg('test_repvgg.cifar10'))
+    assign(model, checkpoint)
+    grey = x[:, :1]
+    assert rel_diff(model.eval()(grey), source(grey.expand(-1, 3, -1, -1))) < 1e-5
 
 
 # ---------------------------------------------------------------------------------------- other sources
