@@ -28,7 +28,7 @@ from repvgg_zoo import BLOCKS
 from repvgg_zoo.tools.benchmark.cases import saved_bytes
 from repvgg_zoo.tools.benchmark.measure import time_rounds
 from repvgg_zoo.tools.convert import convert
-from repvgg_zoo.tools.listing import markdown_table
+from repvgg_zoo.tools.markdown import markdown_table
 from repvgg_zoo.tools.quantize import quantize
 
 EPOCHS = 10
@@ -117,7 +117,7 @@ def report(args: argparse.Namespace) -> None:
         top1 = [mean_and_spread([float(run[column]) for run in runs]) for column in TOP1]
         table.append((block, *top1, str(len(runs)), *costs[block]))
     header = ('block', 'training %', 'deploy %', 'INT8 %', 'seeds', 'step', 'saved', 'parameters k')
-    print(markdown_table(table, header))  # noqa: T201
+    print(markdown_table(table, header, text_columns=('block',)))  # noqa: T201
     plot(rows, costs)
 
 

@@ -52,7 +52,6 @@ def own_weights(tmp_path, monkeypatch):
         if path.is_file():
             shutil.copy(path, folder)
     monkeypatch.setattr('repvgg_zoo.pretrained.manifest.weights_dir', lambda: folder)
-    monkeypatch.setattr('repvgg_zoo.tools.publish.publish.weights_dir', lambda: folder)
     read_manifest.cache_clear()
     yield folder
     monkeypatch.undo()

@@ -1,7 +1,7 @@
-"""A Hub on loopback: the part of the Hub's HTTP interface that huggingface-hub's client uses, kept in memory.
+"""A Hub on loopback: the part of the Hub's HTTP interface that huggingface-hub's client uses.
 
-Large files go through LFS, small ones into the commit, as on the real one. Commits have ids that follow
-from their content, so that two histories can be compared. `fail` and `cut` make the next requests fail.
+Large files go through LFS and small ones into the commit, as on the real Hub. Ids of commits follow from their content,
+so that two histories can be compared. `fail` makes the next requests fail.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _CHUNK = 1 << 20
 class Fault:
     method: str
     path: str
-    """Pattern that the path must hold."""
+    """Pattern to find in the path."""
     status: int | None = None
-    """Answer, instead of doing what was asked; None does it."""
+    """Status to answer instead of doing what was asked. None does it."""
     after_bytes: int | None = None
-    """Cut the connection when so many bytes of the body have gone by."""
+    """Cut the connection after so many bytes of the body."""
     drop_answer: bool = False
     """Do what was asked, then cut the connection instead of answering."""
     headers: dict[str, str] = field(default_factory=dict)
-    """Of the answer with `status`."""
+    """Headers of the answer with `status`."""
     before: Callable[[], object] | None = None
     """Called before anything else."""
     times: int = 1
@@ -72,7 +72,7 @@ class HubServer(ThreadingHTTPServer):
         self.requests: list[tuple[str, str]] = []
         self.faults: list[Fault] = []
         self.delay_s = 0.0
-        """Before each chunk of a large file."""
+        """Delay before each chunk of a large file."""
         self.lock = threading.Lock()
 
     @property
@@ -80,7 +80,7 @@ class HubServer(ThreadingHTTPServer):
         return f'http://127.0.0.1:{self.server_port}'
 
     def env(self, home: Path, **extra: str) -> dict[str, str]:
-        """Variables for a client with a home, and so a cache, of its own."""
+        """Environment variables of a client with its own home, and so its own cache."""
         return {
             'HF_ENDPOINT': self.url,
             'HF_HOME': str(home),
@@ -104,7 +104,7 @@ class HubServer(ThreadingHTTPServer):
         return sha256
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that was killed is no error."""
+        """Ignore it: a client may have been killed."""
 
 
 @contextlib.contextmanager

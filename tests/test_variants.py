@@ -2,9 +2,9 @@ import csv
 from pathlib import Path
 
 import pytest
-from complexity import count_gmacs, count_params
 
 from repvgg_zoo import VARIANTS
+from repvgg_zoo.tools.tables import count_gmacs, count_params
 from repvgg_zoo.variants import get_variant
 
 OFFICIAL = list(csv.DictReader((Path(__file__).parent / 'data' / 'variants.csv').open()))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from .errors import CheckpointError
 from .state_dicts import StateDict
 
-__all__ = ['FILE_SUFFIXES', 'read_checkpoint', 'read_safetensors_header']
+__all__ = ['FILE_SUFFIXES', 'read_checkpoint']
 
 FILE_SUFFIXES = ('.safetensors', '.pth', '.pt', '.tar', '.bin')
 """Suffixes of checkpoint files."""
@@ -86,11 +85,6 @@ def _read_safetensors(path: Path) -> StateDict:
     except SafetensorError as error:
         raise CheckpointError(f'{str(path)!r} is truncated or no safetensors file ({error}); get it again') from error
     return tensors
-
-
-def read_safetensors_header(file: BinaryIO) -> dict[str, Any]:
-    """Read the header of an open safetensors file: its length in eight bytes, and JSON."""
-    return json.loads(file.read(int.from_bytes(file.read(8), 'little')))
 
 
 def _read_torch(path: Path) -> Any:

@@ -1,17 +1,16 @@
-"""Typed view of `weights/manifest.json`: one record for each `arch.tag`."""
+"""Typed, read-only view of `weights/manifest.json`: one record for each `arch.tag`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from ..checkpoints.state_dicts import Form
-from ..tools.atomic import write_text
 
 __all__ = [
     'DEPLOY_SUFFIX',
@@ -19,21 +18,22 @@ __all__ = [
     'Metrics',
     'Preprocessing',
     'WeightsRecord',
+    'manifest_path',
     'read_manifest',
     'weights_dir',
-    'write_manifest',
 ]
 
 DEPLOY_SUFFIX = '_deploy'
-"""What the tag of deploy-form weights ends in; the rest is the tag of the training form."""
+"""End of the tag of deploy-form weights. The rest is the tag of the training form."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """What the weights expect of an image, and how many classes they tell."""
+    """How to prepare an image for the weights, and how many classes they tell apart."""
 
     input_px: int
     crop_pct: float
+    """Fraction of the image's shorter side that the centre crop keeps."""
     interpolation: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -42,26 +42,27 @@ class Preprocessing:
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """Accuracy, and who says so: a publication, or the command and versions that measured it."""
+    """Accuracy on a data set, with its source."""
 
     dataset: str
     top1_pct: float
     top5_pct: float | None
     source: str
+    """A publication, or the command and versions that measured it."""
     source_url: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class FoldCheck:
-    """How far the logits of the two forms were apart when they were published, relative to the largest logit."""
+    """Difference between the logits of both forms when they were published, relative to the largest logit."""
 
     float64_rel_diff: float
-    """Of the fold computed and run in float64."""
+    """Folded and run in float64."""
     float32_rel_diff: float
-    """Of the files as they are, run in float32."""
+    """The published files, run in float32."""
     images: int
     top1_agreement_pct: float | None
-    """Images with the same top class in both forms; None where the images were random."""
+    """Images with the same top class in both forms. None if the images were random."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,28 +73,28 @@ class WeightsRecord:
     tag: str
     form: Form
     hub_id: str | None
-    """Hub repository that holds the file; None if nobody has published it there."""
+    """Hub repository that holds the file. None if nobody has published it there."""
     revision: str | None
     file: str | None
-    """File name below `weights_dir()`, of bundled weights."""
+    """Name of a bundled file in `weights_dir()`."""
     sha256: str | None
     size_bytes: int | None
     license: str
     origin: str
     """Where the weights come from."""
     upstream: str | None
-    """The official file, where that was the only source of the training weights."""
+    """The official file, if it is the only source of the training weights."""
     recipe: str | None
-    """How the weights were trained, and who says so."""
+    """How the weights were trained, with the source of that information."""
     params: int
-    """Of this form, without auxiliary heads."""
+    """Parameters of this form, without auxiliary heads."""
     gmacs: float
     """Multiply-adds of the deploy form for one image of `preprocessing.input_px`, in 1e9."""
     preprocessing: Preprocessing
     published: tuple[Metrics, ...]
     measured: tuple[Metrics, ...]
     fold_check: FoldCheck | None
-    """Once both forms are published."""
+    """None until both forms are published."""
 
     @property
     def name(self) -> str:
@@ -102,8 +103,13 @@ class WeightsRecord:
 
     @property
     def training_name(self) -> str:
-        """The name of the training-form weights that these are, or are the fold of."""
+        """The name of the training-form weights: these, or those that these are folded from."""
         return self.name.removesuffix(DEPLOY_SUFFIX)
+
+    @property
+    def has_source(self) -> bool:
+        """Whether the file is bundled or on the Hub."""
+        return bool(self.hub_id or self.file)
 
     @property
     def hub_ref(self) -> str | None:
@@ -112,8 +118,8 @@ class WeightsRecord:
 
     @property
     def available(self) -> WeightsRecord:
-        """The record whose file can be had: this one, or the training form of a fold that nobody published."""
-        return self if self.hub_id or self.file else read_manifest()[self.training_name]
+        """The record to load from: this one, or the training form if nobody has published the fold."""
+        return self if self.has_source else read_manifest()[self.training_name]
 
     @property
     def path(self) -> Path | None:
@@ -122,31 +128,50 @@ class WeightsRecord:
 
 
 def weights_dir() -> Path:
-    """The folder of the manifest and the bundled weights: inside an installed package, or beside it in a checkout."""
+    """Return the folder of the manifest and the bundled weights.
+
+    Returns:
+        `weights` inside an installed package, or beside the package in a checkout.
+
+    Example:
+        >>> weights_dir().name
+        'weights'
+    """
     package = Path(__file__).resolve().parents[1]
     installed = package / 'weights'
     return installed if installed.is_dir() else package.parent / 'weights'
 
 
+def manifest_path() -> Path:
+    """Return the path of the manifest.
+
+    Returns:
+        `manifest.json` in `weights_dir()`.
+
+    Example:
+        >>> manifest_path().name
+        'manifest.json'
+    """
+    return weights_dir() / 'manifest.json'
+
+
 @cache
 def read_manifest() -> Mapping[str, WeightsRecord]:
-    """All records by `arch.tag`, in the order of the file."""
-    records = json.loads(_path().read_text('utf-8'))
+    """Read the records of all weights.
+
+    Returns:
+        Records by `arch.tag`, in the order of the file.
+
+    Raises:
+        TypeError: A record lacks a field, or has an unknown one.
+
+    Example:
+        >>> record = read_manifest()['test_repvgg.cifar10_deploy']
+        >>> record.form, record.training_name, record.params
+        ('deploy', 'test_repvgg.cifar10', 597546)
+    """
+    records = json.loads(manifest_path().read_text('utf-8'))
     return MappingProxyType({name: _record(name, fields) for name, fields in records.items()})
-
-
-def write_manifest(records: Mapping[str, WeightsRecord]) -> None:
-    """Replace the manifest."""
-    content = {
-        name: {key: value for key, value in asdict(record).items() if key not in ('arch', 'tag')}
-        for name, record in records.items()
-    }
-    write_text(_path(), json.dumps(content, indent=1, allow_nan=False) + '\n')
-    read_manifest.cache_clear()
-
-
-def _path() -> Path:
-    return weights_dir() / 'manifest.json'
 
 
 def _record(name: str, fields: dict[str, Any]) -> WeightsRecord:

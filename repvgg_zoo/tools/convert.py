@@ -1,9 +1,11 @@
-"""From a checkpoint of any layout and form to a model, and to a model folder in timm's format."""
+"""A checkpoint of any layout and form to a model, and to a model folder in timm's format."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 from safetensors import SafetensorError
@@ -13,7 +15,7 @@ from timm.models._hub import save_config_for_hf
 from ..blocks.factory import block_type
 from ..blocks.unfold import unfold as unfold_model
 from ..checkpoints.errors import CheckpointError
-from ..checkpoints.files import FILE_SUFFIXES, read_safetensors_header
+from ..checkpoints.files import FILE_SUFFIXES
 from ..checkpoints.state_dicts import Form, identify_variant
 from ..model import RepVGG
 from ..pretrained.load import assign, convert_form, read
@@ -21,7 +23,44 @@ from ..pretrained.locate import weights_in
 from ..variants import get_variant
 from .atomic import new_folder
 
-__all__ = ['convert', 'open_model', 'save_model']
+__all__ = ['MODEL_FILES', 'add_arguments', 'convert', 'main', 'open_model', 'save_model']
+
+MODEL_FILES = ('model.safetensors', 'config.json')
+"""What `save_model` writes."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `repvgg-zoo convert`."""
+    parser.epilog = "timm.create_model('local-dir:DST', pretrained=True) then builds the model."
+    parser.add_argument('src', metavar='SRC', help='checkpoint file, model folder, or timm model name')
+    parser.add_argument('dst', metavar='DST', help='folder to write: model.safetensors and config.json')
+    parser.add_argument('--form', choices=('training', 'deploy'), help='form to write (default: that of SRC)')
+    parser.add_argument('--variant', help='variant of SRC, if its shapes do not tell')
+    parser.add_argument(
+        '--block',
+        help='training-time block of SRC, if that is a bare file whose keys do not tell; with --unfold, the block to '
+        'make (repvgg)',
+    )
+    parser.add_argument('--unfold', action='store_true', help='make branches that compute the same as a deploy form')
+    parser.add_argument('--no-ema', action='store_true', help='take the plain weights if SRC holds an average too')
+    parser.add_argument('--overwrite', action='store_true', help='replace DST if an earlier run wrote all its files')
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `repvgg-zoo convert`."""
+    model = convert(
+        args.src,
+        args.dst,
+        form=args.form,
+        variant=args.variant,
+        block=args.block,
+        unfold=args.unfold,
+        use_ema=not args.no_ema,
+        overwrite=args.overwrite,
+    )
+    form = 'deploy' if model.deploy else 'training'
+    print(f'wrote {model.variant.name}, {form} form, {model.num_classes} classes, to {args.dst}')
+    return 0
 
 
 def convert(
@@ -35,24 +74,40 @@ def convert(
     use_ema: bool = True,
     overwrite: bool = False,
 ) -> RepVGG:
-    """Write a checkpoint as a model folder, and return the model.
+    """Write a checkpoint as a model folder.
 
     The folder holds `model.safetensors` and timm's `config.json`, so that
     `timm.create_model('local-dir:TARGET', pretrained=True)` builds the model, its form included.
 
     Args:
-        source: What `open_model` takes.
-        target: The folder to write.
-        form: The form to write; that of the source by default. Training weights are folded for the deploy
-            form; the reverse takes `unfold`.
-        variant: The name of the variant, where the shapes do not tell it.
-        block: The training-time block of a bare file, where its keys do not tell it; with `unfold`, the one to make.
-        unfold: Make branches that compute the same from a deploy form, and write the training form. Those of a source
-            that has the wanted branches stay as they are; others are folded first.
-        use_ema: Take the average of the weights from a training checkpoint that has one.
-        overwrite: Replace the target if it exists.
+        source: Checkpoint file, model folder or timm model name, see `open_model`.
+        target: Folder to write.
+        form: Form to write, by default that of the source. Training weights are folded for the deploy form; the
+            reverse needs `unfold`.
+        variant: Name of the variant, if the shapes do not tell it.
+        block: Training-time block of a bare file, if its keys do not tell it. With `unfold`, the block to make.
+        unfold: Write the training form of deploy-form weights: branches that compute the same. Weights that have the
+            wanted branches stay as they are. Other branches are folded first.
+        use_ema: Take the averaged weights of a training checkpoint that has them.
+        overwrite: Replace the target if it is such a folder.
+
+    Returns:
+        The model that was written.
+
+    Raises:
+        CheckpointError: The source cannot be read, fits no variant, or is of the deploy form and not to be unfolded.
+        FileNotFoundError: The source does not exist.
+        FileExistsError: The target exists, and `overwrite` is off or it holds other files.
+
+    Example:
+        >>> import tempfile
+        >>> target = Path(tempfile.mkdtemp()) / 'deploy'
+        >>> convert('test_repvgg', target, form='deploy').deploy
+        True
+        >>> sorted(path.name for path in target.iterdir())
+        ['config.json', 'model.safetensors']
     """
-    with new_folder(target, overwrite=overwrite) as folder:
+    with new_folder(target, overwrite=overwrite, owned=MODEL_FILES) as folder:
         model = open_model(source, variant=variant, block=None if unfold else block, use_ema=use_ema)
         if unfold:
             _unfold(model, form, block or 'repvgg')
@@ -71,15 +126,30 @@ def convert(
 
 def _unfold(model: RepVGG, form: Form | None, block: str) -> None:
     if form == 'deploy':
-        raise ValueError('unfolding makes the training form; leave it, or the form deploy, out')
+        raise ValueError('unfolding makes the training form; leave out either unfold or the form deploy')
     if not model.deploy and model.block == block:  # better than what their sum could be unfolded to
         return
     unfold_model(model.eval().switch_to_deploy(), block=block)
 
 
 def save_model(model: RepVGG, folder: Path) -> None:
-    """Write a model's `model.safetensors` and timm's `config.json`, the same bytes each time, into a folder."""
-    weights = folder / 'model.safetensors'
+    """Write `model.safetensors` and timm's `config.json`, the same bytes each time.
+
+    Args:
+        model: The model, in either form.
+        folder: An existing folder.
+
+    Raises:
+        OSError: A file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> save_model(timm.create_model('test_repvgg'), folder)
+        >>> json.loads((folder / 'config.json').read_text())['architecture']
+        'test_repvgg'
+    """
+    weights, config = (folder / name for name in MODEL_FILES)
     form = 'deploy' if model.deploy else 'training'
     metadata = {'format': 'pt', 'architecture': model.variant.name, 'form': form}
     try:
@@ -87,68 +157,76 @@ def save_model(model: RepVGG, folder: Path) -> None:
     except SafetensorError as error:
         raise OSError(f'cannot write {str(weights)!r}: {error}') from error
     _sort_metadata(weights)
-    config = folder / 'config.json'
     model_args = model._model_args
     model_args.pop('num_classes', None)  # out of date if the classifier was replaced
-    save_config_for_hf(model, config, model_args=model_args)
+    save_config_for_hf(model, str(config), model_args=model_args)
     content = json.loads(config.read_text())
-    content.get('model_args', {}).pop('num_classes', None)  # it stands above too, and transformers trips over this one
+    content.get('model_args', {}).pop('num_classes', None)  # already at the top level; transformers rejects it here
     config.write_text(json.dumps(content, indent=2))
-    weights.chmod(config.stat().st_mode)  # as the umask has it; safetensors writes for the owner alone
+    weights.chmod(config.stat().st_mode)  # safetensors ignores the umask
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put a safetensors file's metadata into the order of its keys, which is random as the library writes it."""
+    """Sort the metadata of a safetensors file, which the library writes in random order: the sha256 must not vary."""
     with path.open('r+b') as file:
-        header = read_safetensors_header(file)
-        size = file.tell() - 8
+        size = int.from_bytes(file.read(8), 'little')
+        header = json.loads(file.read(size))
         header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
-        content = json.dumps(header, separators=(',', ':')).encode().ljust(size)
-        if len(content) != size:
-            raise CheckpointError(f'{str(path)!r} has a header that cannot be put into order')
         file.seek(8)
-        file.write(content)
+        file.write(json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode().ljust(size))
 
 
 def open_model(
     source: str | Path, *, variant: str | None = None, block: str | None = None, use_ema: bool = True
 ) -> RepVGG:
-    """The model that a checkpoint holds, in the checkpoint's form.
+    """Build the model that a checkpoint holds, in the checkpoint's form.
 
-    `source` is a checkpoint file of any layout and form, a model folder with `config.json`, or a timm
-    model name whose weights can be had. The variant, classes and input channels of a file are read off
-    its shapes; of other training-time blocks than the default one `variant` must be given, and `block` where another
-    one has the same keys. Raises `FileNotFoundError`, or `CheckpointError` for a file that is of no known variant or
-    does not fit the given one, and for a folder or name that is of another variant or block than the given one.
+    The variant, the classes and the input channels of a bare file follow from its shapes, the block from its keys.
+
+    Args:
+        source: Checkpoint file of any layout and form, model folder with `config.json`, or timm model name.
+        variant: Name of the variant. Necessary for files with another block than the default one.
+        block: Training-time block. Necessary if two blocks have the same keys.
+        use_ema: Take the averaged weights of a training checkpoint that has them.
+
+    Returns:
+        The model with its weights.
+
+    Raises:
+        FileNotFoundError: There is no such file, folder or name.
+        CheckpointError: The file fits no known variant, or the source is of another variant or block than asked for.
+
+    Example:
+        >>> open_model('test_repvgg.cifar10_deploy').deploy
+        True
     """
     block_type(block or 'repvgg')  # an error now if there is none of that name
     path = Path(source)
     if (config := path / 'config.json').is_file():
         try:
-            model = timm.create_model(f'local-dir:{path}', pretrained=True)
+            model = _create(f'local-dir:{path}', pretrained=True)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise CheckpointError(f'{str(config)!r} is no configuration of a timm model: {error!r}') from error
         return _checked(model, source, variant, block)
     if path.is_dir():
         path = weights_in(path)
     if _is_model_name(source):
-        return _checked(timm.create_model(str(source), pretrained=True), source, variant, block)
+        return _checked(_create(str(source), pretrained=True), source, variant, block)
 
     checkpoint = read(path, use_ema=use_ema)
     state_dict = checkpoint.state_dict
-    found = identify_variant(state_dict)
-    if variant is None and found is None:
+    chosen = identify_variant(state_dict) if variant is None else get_variant(variant)
+    if chosen is None:
         raise CheckpointError(
             f'{str(path)!r} has the shapes of no known variant; `repvgg-zoo list` shows them. If it was trained with '
             'another block than the default one, name the variant'
         )
-    name = get_variant(variant).name if variant else found.name
     classifier = state_dict.get('head.fc.weight')
     stem = [
         v.shape[1] for key, v in state_dict.items() if key.startswith('stem.') and v.ndim == 4 and '.attn.' not in key
     ]
-    model = timm.create_model(
-        name,
+    model = _create(
+        chosen.name,
         num_classes=0 if classifier is None else classifier.shape[0],
         in_chans=min(stem, default=3),  # kernels behind the first of a branch have more
         deploy=checkpoint.form == 'deploy',
@@ -159,8 +237,12 @@ def open_model(
     return model
 
 
+def _create(name: str, **kwargs: Any) -> RepVGG:
+    return cast('RepVGG', timm.create_model(name, **kwargs))
+
+
 def _checked(model: RepVGG, source: str | Path, variant: str | None, block: str | None) -> RepVGG:
-    """A model that says itself what it is, if that is what was asked for."""
+    """Return a model that knows its variant and block, if they are those asked for."""
     if variant and get_variant(variant).name != model.variant.name:
         raise CheckpointError(f'{str(source)!r} is of {model.variant.name}, not of {variant}')
     if block and not model.deploy and block != model.block:

@@ -1,7 +1,8 @@
-"""The whole way on real images: load, evaluate, fine-tune, switch to the deploy form, save, reload."""
+"""The demo on real images: load, evaluate, fine-tune, switch to the deploy form, save, reload."""
 
 from __future__ import annotations
 
+import argparse
 import copy
 import statistics
 import time
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data import create_dataset, create_loader, resolve_model_data_config
 from timm.loss import LabelSmoothingCrossEntropy
@@ -21,17 +21,17 @@ from torch import Tensor
 from ..model import RepVGG
 from ..pretrained.manifest import weights_dir
 from .atomic import new_folder
-from .convert import save_model
-from .progress import Track
+from .console import Track, print_table, progress
+from .convert import MODEL_FILES, open_model, save_model
 
-__all__ = ['DemoRow', 'run_demo']
+__all__ = ['DemoRow', 'add_arguments', 'main', 'run_demo']
 
 _MODEL, _EPOCHS, _BATCH_SIZE, _LEARNING_RATE, _LATENCY_RUNS = 'test_repvgg', 3, 50, 1e-3, 50
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoRow:
-    """One line of the table at the end."""
+    """Figures of one form of the model."""
 
     form: str
     params: int
@@ -39,14 +39,59 @@ class DemoRow:
     """Median time of one image."""
     top1_pct: float
     max_logit_diff: float | None
-    """Largest difference to the logits of the fine-tuned training form."""
+    """Largest difference from the logits of the fine-tuned training form."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `repvgg-zoo demo`."""
+    parser.epilog = 'Needs no network and less than a minute.'
+    parser.add_argument('--out', default='repvgg-demo', help='folder for both forms of the model (%(default)s)')
+    parser.add_argument('--overwrite', action='store_true', help='replace it if an earlier run wrote all its files')
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `repvgg-zoo demo`."""
+    with progress(transient=False) as track:
+        rows = run_demo(args.out, track=track, overwrite=args.overwrite)
+    print_table(
+        ('form', 'parameters', 'latency_ms\nper image', 'top1_pct', 'largest logit\ndifference'),
+        [
+            (
+                row.form,
+                f'{row.params:,}',
+                f'{row.latency_ms:.2f}',
+                f'{row.top1_pct:.1f}',
+                '' if row.max_logit_diff is None else f'{row.max_logit_diff:.1e}',
+            )
+            for row in rows
+        ],
+    )
+    print(f'both forms of the fine-tuned model are in {args.out}')
+    return 0
 
 
 def run_demo(out: str | Path, *, track: Track, overwrite: bool = False) -> list[DemoRow]:
-    """Run the demo on the bundled images and write both forms of the fine-tuned model below `out`."""
+    """Fine-tune the bundled model on the bundled images, and write both forms of it.
+
+    Args:
+        out: Folder to write. It gets the model folders `training` and `deploy`.
+        track: Shows the progress, see `repvgg_zoo.tools.console`.
+        overwrite: Replace the folder if an earlier demo wrote it.
+
+    Returns:
+        Figures of the pretrained model, of both forms of the fine-tuned one, and of the deploy form read again.
+
+    Raises:
+        FileExistsError: The folder exists, and `overwrite` is off or it holds other files.
+
+    Example:
+        >>> from repvgg_zoo.tools.console import no_progress
+        >>> rows = run_demo('repvgg-demo', track=no_progress)  # doctest: +SKIP
+    """
     torch.manual_seed(0)
-    with new_folder(out, overwrite=overwrite) as folder:
-        model = timm.create_model(_MODEL, pretrained=True)
+    owned = [f'{form}/{name}' for form in ('training', 'deploy') for name in MODEL_FILES]
+    with new_folder(out, overwrite=overwrite, owned=owned) as folder:
+        model = open_model(_MODEL)
         rows = [_evaluate('pretrained, training form', model, None, track)[0]]
 
         _finetune(model, track)
@@ -60,7 +105,7 @@ def run_demo(out: str | Path, *, track: Track, overwrite: bool = False) -> list[
         (folder / 'deploy').mkdir()
         save_model(deployed, folder / 'deploy')
 
-        reloaded = timm.create_model(f'local-dir:{folder / "deploy"}', pretrained=True)
+        reloaded = open_model(folder / 'deploy')
         rows.append(_evaluate('deploy form, reloaded', reloaded, logits, track)[0])
     return rows
 
@@ -96,11 +141,11 @@ def _finetune(model: RepVGG, track: Track) -> None:
 @torch.inference_mode()
 def _evaluate(form: str, model: RepVGG, reference: Tensor | None, track: Track) -> tuple[DemoRow, Tensor]:
     model.eval()
-    logits, labels = [], []
-    for images, targets in track(_loader(model, 'validation'), description=f'evaluating: {form}'):
-        logits.append(model(images))
-        labels.append(targets)
-    logits, labels = torch.cat(logits), torch.cat(labels)
+    outputs, targets = [], []
+    for images, target in track(_loader(model, 'validation'), description=f'evaluating: {form}'):
+        outputs.append(model(images))
+        targets.append(target)
+    logits, labels = torch.cat(outputs), torch.cat(targets)
     row = DemoRow(
         form=form,
         params=sum(parameter.numel() for parameter in model.parameters()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import logging
 import runpy
@@ -15,7 +16,9 @@ from types import ModuleType
 
 import timm
 
-__all__ = ['LaunchError', 'run']
+from .console import print_error
+
+__all__ = ['LaunchError', 'add_arguments', 'main', 'run']
 
 _logger = logging.getLogger(__name__)
 
@@ -24,13 +27,39 @@ class LaunchError(ValueError):
     """There is nothing by that name to run."""
 
 
-def run(target: str, args: Sequence[str] = ()) -> None:
-    """Run `target` as the main program with `args`, as `python target args…` would.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `repvgg-zoo run`."""
+    parser.epilog = 'All arguments behind the name are passed on.'
+    parser.add_argument('target', metavar='SCRIPT_OR_MODULE', help='what to run')
+    parser.add_argument('args', metavar='ARGS', nargs=argparse.REMAINDER, help='its arguments')
 
-    `target` is the path of a script, or of a folder or zip file with a `__main__.py`; the name of an
-    installed console script; or the name of a module, looked for in this order. `sys.argv`,
-    `sys.path[0]`, `__file__` and the exit status are those of a direct run: whatever the program raises,
-    `SystemExit` included, passes through. Raises `LaunchError` if there is no such thing.
+
+def main(args: argparse.Namespace) -> int:
+    """Run `repvgg-zoo run`."""
+    try:
+        run(args.target, args.args)
+    except LaunchError as error:
+        print_error(error)
+        return 1
+    return 0
+
+
+def run(target: str, args: Sequence[str] = ()) -> None:
+    """Run a program with the zoo registered, as `python target args…` would without.
+
+    `sys.argv`, `sys.path[0]`, `__file__` and the exit status are those of a direct run.
+
+    Args:
+        target: Path of a script, or of a folder or zip file with a `__main__.py`; else name of an installed console
+            script; else name of a module.
+        args: Arguments of the program.
+
+    Raises:
+        LaunchError: There is nothing of that name to run.
+        BaseException: What the program raises, `SystemExit` included.
+
+    Example:
+        >>> run('train.py', ['--model', 'repvgg_a0'])  # doctest: +SKIP
     """
     path = Path(target)
     sys.argv = [target, *args]

@@ -1,59 +1,73 @@
-"""Tables of the variants and of the weights, for the command line and for the pages."""
+"""The table of the variants."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterable, Iterator, Sequence
+import argparse
+from collections.abc import Iterator, Mapping
 
-from ..pretrained.manifest import DEPLOY_SUFFIX, Metrics, WeightsRecord, read_manifest
+from ..pretrained.manifest import DEPLOY_SUFFIX, WeightsRecord, read_manifest
 from ..variants import VARIANTS
+from .console import print_table
+from .markdown import markdown_table
 
-__all__ = ['HEADER', 'LEGEND', 'markdown_table', 'reproduction_lines', 'variant_rows', 'weights_page']
+__all__ = ['add_arguments', 'main', 'variant_rows', 'variants_markdown']
 
-HEADER = ('variant', 'train M', 'deploy M', 'GMACs', 'px', 'top-1 %', 'train', 'deploy')
-LEGEND = (
-    'train M, deploy M: parameters of either form, in millions. GMACs: multiply-adds of the deploy form at px pixels. '
-    'top-1 %: as published, on ImageNet-1k. train, deploy: where the weights of either form are: on the Hub, bundled '
-    '(CIFAR-10), a fold that loading makes of the training weights, or in the official release of .pth files only.'
+_HEADER = ('variant', 'train M', 'deploy M', 'GMACs', 'px', 'top-1 %', 'train', 'deploy')
+_LEGEND = (
+    'train M, deploy M: parameters of either form, in millions. GMACs: multiply-adds of the deploy form at px pixels, '
+    'in 1e9. top-1 %: as published, on ImageNet-1k. train, deploy: where the weights of either form are. Hub: on the '
+    'Hub; bundled: in this package (CIFAR-10); fold: made at load from the training weights; .pth: in the official '
+    'release only; none: nowhere.'
 )
 
-_WEIGHTS_HEADER = (
-    'weights',
-    'form',
-    'where',
-    'parameters',
-    'bytes',
-    'sha256 begins',
-    'published top-1 %',
-    'measured top-1 %',
-    'forms differ by (float64 / float32)',
-    'licence',
-)
-_TEXT_COLUMNS = (
-    {'', 'variant', 'train', 'deploy', 'weights', 'form', 'where', 'sha256 begins', 'licence'}
-    | {
-        'published top-1 %',
-        'measured top-1 %',
-    }
-    | {'model', 'work', 'runtime', 'dtype', 'layout', 'rival'}
-)
-_PAGE_INTRODUCTION = """\
-# The weights
 
-One line for each `arch.tag` that `timm.create_model(…, pretrained=True)` takes, from [manifest.json](manifest.json),
-which `repvgg-zoo publish` keeps up to date together with this page. Published figures are of whom the brackets name,
-on ImageNet-1k; measured ones are the project's own, on CIFAR-10. The forms' difference is that of the logits, relative
-to the largest, when the weights were published. A *fold* is made at load from the training form. How the bundled
-weights were trained: [test_repvgg.cifar10.md](test_repvgg.cifar10.md).
-"""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `repvgg-zoo list`."""
+    parser.add_argument('--markdown', action='store_true', help='print it in Markdown, without the last two columns')
 
 
-def variant_rows() -> Iterator[tuple[str, ...]]:
-    """A row under `HEADER` for each variant; a cell is empty where nobody published a figure."""
-    manifest = read_manifest()
+def main(args: argparse.Namespace) -> int:
+    """Run `repvgg-zoo list`."""
+    if args.markdown:
+        print(variants_markdown(read_manifest()))
+    else:
+        print_table(_HEADER, list(variant_rows(read_manifest())))
+        print(_LEGEND)
+    return 0
+
+
+def variants_markdown(records: Mapping[str, WeightsRecord]) -> str:
+    """Write the table of the variants in Markdown, without the places of the weights, which change.
+
+    Args:
+        records: Those of all weights, as `read_manifest` gives them.
+
+    Returns:
+        The table, without a newline at the end.
+
+    Example:
+        >>> print(variants_markdown(read_manifest()).splitlines()[0])
+        | variant | train M | deploy M | GMACs | px | top-1 % |
+    """
+    return markdown_table((row[:-2] for row in variant_rows(records)), _HEADER[:-2], text_columns=('variant',))
+
+
+def variant_rows(records: Mapping[str, WeightsRecord]) -> Iterator[tuple[str, ...]]:
+    """Describe each variant by a row: name, sizes, published accuracy, and where the weights of both forms are.
+
+    Args:
+        records: Those of all weights, as `read_manifest` gives them.
+
+    Yields:
+        Cells. A cell is empty if nobody has published the figure.
+
+    Example:
+        >>> next(variant_rows(read_manifest()))
+        ('repvgg_a0', '9.11', '8.31', '1.361', '224', '72.41', 'Hub', 'fold')
+    """
     for arch in VARIANTS:
-        training = next(r for r in manifest.values() if r.arch == arch and r.form == 'training')
-        deploy = manifest[training.name + DEPLOY_SUFFIX]
+        training = next(r for r in records.values() if r.arch == arch and r.form == 'training')
+        deploy = records[training.name + DEPLOY_SUFFIX]
         yield (
             arch,
             f'{training.params / 1e6:.2f}',
@@ -61,73 +75,16 @@ def variant_rows() -> Iterator[tuple[str, ...]]:
             f'{deploy.gmacs:.3f}',
             str(training.preprocessing.input_px),
             f'{training.published[0].top1_pct:.2f}' if training.published else '',
-            _whereabouts(training),
-            _whereabouts(deploy),
+            _source_kind(training),
+            _source_kind(deploy, fold_of=training),
         )
 
 
-def _whereabouts(record: WeightsRecord) -> str:
+def _source_kind(record: WeightsRecord, *, fold_of: WeightsRecord | None = None) -> str:
     if record.file:
         return 'bundled'
     if record.hub_id:
         return 'Hub'
-    return '.pth' if record.upstream else 'fold'
-
-
-def markdown_table(rows: Iterable[Sequence[str]], header: Sequence[str] = HEADER) -> str:
-    """Rows under a header as a Markdown table, figures to the right."""
-    lines = [header, ['---' if title in _TEXT_COLUMNS else '---:' for title in header], *rows]
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
-
-
-def weights_page(records: Iterable[WeightsRecord]) -> str:
-    """The page of all weights, `weights/README.md`."""
-    return f'{_PAGE_INTRODUCTION}\n{markdown_table(map(_weights_row, records), _WEIGHTS_HEADER)}\n'
-
-
-def reproduction_lines(*, imagenet: str, cifar10: str) -> Iterator[str]:
-    """Shell lines that evaluate the weights of every variant by timm's `validate.py`, and the accuracy to expect.
-
-    The arguments are the folders of the data sets. `validate.py` is in timm's repository, not in its wheel.
-    """
-    data = {'ImageNet-1k': shlex.quote(imagenet), 'CIFAR-10': f'{shlex.quote(cifar10)} --split test'}
-    for record in read_manifest().values():
-        if record.form != 'training':
-            continue
-        metrics = (*record.published, *record.measured)
-        yield f'# {record.name}: top-1 % {_metrics(metrics) or "nobody has published it"}'
-        if not (record.hub_id or record.file):
-            yield f'# needs {record.upstream} of the official release; the command tells how to use it'
-        data_dir = data[metrics[0].dataset if metrics else 'ImageNet-1k']
-        yield f'repvgg-zoo run validate.py --data-dir {data_dir} --model {record.name} --pretrained'
-
-
-def _weights_row(record: WeightsRecord) -> tuple[str, ...]:
-    check = record.fold_check
-    return (
-        record.name,
-        record.form,
-        _place(record),
-        f'{record.params:,}',
-        '' if record.size_bytes is None else f'{record.size_bytes:,}',
-        '' if record.sha256 is None else f'`{record.sha256[:16]}`',
-        _metrics(record.published),
-        _metrics(record.measured),
-        '' if check is None else f'{check.float64_rel_diff:.1e} / {check.float32_rel_diff:.1e}',
-        record.license,
-    )
-
-
-def _place(record: WeightsRecord) -> str:
-    hub = record.hub_id and f'[{record.hub_id}](https://huggingface.co/{record.hub_id})'
-    revision = record.revision and f'at `{record.revision[:12]}`'
-    bundled = record.file and f'[bundled]({record.file})'
-    if places := ', '.join(filter(None, (bundled, hub, revision))):
-        return places
-    if record.available is not record and record.available.hub_id:
-        return f'fold of {record.training_name}'
-    return f'nowhere yet; the official release has {record.upstream}'
-
-
-def _metrics(metrics: Sequence[Metrics]) -> str:
-    return ', '.join(f'{m.top1_pct:g} ({m.source})' for m in metrics)
+    if record.upstream:
+        return '.pth'
+    return 'fold' if fold_of is not None and fold_of.has_source else 'none'

@@ -1,7 +1,8 @@
-"""INT8 by post-training quantization of the deploy form, with a report of what it costs and what it gains."""
+"""INT8 by post-training quantization of the deploy form, with a report of what it costs and gains."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -12,39 +13,87 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from timm.data import create_dataset, create_transform, resolve_model_data_config
+from timm.data import ImageDataset, create_dataset, create_transform, resolve_model_data_config
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ..blocks.base import ReparamBlock
 from ..model import RepVGG
 from .atomic import new_folder
 from .benchmark.measure import time_rounds
 from .benchmark.runtimes import compile_openvino
+from .console import Track, print_table, progress
 from .convert import open_model
-from .listing import markdown_table
-from .progress import Track
+from .markdown import markdown_table
 
-__all__ = ['LayerError', 'QuantizationReport', 'equalize', 'layer_errors', 'quantize']
+__all__ = ['LayerError', 'QuantizationReport', 'add_arguments', 'equalize', 'layer_errors', 'main', 'quantize']
 
 _BATCH_SIZE, _LATENCY_ROUNDS, _SENSITIVITY_IMAGES = 50, 10, 64
+_FILES = ('model.onnx', 'report.json', 'report.md')
+_HEADER = ('precision', 'top1_pct', 'latency_ms', 'MB')
+_DEAD_RANGE = 1e-3
+"""Channels whose range is below this fraction of the median are not equalized: their bias would become huge."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `repvgg-zoo quantize`."""
+    parser.epilog = (
+        'Post-training quantization by NNCF into an ONNX file, for OpenVINO or ONNX Runtime. Accuracy and latency are '
+        "measured in OpenVINO. Needs pip install 'repvgg-zoo[quantize]'."
+    )
+    parser.add_argument('src', metavar='SRC', help='checkpoint file, model folder, or timm model name')
+    parser.add_argument('dst', metavar='DST', help=f'folder to write: {", ".join(_FILES[:2])} and {_FILES[2]}')
+    parser.add_argument('--images', metavar='FOLDER', required=True, help='images to evaluate on, in a folder a class')
+    parser.add_argument(
+        '--calibration', metavar='FOLDER', help='images to calibrate on, better of the training set (default: --images)'
+    )
+    parser.add_argument('--subset', type=int, metavar='N', default=300, help='images to calibrate on (%(default)s)')
+    parser.add_argument('--equalize', action='store_true', help='apply cross-layer equalisation first')
+    parser.add_argument('--variant', help='variant of SRC, if its shapes do not tell')
+    parser.add_argument('--block', help='training-time block of SRC, if that is a bare file whose keys do not tell')
+    parser.add_argument('--overwrite', action='store_true', help='replace DST if an earlier run wrote all its files')
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `repvgg-zoo quantize`."""
+    with progress() as track:
+        report = quantize(
+            args.src,
+            args.dst,
+            images=args.images,
+            calibration=args.calibration,
+            subset=args.subset,
+            equalize_layers=args.equalize,
+            variant=args.variant,
+            block=args.block,
+            overwrite=args.overwrite,
+            track=track,
+        )
+    print_table(_HEADER, report.rows())
+    print(report.summary)
+    if report.no_top1:
+        print(f'no top-1: {report.no_top1}')
+    worst = ', '.join(f'{error.layer} {error.rel_error:.1e}' for error in report.sensitivity[:3])
+    print(f'most sensitive layers, and the relative error of the logits: {worst}')
+    print(f'the model and the whole report are in {args.dst}')
+    return 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerError:
-    """What quantizing one layer alone does to the logits."""
+    """Error of the logits if only one layer is quantized."""
 
     layer: str
     rel_error: float
-    """Root mean square of the logits' error, relative to that of the logits."""
+    """Root mean square of the error, relative to that of the logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationReport:
-    """The quantized model beside the float32 one, both in OpenVINO with the same threads."""
+    """Comparison of the quantized model with the float32 one, both in OpenVINO with the same threads."""
 
     variant: str
     images: int
@@ -52,14 +101,14 @@ class QuantizationReport:
     equalized: bool
     threads: int
     float32_top1_pct: float | None
-    """None unless there are as many folders with images as the model has classes."""
+    """None unless each class of the model has a folder with images."""
     int8_top1_pct: float | None
     no_top1: str | None
-    """Why there is no top-1."""
+    """Reason why top-1 is None."""
     same_top_class_pct: float | None
-    """None of a model without a classifier."""
+    """None if the model has no classifier."""
     float32_latency_ms: float
-    """Median time of one image, of interleaved rounds."""
+    """Median time of one image, measured in interleaved rounds."""
     int8_latency_ms: float
     float32_bytes: int
     int8_bytes: int
@@ -68,16 +117,17 @@ class QuantizationReport:
 
     @property
     def speedup(self) -> float:
+        """Latency of float32 over that of INT8."""
         return self.float32_latency_ms / self.int8_latency_ms
 
     @property
     def summary(self) -> str:
-        """How fast, and how often of the same opinion, INT8 is."""
+        """Speed and agreement of INT8, relative to float32."""
         summary, same = f'{self.speedup:.2f} times as fast', self.same_top_class_pct
         return summary if same is None else f'{summary}; the same top class on {same:.2f} % of the images'
 
     def rows(self) -> list[tuple[str, ...]]:
-        """One for each precision: top-1, latency, size."""
+        """One row for each precision: top-1, latency and size."""
         return [
             (name, '' if top1 is None else f'{top1:.2f}', f'{latency:.2f}', f'{size / 1e6:.2f}')
             for name, top1, latency, size in (
@@ -87,25 +137,23 @@ class QuantizationReport:
         ]
 
     def markdown(self) -> str:
+        """The report as a page in Markdown."""
         layers = [(error.layer, f'{error.rel_error:.2e}') for error in self.sensitivity]
         return '\n'.join(
             [
                 f'# {self.variant} in INT8',
                 '',
-                markdown_table(self.rows(), REPORT_HEADER),
+                markdown_table(self.rows(), _HEADER),
                 '',
                 f'{self.images} images, calibrated on {self.calibration_images}; one image a time in OpenVINO with '
                 f'{self.threads} threads: {self.summary}.' + (f' No top-1: {self.no_top1}.' if self.no_top1 else ''),
                 '',
-                'Error of the logits, relative, with one layer quantized alone:',
+                'Relative error of the logits if only one layer is quantized:',
                 '',
                 markdown_table(layers, ('layer', 'error')),
                 '',
             ]
         )
-
-
-REPORT_HEADER = ('precision', 'top1_pct', 'latency_ms', 'MB')
 
 
 def quantize(
@@ -121,35 +169,43 @@ def quantize(
     overwrite: bool = False,
     track: Track,
 ) -> QuantizationReport:
-    """Write a checkpoint's deploy form in INT8 as a folder, and return the report that lies in it.
+    """Write a checkpoint's deploy form in INT8 as a folder.
 
-    The folder holds `model.onnx`, which has 8-bit weights, per channel, and quantizers of the activations (QDQ), with
-    a free batch; `report.json` and `report.md`. NNCF quantizes, and corrects the biases for the shift of each layer's
-    mean. Activations and weights are calibrated on real images, prepared as the model wants them.
+    The folder holds `model.onnx`, `report.json` and `report.md`. The model has 8-bit weights, quantized per channel,
+    quantizers of the activations (QDQ), and a free batch size. NNCF calibrates on real images, prepared as the model
+    expects them, and corrects the biases for the shift of each layer's mean.
 
     Args:
-        source: What `repvgg_zoo.convert.open_model` takes, in either form.
-        target: The folder to write.
-        images: Folder of images to evaluate on; top-1 where it has a folder for each class, in the order of the
-            model's classes.
+        source: Checkpoint file, model folder or timm model name, in either form.
+        target: Folder to write.
+        images: Folder of images to evaluate on. Top-1 is measured if it has a folder for each class, in the order of
+            the model's classes.
         calibration: Folder of images to calibrate on, best of the training set; `images` by default.
-        subset: Images to calibrate on, spread evenly over the folder.
+        subset: Number of images to calibrate on, spread evenly over the folder.
         equalize_layers: Apply `equalize` first.
-        variant: The name of the variant, where the shapes do not tell it.
-        block: The training-time block of a bare checkpoint file, where its keys do not tell it.
-        overwrite: Replace the target if it exists.
-        track: See `repvgg_zoo.progress`.
+        variant: Name of the variant, if the shapes do not tell it.
+        block: Training-time block of a bare file, if its keys do not tell it.
+        overwrite: Replace the target if it is such a folder.
+        track: Shows the progress, see `repvgg_zoo.tools.console`.
+
+    Returns:
+        The report.
 
     Raises:
         ModuleNotFoundError: NNCF, ONNX or OpenVINO are not installed: they are the extra `quantize`.
         FileNotFoundError: There is no such folder of images, or it is empty.
+        ValueError: `subset` is less than 1, or the model does not take 3 channels.
+        FileExistsError: The target exists, and `overwrite` is off or it holds other files.
+
+    Example:
+        >>> report = quantize('test_repvgg', 'int8', images='cifar10', track=no_progress)  # doctest: +SKIP
     """
     _require()
     if subset < 1:
         raise ValueError(f'subset is {subset}; it takes at least one image to calibrate')
     evaluated = _dataset(images)
     calibrated = _dataset(calibration or images)
-    with new_folder(target, overwrite=overwrite) as folder:
+    with new_folder(target, overwrite=overwrite, owned=_FILES) as folder:
         model = open_model(source, variant=variant, block=block).float().eval().switch_to_deploy()
         if model.in_chans != 3:
             raise ValueError(f'the images have 3 channels, and the model takes {model.in_chans}')
@@ -157,9 +213,10 @@ def quantize(
             equalize(model)
         for dataset in (evaluated, calibrated):
             dataset.transform = create_transform(**resolve_model_data_config(model))
-        chosen = [calibrated[index][0] for index in _spread(len(calibrated), subset)]
+        chosen = [calibrated[index][0] for index in _evenly_spaced(len(calibrated), subset)]
         sample = torch.stack(chosen)
-        exact, quantized = folder / 'float32.onnx', folder / 'model.onnx'
+        exact = folder / 'float32.onnx'
+        quantized, json_report, markdown_report = (folder / name for name in _FILES)
         _export(model, sample[:2], exact)
         _quantize_onnx(exact, chosen, quantized)
         runs = [_compile(path) for path in (exact, quantized)]
@@ -179,8 +236,8 @@ def quantize(
             sensitivity=tuple(sensitivity),
         )
         exact.unlink()
-        (folder / 'report.json').write_text(json.dumps(asdict(report) | {'speedup': report.speedup}, indent=2) + '\n')
-        (folder / 'report.md').write_text(report.markdown())
+        json_report.write_text(json.dumps(asdict(report) | {'speedup': report.speedup}, indent=2) + '\n')
+        markdown_report.write_text(report.markdown())
     return report
 
 
@@ -197,26 +254,26 @@ def _require() -> None:
     nncf.set_log_level(logging.ERROR)
 
 
-def _dataset(folder: str | Path) -> Dataset[Any]:
+def _dataset(folder: str | Path) -> ImageDataset:
     if not Path(folder).is_dir():
         raise FileNotFoundError(f'no folder of images at {str(folder)!r}')
     try:
-        return create_dataset('', root=str(folder), search_split=False)  # or a class named `val` would be all
+        return create_dataset('', root=str(folder), search_split=False)  # a class may be called `val`
     except RuntimeError as error:
         raise FileNotFoundError(f'no images in {str(folder)!r}') from error
 
 
-def _spread(count: int, wanted: int) -> list[int]:
-    """Indices of `wanted` items, or of all of fewer, at even distances: of every class of a sorted folder."""
-    taken = min(count, wanted)
-    return [index * count // taken for index in range(taken)]
+def _evenly_spaced(count: int, wanted: int) -> list[int]:
+    """Choose at most `wanted` of `count` indices at even distances, so that every class of a sorted folder occurs."""
+    chosen = min(count, wanted)
+    return [index * count // chosen for index in range(chosen)]
 
 
 def _export(model: nn.Module, x: Tensor, path: Path) -> None:
     with _quiet():
         torch.onnx.export(
             model,
-            (x if len(x) > 1 else x.repeat(2, 1, 1, 1),),  # a batch of one would be taken for a constant
+            (x if len(x) > 1 else x.repeat(2, 1, 1, 1),),  # the exporter makes a constant of a batch of one
             path,
             dynamo=True,
             external_data=False,
@@ -237,7 +294,7 @@ def _quantize_onnx(exact: Path, calibration: list[Tensor], path: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' own progress and warnings of deprecated parts of each other."""
+    """Silence the exporters' progress and the warnings about each other's deprecated parts."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter('ignore')
         yield
@@ -250,7 +307,7 @@ def _compile(path: Path) -> Callable[[Tensor], Tensor]:
 
 def _evaluate(
     runs: list[Callable[[Tensor], Tensor]],
-    dataset: Dataset[Any],
+    dataset: ImageDataset,
     num_classes: int,
     track: Track,
 ) -> dict[str, Any]:
@@ -264,7 +321,7 @@ def _evaluate(
         right = [count + int((top == labels).sum()) for count, top in zip(right, tops, strict=True)]
     root = Path(dataset.reader.root)
     folders = {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(('.', '__'))}
-    classes = dataset.reader.class_to_idx  # by the names of the folders that images lie in
+    classes = dataset.reader.class_to_idx  # by the names of folders with images
     labelled = classes.keys() == folders and len(folders) == num_classes
     float32, int8 = (100 * count / len(dataset) if labelled else None for count in right)
     why_not = (
@@ -279,21 +336,32 @@ def _evaluate(
     )
 
 
-def _latencies(runs: list[Callable[[Tensor], Tensor]], x: Tensor, track: Track) -> dict[str, float]:
+def _latencies(runs: list[Callable[[Tensor], Tensor]], x: Tensor, track: Track) -> dict[str, Any]:
     seconds = time_rounds([(lambda: x, run) for run in runs], rounds=_LATENCY_ROUNDS, track=track)
     float32, int8 = (1e3 * statistics.median(times) for times in seconds)
     return dict(float32_latency_ms=float32, int8_latency_ms=int8)
 
 
-# -------------------------------------------------------------------------------------------------- sensitivity
-
-
 @torch.no_grad()
 def layer_errors(model: RepVGG, images: Tensor, *, track: Track) -> list[LayerError]:
-    """What quantizing each convolution, and the classifier, alone does to the logits; the largest error first.
+    """Measure the error of the logits if only one convolution, or only the classifier, is quantized.
 
-    Weights to 8 bits by output channel, symmetric about 0; the layer's input to 8 bits between its extremes on
-    `images`, `(N, C, H, W)`. The model is of the deploy form, in eval mode.
+    Weights are rounded to 8 bits for each output channel, symmetric about 0, and the layer's input to 8 bits between
+    its extremes.
+
+    Args:
+        model: In the deploy form and eval mode.
+        images: `(N, C, H, W)`.
+        track: Shows the progress.
+
+    Returns:
+        One error for each layer, the largest first.
+
+    Example:
+        >>> from repvgg_zoo.tools.console import no_progress
+        >>> model = open_model('test_repvgg.cifar10_deploy').eval()
+        >>> len(layer_errors(model, torch.randn(2, 3, 32, 32), track=no_progress))
+        12
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     reference = model(images)
@@ -324,41 +392,48 @@ def _fake_quantized_input(x: Tensor) -> Tensor:
     return torch.fake_quantize_per_tensor_affine(x, scale, round(-low / scale), 0, 255)
 
 
-# ------------------------------------------------------------------------------------------------- equalisation
-
-
-_DEAD = 1e-3
-"""Channels whose range is less of the median one are left alone: to equalize them makes their bias huge."""
-
-
 @torch.no_grad()
 def equalize(model: RepVGG, *, sweeps: int = 10) -> RepVGG:
-    """Cross-layer equalisation of the deploy form, in place (arXiv 1906.04721, section 4.1); returns the model.
+    """Equalise the ranges of neighbouring layers of the deploy form, in place (arXiv 1906.04721, section 4.1).
 
-    ReLU lets a channel's scale s pass: the output channel of one convolution is divided by s = sqrt(r1 / r2), and
-    the next one's input channel multiplied by it, where r1 and r2 are the largest absolute weights of either. Both
-    ranges are then equal, and the function is the same. Blocks with squeeze-excite or without ReLU are left alone,
-    since what they compute would change.
+    ReLU lets a positive scale through. So each output channel of a convolution is divided by s = sqrt(r1 / r2), and
+    the same input channel of the next one is multiplied by s, where r1 and r2 are their largest absolute weights. Then
+    both ranges are equal, and the model computes the same. Blocks with squeeze-excite or without ReLU stay as they
+    are, because scaling would change what they compute.
+
+    Args:
+        model: A RepVGG in the deploy form.
+        sweeps: Passes over all pairs of layers.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: The model is no RepVGG of this package.
+        ValueError: The model is in the training form.
+
+    Example:
+        >>> equalize(open_model('test_repvgg.cifar10_deploy')).deploy
+        True
     """
     if not isinstance(model, RepVGG):
         raise TypeError(f'equalisation is for a RepVGG of this package; here is a {type(model).__name__}')
-    blocks = [model.stem, *(block for stage in model.stages for block in stage)]
+    blocks = [model.stem, *(block for stage in model.stages for block in stage.children())]
     if not all(isinstance(block, ReparamBlock) and block.reparam_conv is not None for block in blocks):
-        raise ValueError('equalisation is for the deploy form; switch_to_deploy() comes first')
+        raise ValueError('equalisation is for the deploy form; call switch_to_deploy() first')
     for _ in range(sweeps):
-        for block, following in pairwise(blocks):
+        for block, following in pairwise(cast('list[ReparamBlock]', blocks)):
             if isinstance(block.attn, nn.Identity) and type(block.act) is nn.ReLU:
-                _equalize_pair(block.reparam_conv, following.reparam_conv)
+                _equalize_pair(cast('nn.Conv2d', block.reparam_conv), cast('nn.Conv2d', following.reparam_conv))
     return model
 
 
 def _equalize_pair(first: nn.Conv2d, second: nn.Conv2d) -> None:
-    by_input = second.weight.view(
-        second.groups, -1, *second.weight.shape[1:]
-    )  # (groups, C_out / groups, C_in / groups …)
+    # (groups, C_out / groups, C_in / groups, k, k)
+    by_input = second.weight.view(second.groups, -1, *second.weight.shape[1:])
     range_1, range_2 = first.weight.abs().amax((1, 2, 3)), by_input.abs().amax((1, 3, 4)).flatten()
-    dead = (range_1 < _DEAD * range_1.median()) | (range_2 < _DEAD * range_2.median())
+    dead = (range_1 < _DEAD_RANGE * range_1.median()) | (range_2 < _DEAD_RANGE * range_2.median())
     scale = torch.where(dead | (range_1 == 0) | (range_2 == 0), 1.0, (range_1 / range_2).sqrt())
     first.weight /= scale.view(-1, 1, 1, 1)
-    first.bias /= scale
+    cast('Tensor', first.bias).div_(scale)
     by_input *= scale.view(second.groups, 1, -1, 1, 1)

@@ -1,7 +1,8 @@
-"""Whether two models compute the same function."""
+"""Comparison of two models: do they compute the same function?"""
 
 from __future__ import annotations
 
+import argparse
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,30 +15,73 @@ from torch import Tensor
 from ..checkpoints.errors import CheckpointError
 from ..model import RepVGG
 from ..reparam.evaluation import disable_fast_path
+from ..reparam.switch import switch_to_deploy
+from ..reparam.tolerance import MAX_REL_DIFF, rel_diff
+from .console import print_table
 from .convert import open_model
 
-__all__ = ['MAX_FLOAT32_REL_DIFF', 'Comparison', 'compare', 'float64_rel_diff', 'images_for', 'rel_diff', 'verify']
+__all__ = [
+    'Comparison',
+    'add_arguments',
+    'compare',
+    'float64_rel_diff',
+    'images_for',
+    'main',
+    'verify',
+]
 
 _RANDOM_IMAGES, _BATCH_SIZE = 8, 2  # large models on many images would double what is in memory
-MAX_FLOAT32_REL_DIFF = 1e-3
-"""What storing both forms in float32 explains: an ulp or two a weight, amplified by some fifty layers."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `repvgg-zoo verify`."""
+    parser.epilog = (
+        'Exits with 0 if all top classes agree and the logits differ by no more than float32 rounding explains '
+        f'({MAX_REL_DIFF[torch.float32]:g} of the largest), with 1 otherwise.'
+    )
+    parser.add_argument('a', metavar='A', help='checkpoint file, model folder, or timm model name')
+    parser.add_argument('b', metavar='B', nargs='?', help='another one (default: the fold of A)')
+    parser.add_argument('--variant', help='variant of A, if its shapes do not tell')
+    parser.add_argument('--block', help='training-time block of A, if that is a bare file whose keys do not tell')
+    parser.add_argument('--images', metavar='FOLDER', help='real images to compare on (default: random ones)')
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `repvgg-zoo verify`."""
+    results = verify(args.a, args.b, images=args.images, variant=args.variant, block=args.block)
+    print_table(
+        ('computed in', 'images', 'largest\ndifference', 'relative to the\nlargest logit', 'same top class'),
+        [
+            (
+                dtype,
+                str(result.images),
+                f'{result.max_abs_diff:.2e}',
+                f'{result.max_rel_diff:.2e}',
+                f'{result.top1_agreement_pct:.2f} %',
+            )
+            for dtype, result in results.items()
+        ],
+    )
+    same = all(result.same for result in results.values())
+    print('the same function' if same else 'NOT the same function')
+    return 0 if same else 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How far the logits of two models are apart, over all images and classes."""
+    """Difference between the logits of two models, over all images and classes."""
 
     images: int
     max_abs_diff: float
     max_rel_diff: float
-    """Largest absolute difference, relative to the largest logit."""
+    """Largest absolute difference, relative to the largest logit of the first model."""
     top1_agreement_pct: float
     """Images on which both models have the same top class, in per cent."""
 
     @property
     def same(self) -> bool:
         """Whether the models compute the same function, as far as float32 weights can."""
-        return self.max_rel_diff <= MAX_FLOAT32_REL_DIFF and self.top1_agreement_pct == 100
+        return self.max_rel_diff <= MAX_REL_DIFF[torch.float32] and self.top1_agreement_pct == 100
 
 
 def verify(
@@ -48,10 +92,26 @@ def verify(
     variant: str | None = None,
     block: str | None = None,
 ) -> dict[str, Comparison]:
-    """Compare two checkpoints, or a training-form one and its fold, in float32 and in float64.
+    """Compare two checkpoints, or a training-form one and its fold.
 
-    `a` and `b` are what `repvgg_zoo.convert.open_model` takes, `variant` and `block` those of `a`; `variant` is that of
-    `b` too, where it does not tell it itself. Runs on the images below a folder, or on random ones.
+    Args:
+        a: Checkpoint file, model folder or timm model name.
+        b: Another one, by default the fold of `a`.
+        images: Folder of images to compare on, by default random images.
+        variant: Name of the variant of `a`, if its shapes do not tell, and of `b`, if it is a bare file.
+        block: Training-time block of `a`, if its keys do not tell.
+
+    Returns:
+        The comparison in float32 and the one in float64, by dtype.
+
+    Raises:
+        CheckpointError: A checkpoint cannot be read, or `a` is of the deploy form and there is no `b`.
+        FileNotFoundError: A checkpoint or the folder of images does not exist.
+        ValueError: The models differ in channels or classes, or do not take the images.
+
+    Example:
+        >>> verify('test_repvgg', 'test_repvgg.cifar10_deploy')['float32'].same
+        True
     """
     model_a = open_model(a, variant=variant, block=block)
     if b is not None:
@@ -67,7 +127,25 @@ def verify(
 
 
 def compare(a: RepVGG, b: RepVGG, batches: Iterator[Tensor], *, dtype: torch.dtype) -> Comparison:
-    """Run two models in eval mode and `dtype` on batches of images, `(N, C, H, W)`."""
+    """Compare two models in eval mode.
+
+    Args:
+        a: A model. Relative differences are relative to its logits.
+        b: Another model.
+        batches: Images, `(N, C, H, W)`.
+        dtype: What both compute in.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        ValueError: The models differ in channels or classes.
+
+    Example:
+        >>> model = open_model('test_repvgg')
+        >>> compare(model, model, images_for(model), dtype=torch.float32).max_abs_diff
+        0.0
+    """
     if (a.in_chans, a.num_classes) != (b.in_chans, b.num_classes):
         raise ValueError(
             f'the models differ in shape: {a.in_chans} channels to {a.num_classes} classes, and {b.in_chans} channels '
@@ -92,29 +170,50 @@ def compare(a: RepVGG, b: RepVGG, batches: Iterator[Tensor], *, dtype: torch.dty
 
 
 def float64_rel_diff(model: RepVGG, x: Tensor) -> float:
-    """Largest difference between the logits of a model and of its fold, both in float64, relative to the largest logit.
+    """Compute the difference between the logits of a model and of its fold, both in float64.
 
-    `x` is `(N, C, H, W)`; the model is in eval mode. One block at a time is copied, so the memory is that of
-    a block.
+    One block at a time is copied, so the memory needed is that of a block.
+
+    Args:
+        model: In the training form and eval mode.
+        x: Images, `(N, C, H, W)`.
+
+    Returns:
+        Largest difference, relative to the largest logit of the training form.
+
+    Example:
+        >>> model = open_model('test_repvgg').eval()
+        >>> float64_rel_diff(model, next(images_for(model))) < 1e-12
+        True
     """
     training = deploy = x.double()
     with torch.inference_mode(), disable_fast_path():
-        for block in (model.stem, *(block for stage in model.stages for block in stage)):
+        for block in (model.stem, *(block for stage in model.stages for block in stage.children())):
             exact = copy.deepcopy(block).double()
             training = exact(training)
-            deploy = exact.switch_to_deploy()(deploy)
+            deploy = switch_to_deploy(exact)(deploy)
         head = copy.deepcopy(model.head).double()
-        return rel_diff(head(training), head(deploy))
-
-
-def rel_diff(a: Tensor, b: Tensor) -> float:
-    """Largest difference of two tensors, relative to the largest value of the first; NaN if either holds one."""
-    diff = (a.double() - b.double()).abs().max()
-    return 0.0 if diff == 0 else (diff / a.double().abs().max()).item()
+        return rel_diff(head(deploy), head(training))
 
 
 def images_for(model: RepVGG, folder: str | Path | None = None) -> Iterator[Tensor]:
-    """Batches of the images below a folder, preprocessed for the model; without one, random images."""
+    """Read images, preprocessed for a model.
+
+    Args:
+        model: The model.
+        folder: Folder of images, by default random images.
+
+    Yields:
+        Batches, `(N, C, H, W)`.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: The model does not take three channels, as the images have.
+
+    Example:
+        >>> next(images_for(open_model('test_repvgg'))).shape
+        torch.Size([2, 3, 32, 32])
+    """
     config = resolve_model_data_config(model)
     if folder is None:
         size = model.in_chans, *config['input_size'][1:]

@@ -12,7 +12,7 @@ from helpers import images, randomise, rel_diff
 from torch import nn
 
 import repvgg_zoo
-from repvgg_zoo.pretrained.hub import push_folder
+from repvgg_zoo.tools.publish.upload import push_folder
 
 
 def test_processes_with_one_empty_cache(hub, folder, tmp_path):

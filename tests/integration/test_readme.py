@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from repvgg_zoo.tools.listing import HEADER, markdown_table, variant_rows
+from repvgg_zoo.pretrained.manifest import read_manifest
+from repvgg_zoo.tools.listing import variants_markdown
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / 'README.md').read_text('utf-8')
@@ -39,8 +40,8 @@ def test_blocks_run_in_their_order(tmp_path):
 
 
 def test_table_is_the_current_one():
-    table = re.search(r'<!-- repvgg-zoo list --markdown -->\n(.*?)<!-- end -->', README, re.DOTALL).group(1)
-    assert table.strip() == markdown_table([row[:-2] for row in variant_rows()], HEADER[:-2])
+    table = re.search(r'<!-- variants -->\n(.*?)<!-- /variants -->', README, re.DOTALL).group(1)
+    assert table.strip() == variants_markdown(read_manifest())
 
 
 @pytest.mark.parametrize('path', sorted(set(re.findall(r'\]\(([^):]+)\)', README))))

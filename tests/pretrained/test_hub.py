@@ -1,6 +1,4 @@
-"""Weights from a Hub and folders to it, over HTTP on loopback, through the real client."""
-
-from types import SimpleNamespace
+"""Weights from a Hub, over HTTP on loopback, through the real client."""
 
 import pytest
 import timm
@@ -9,159 +7,13 @@ from helpers import images
 from huggingface_hub import constants
 
 from repvgg_zoo import CheckpointError, load_checkpoint
-from repvgg_zoo.pretrained.hub import HubError, download_weights, push_folder
+from repvgg_zoo.pretrained.hub import download_weights
+from repvgg_zoo.tools.publish.upload import push_folder
 
 ID = 'zoo/model'
 
 
-def content_of(hub, repo_id):
-    _, files = hub.repositories[repo_id].commits[-1]
-    return {path: (hub.blobs / sha256).read_bytes() for path, sha256 in files.items() if path != '.gitattributes'}
-
-
-def files_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-# ----------------------------------------------------------------------------------------------- uploads
-
-
-def test_folder_arrives_whole_in_one_commit(hub, folder):
-    revision = push_folder(folder, ID)
-    assert content_of(hub, ID) == files_of(folder)
-    assert [commit[0] for commit in hub.repositories[ID].commits][1:] == [revision]
-    assert hub.count('PUT', '^/lfs/') == 1
-
-
-def test_same_folder_is_not_uploaded_twice(hub, folder):
-    revision = push_folder(folder, ID)
-    before = len(hub.requests)
-    assert push_folder(folder, ID) == revision
-    assert hub.requests[before:] == [('GET', f'/api/models/{ID}')]
-
-
-@pytest.mark.parametrize('name', ['model.safetensors', 'config.json'])
-def test_other_files_are_replaced_only_if_told(hub, folder, name):
-    push_folder(folder, ID)
-    state = content_of(hub, ID)
-    (folder / name).write_bytes((folder / name).read_bytes()[:-1] + b' ')
-    (folder / 'README.md').rename(folder / 'CARD.md')
-    with pytest.raises(HubError, match=r'holds other files than .*--replace'):
-        push_folder(folder, ID)
-    assert content_of(hub, ID) == state
-    push_folder(folder, ID, replace=True)
-    assert content_of(hub, ID) == files_of(folder)
-
-
-@pytest.mark.parametrize(
-    ('method', 'path', 'how'),
-    [
-        ('GET', '^/api/models', dict(status=503)),
-        ('POST', 'create', dict(status=429)),
-        ('POST', 'create', dict(drop_answer=True)),
-        ('POST', 'preupload', dict(status=500)),
-        ('POST', 'batch', dict(drop_answer=True)),
-        ('PUT', 'lfs', dict(after_bytes=1 << 20)),
-        ('PUT', 'lfs', dict(status=503)),
-        *(('POST', '/commit/', dict(status=status)) for status in (408, 409, 412, 429, 500, 502, 503, 504)),
-        ('POST', '/commit/', dict(drop_answer=True)),
-    ],
-    ids=str,
-)
-def test_what_may_pass_is_tried_again(hub, folder, method, path, how):
-    hub.fail(method, path, **how)
-    push_folder(folder, ID)
-    assert not hub.faults[0].times
-    assert content_of(hub, ID) == files_of(folder)
-    assert len(hub.repositories[ID].commits) == 2
-
-
-def test_upload_that_was_cut_off_is_not_begun_anew(hub, folder):
-    hub.fail('POST', '/commit/', status=500, times=3)  # as often as it is tried here
-    with pytest.raises(HubError, match='cannot publish zoo/model'):
-        push_folder(folder, ID)
-    assert len(hub.repositories[ID].commits) == 1
-    push_folder(folder, ID)
-    assert hub.count('PUT', '^/lfs/') == 1
-
-
-@pytest.mark.parametrize(
-    ('status', 'message'),
-    [(401, r'does not know you; log in with `hf auth login`'), (403, 'no right to that'), (400, 'cannot publish')],
-)
-def test_refusals_are_final(hub, folder, status, message):
-    hub.fail('POST', 'create', status=status, times=9)
-    with pytest.raises(HubError, match=message):
-        push_folder(folder, ID)
-    assert hub.faults[0].times == 8
-
-
-def test_wrong_token(hub, folder, monkeypatch):
-    monkeypatch.setenv('HF_TOKEN', 'hf_wrong')
-    with pytest.raises(HubError, match='HF_TOKEN'):
-        push_folder(folder, ID)
-    assert hub.repositories == {}
-
-
-def test_no_server(folder, hub, monkeypatch):
-    monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')
-    with pytest.raises(HubError, match='cannot publish zoo/model'):
-        push_folder(folder, ID)
-
-
-def test_repository_that_changes_meanwhile(hub, folder):
-    """A commit of somebody else between the look at the repository and the own commit is not buried."""
-
-    def intrude():
-        repository = hub.repositories[ID]
-        repository.commit(dict(repository.commits[-1][1]) | {'config.json': hub.put(b'{}')})
-
-    hub.fail('POST', '/commit/', before=intrude)
-    with pytest.raises(HubError, match='holds other files'):
-        push_folder(folder, ID)
-    assert content_of(hub, ID) == {'config.json': b'{}'}
-
-
-def test_card_alone_is_replaced_only_if_told(hub, folder):
-    revision = push_folder(folder, ID)
-    (folder / 'README.md').write_text('---\nlicense: mit\n---\nOther figures.\n')
-    assert push_folder(folder, ID) == revision
-    assert push_folder(folder, ID, replace=True) != revision
-    assert content_of(hub, ID) == files_of(folder)
-
-
-def test_server_says_how_long_to_wait(hub, folder, monkeypatch):
-    waits = []
-    monkeypatch.setattr('repvgg_zoo.pretrained.hub.time', SimpleNamespace(sleep=waits.append))
-    hub.fail('POST', '/commit/', status=429, headers={'Retry-After': '17'})
-    hub.fail('POST', '/commit/', status=503, headers={'Retry-After': '86400'})
-    push_folder(folder, ID)
-    assert waits == [17, 300]
-
-
-def test_offline_is_not_tried_again(hub, folder, monkeypatch, caplog):
-    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-    reset_sessions()
-    try:
-        with pytest.raises(HubError, match=r'offline mode'):
-            push_folder(folder, ID)
-    finally:
-        monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
-        reset_sessions()
-    assert 'next try' not in caplog.text
-
-
-def reset_sessions():
-    """huggingface-hub decides when it makes its HTTP session whether it is offline."""
-    from huggingface_hub.utils import close_session
-
-    close_session()
-
-
-# --------------------------------------------------------------------------------------------- downloads
-
-
-def test_weights_arrive_and_are_cached(hub, folder):
+def test_download_weights_twice_uses_cache(hub, folder):
     push_folder(folder, ID)
     path = download_weights(ID)
     assert path.read_bytes() == (folder / 'model.safetensors').read_bytes()
@@ -170,12 +22,12 @@ def test_weights_arrive_and_are_cached(hub, folder):
     assert download_weights(ID) == path
 
 
-def test_cache_dir(hub, folder, tmp_path):
+def test_download_weights_cache_dir_is_used(hub, folder, tmp_path):
     push_folder(folder, ID)
     assert tmp_path / 'mine' in download_weights(ID, cache_dir=tmp_path / 'mine').parents
 
 
-def test_revision_is_pinned(hub, folder):
+def test_download_weights_revision_gives_that_file(hub, folder):
     first = push_folder(folder, ID)
     old = (folder / 'model.safetensors').read_bytes()
     (folder / 'model.safetensors').write_bytes(old[:-4] + b'\0\0\0\0')
@@ -186,7 +38,7 @@ def test_revision_is_pinned(hub, folder):
         download_weights(f'{ID}@nope')
 
 
-def test_download_goes_on_where_it_was_cut(hub, folder):
+def test_download_weights_cut_connection_resumes(hub, folder):
     push_folder(folder, ID)
     hub.fail('GET', 'resolve', after_bytes=1 << 20)
     assert download_weights(ID).read_bytes() == (folder / 'model.safetensors').read_bytes()
@@ -195,13 +47,13 @@ def test_download_goes_on_where_it_was_cut(hub, folder):
 
 @pytest.mark.parametrize('method', ['HEAD', 'GET'])
 @pytest.mark.parametrize('status', [429, 503])
-def test_busy_hub_is_asked_again(hub, folder, method, status):
+def test_download_weights_busy_hub_retries(hub, folder, method, status):
     push_folder(folder, ID)
     hub.fail(method, 'resolve', status=status)
     assert download_weights(ID).read_bytes() == (folder / 'model.safetensors').read_bytes()
 
 
-def test_nothing_there(hub, folder):
+def test_download_weights_missing_raises(hub, folder):
     with pytest.raises(CheckpointError, match=r'no repository zoo/model on the Hub, or it is private'):
         download_weights(ID)
     (folder / 'model.safetensors').unlink()
@@ -220,7 +72,7 @@ def test_nothing_there(hub, folder):
     ],
 )
 @pytest.mark.parametrize('method', ['HEAD', 'GET'])
-def test_refused_download(hub, folder, method, status, message, monkeypatch):
+def test_download_weights_refused_raises(hub, folder, method, status, message, monkeypatch):
     push_folder(folder, ID)
     hub.fail(method, 'resolve', status=status, times=99)
     monkeypatch.setattr('time.sleep', lambda seconds: None)
@@ -228,7 +80,7 @@ def test_refused_download(hub, folder, method, status, message, monkeypatch):
         download_weights(ID)
 
 
-def test_download_that_is_cut_for_ever(hub, folder, monkeypatch):
+def test_download_weights_always_cut_raises(hub, folder, monkeypatch):
     push_folder(folder, ID)
     hub.fail('GET', 'resolve', after_bytes=1, times=99)
     monkeypatch.setattr('time.sleep', lambda seconds: None)
@@ -237,7 +89,7 @@ def test_download_that_is_cut_for_ever(hub, folder, monkeypatch):
 
 
 @pytest.mark.parametrize('suffix', ['', '@'])
-def test_flipped_byte_in_the_cache_is_named(hub, folder, suffix):
+def test_download_weights_flipped_byte_raises(hub, folder, suffix):
     revision = push_folder(folder, ID)
     name = f'hf-hub:{ID}{suffix}{revision if suffix else ""}'
     timm.create_model(name, pretrained=True)
@@ -249,7 +101,7 @@ def test_flipped_byte_in_the_cache_is_named(hub, folder, suffix):
         timm.create_model(name, pretrained=True)
 
 
-def test_offline(hub, folder, monkeypatch):
+def test_download_weights_offline_needs_cache(hub, folder, monkeypatch):
     push_folder(folder, ID)
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     with pytest.raises(CheckpointError, match='not in the cache'):
@@ -260,7 +112,7 @@ def test_offline(hub, folder, monkeypatch):
     assert download_weights(ID) == path
 
 
-def test_hub_name_in_timm(hub, folder):
+def test_create_model_hub_name_loads_weights(hub, folder):
     revision = push_folder(folder, ID)
     x = images(px=32)
     expected = load_checkpoint(timm.create_model('test_repvgg'), folder / 'model.safetensors').eval()(x)

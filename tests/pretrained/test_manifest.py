@@ -1,3 +1,5 @@
+"""The manifest: whole records, true figures."""
+
 import csv
 import dataclasses
 import hashlib
@@ -8,17 +10,18 @@ from types import UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
-from complexity import count_gmacs, count_params
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from repvgg_zoo import VARIANTS
-from repvgg_zoo.pretrained.manifest import DEPLOY_SUFFIX, WeightsRecord, read_manifest, write_manifest
+from repvgg_zoo.pretrained.manifest import DEPLOY_SUFFIX, WeightsRecord, read_manifest
+from repvgg_zoo.tools.publish.manifest_file import write_manifest
+from repvgg_zoo.tools.tables import count_gmacs, count_params
 
 RECORDS = read_manifest()
 OFFICIAL = {row['name']: row for row in csv.DictReader((Path(__file__).parents[1] / 'data' / 'variants.csv').open())}
 
 
-def test_every_variant_has_weights_of_both_forms():
+def test_manifest_every_variant_has_both_forms():
     assert list(dict.fromkeys(record.arch for record in RECORDS.values())) == list(VARIANTS)
     for record in RECORDS.values():
         assert record.form == ('deploy' if record.tag.endswith(DEPLOY_SUFFIX) else 'training')
@@ -36,7 +39,7 @@ def allowed(hint):
 
 
 @pytest.mark.parametrize('record', RECORDS.values(), ids=lambda record: record.name)
-def test_record_is_whole(record):
+def test_record_fields_have_their_types(record):
     assert record.license == 'mit'
     assert record.origin
     assert all(metrics.source for metrics in (*record.published, *record.measured))
@@ -59,14 +62,14 @@ def test_record_is_whole(record):
 
 
 @pytest.mark.parametrize('record', RECORDS.values(), ids=lambda record: record.name)
-def test_sizes_follow_from_the_architecture(record):
+def test_record_sizes_follow_from_architecture(record):
     variant, classes = VARIANTS[record.arch], record.preprocessing.num_classes
     assert record.params == count_params(variant, deploy=record.form == 'deploy', num_classes=classes)
     gmacs = count_gmacs(variant, input_px=record.preprocessing.input_px, num_classes=classes)
     assert record.gmacs == pytest.approx(gmacs, abs=5e-7)  # it is written with six decimals
 
 
-def test_fields_are_exactly_those_of_a_record(own_weights):
+def test_read_manifest_unknown_or_missing_field_raises(own_weights):
     path = own_weights / 'manifest.json'
     written = path.read_text()
     content = json.loads(written)
@@ -82,14 +85,14 @@ def test_fields_are_exactly_those_of_a_record(own_weights):
 
 
 @pytest.mark.parametrize('record', [r for r in RECORDS.values() if r.file], ids=lambda record: record.name)
-def test_bundled_file_is_the_recorded_one(record):
+def test_record_bundled_file_has_size_and_sha256(record):
     content = record.path.read_bytes()
     assert len(content) == record.size_bytes
     assert hashlib.sha256(content).hexdigest() == record.sha256
 
 
 @pytest.mark.parametrize('name', OFFICIAL)
-def test_official_records_say_what_was_published(name):
+def test_record_official_figures_are_published_ones(name):
     row = OFFICIAL[name]
     for suffix in ('', DEPLOY_SUFFIX):
         record = RECORDS[f'{name}.rvgg_in1k{suffix}']

@@ -10,11 +10,11 @@ from repvgg_zoo.tools.atomic import new_folder, write_text
 
 
 def write(path, text='new', **kwargs):
-    with new_folder(path, **kwargs) as folder:
+    with new_folder(path, owned=('config.json',), **kwargs) as folder:
         (folder / 'config.json').write_text(text)
 
 
-def test_folder_appears_at_the_end(tmp_path):
+def test_new_folder_appears_at_end(tmp_path):
     with new_folder(tmp_path / 'a' / 'b') as folder:
         assert not (tmp_path / 'a' / 'b').exists()
         (folder / 'config.json').touch()
@@ -22,15 +22,15 @@ def test_folder_appears_at_the_end(tmp_path):
 
 
 @pytest.mark.parametrize('exists', [False, True])
-def test_failure_changes_nothing(tmp_path, exists):
+def test_new_folder_failure_changes_nothing(tmp_path, exists):
     if exists:
         write(tmp_path / 'x', 'old')
-    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / 'x', overwrite=True):
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / 'x', overwrite=True, owned=('config.json',)):
         1 / 0  # noqa: B018
     assert [p.name for p in tmp_path.iterdir()] == ['x'] * exists
 
 
-def test_end_between_the_renames_loses_nothing(tmp_path, monkeypatch):
+def test_new_folder_interrupt_between_renames_loses_nothing(tmp_path, monkeypatch):
     write(tmp_path / 'x', 'old')
     rename = Path.rename
 
@@ -46,7 +46,7 @@ def test_end_between_the_renames_loses_nothing(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ['x']
 
 
-def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+def test_new_folder_after_killed_process_clears_leftovers(tmp_path):
     write(tmp_path / 'x', 'old')
     (tmp_path / '.x.partial' / 'new').mkdir(parents=True)
     (tmp_path / 'x').rename(tmp_path / '.x.partial' / 'old')  # killed between the renames
@@ -58,7 +58,7 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['x']
 
 
-def test_second_writer_is_refused_until_the_first_has_ended(tmp_path):
+def test_new_folder_second_writer_raises(tmp_path):
     code = (
         'import sys, time; from repvgg_zoo.tools.atomic import new_folder\n'
         'with new_folder(sys.argv[1]): print(flush=True); time.sleep(60)'
@@ -73,13 +73,24 @@ def test_second_writer_is_refused_until_the_first_has_ended(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['x']
 
 
-def test_error_inside_is_not_taken_for_another_writer(tmp_path):
+def test_new_folder_error_inside_passes(tmp_path):
     with pytest.raises(BlockingIOError, match='mine'), new_folder(tmp_path / 'x'):
         raise BlockingIOError('mine')
 
 
-def test_text_is_replaced(tmp_path):
+def test_write_text_replaces_text(tmp_path):
     for text in ('one', 'two'):
         write_text(tmp_path / 'page.md', text)
     assert (tmp_path / 'page.md').read_text() == 'two'
     assert [p.name for p in tmp_path.iterdir()] == ['page.md']
+
+
+@pytest.mark.parametrize('name', ['other', 'deeper/config.json', 'deeper/a/b'])
+def test_new_folder_overwrite_keeps_foreign_files(tmp_path, name):
+    write(tmp_path / 'x', 'old')
+    (tmp_path / 'x' / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / 'x' / name).write_text('mine')
+    with pytest.raises(FileExistsError, match=f'holds {name!r}, which is not one of the files to replace'):
+        write(tmp_path / 'x', overwrite=True)
+    assert (tmp_path / 'x' / name).read_text() == 'mine'
+    assert (tmp_path / 'x' / 'config.json').read_text() == 'old'

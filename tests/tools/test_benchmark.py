@@ -11,24 +11,22 @@ import torchvision
 from helpers import FORMS
 
 from repvgg_zoo import VARIANTS
-from repvgg_zoo.tools import benchmark, cli
-from repvgg_zoo.tools.benchmark import RUNTIMES, Results, plan, run_benchmark, write_results
-from repvgg_zoo.tools.benchmark.cases import Case, WrongOutputError, gmacs, rival_of
+from repvgg_zoo.tools import cli
+from repvgg_zoo.tools.benchmark.benchmark import run_benchmark, write_results
+from repvgg_zoo.tools.benchmark.cases import Case, WrongOutputError, baseline_of, gmacs
 from repvgg_zoo.tools.benchmark.measure import matmul_peak_gmacs_per_s, time_rounds
 from repvgg_zoo.tools.benchmark.models import PEERS, ModelName
-from repvgg_zoo.tools.benchmark.report import latency_quantiles_ms
-from repvgg_zoo.tools.benchmark.runtimes import Runtime
-
-
-def track(items, **_):
-    return items
+from repvgg_zoo.tools.benchmark.plan import FULL, QUICK, plan
+from repvgg_zoo.tools.benchmark.report import Results, latency_quantiles_ms
+from repvgg_zoo.tools.benchmark.runtimes import RUNTIMES, Runtime
+from repvgg_zoo.tools.console import no_progress
 
 
 def run(cases, **kwargs) -> Results:
-    return run_benchmark(cases, **(dict(rounds=1, memory=False, track=track) | kwargs))
+    return run_benchmark(cases, **(dict(rounds=1, memory=False, track=no_progress) | kwargs))
 
 
-def test_plan_has_every_combination_that_there_is():
+def test_plan_all_work_has_every_combination():
     cases = plan(
         ['test_repvgg', 'timm:resnet18'],
         work=['infer', 'train', 'load', 'fold'],
@@ -58,13 +56,13 @@ def test_plan_has_every_combination_that_there_is():
         ('timm:resnet10t.nothing', "unknown tag in 'timm:resnet10t.nothing'; there are: c3_in1k"),
     ],
 )
-def test_unknown_models_are_errors(name, message):
+def test_plan_unknown_model_raises(name, message):
     with pytest.raises(ValueError, match=message):
         plan([name])
 
 
 @pytest.mark.parametrize('name', PEERS)
-def test_peers_exist_with_size_and_accuracy(name):
+def test_peer_has_size_and_accuracy(name):
     model = ModelName.parse(name)
     assert model.input_px in (224, 299, 331)
     assert 69 < model.top1_pct < 83
@@ -72,47 +70,47 @@ def test_peers_exist_with_size_and_accuracy(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', PEERS)
-def test_multiply_adds_of_peers(name):
+def test_gmacs_peer_is_published_figure(name):
     model = ModelName.parse(name)
-    counted = gmacs(model, 'plain')
+    counted = gmacs(model, 'single')
     assert 0.1 < counted < 30
     if model.source == 'torchvision':  # which publishes them
         weights = next(iter(torchvision.models.get_model_weights(model.name)))
         assert counted == pytest.approx(weights.meta['_ops'], rel=0.02)
 
 
-def test_settings_of_the_command_line_are_plans():
-    for settings in (benchmark.FULL, benchmark.QUICK):
+def test_plan_default_settings_has_cases():
+    for settings in (FULL, QUICK):
         assert plan(settings.models, runtimes=settings.runtimes)
-    assert set(cli._RUNTIMES) == set(RUNTIMES)
+    assert len(QUICK.runtimes) == 5
 
 
-def test_rival_is_timms_model_in_the_same_setting():
+def test_baseline_of_case_is_timms_model_in_same_setting():
     case = Case(model=ModelName.parse('repvgg_a0'), form='training', batch=16, layout='channels_last')
-    rival = rival_of(case, 'timm')
-    assert rival == replace(case, model=ModelName.parse('timm:repvgg_a0'))
-    assert rival_of(replace(case, runtime='onnxruntime'), 'timm') == replace(rival, form='deploy')
-    assert rival_of(replace(case, work='train'), 'timm').layout == 'contiguous'
-    assert rival_of(replace(case, model=ModelName.parse('repvgg_b1g2')), 'timm') is None
-    assert rival_of(case, 'torchvision:resnet50').model == ModelName.parse('torchvision:resnet50')
-    assert rival_of(replace(case, work='load'), 'torchvision:resnet50') is None
-    trained = rival_of(replace(case, work='train'), 'timm:repvgg_a0')
+    baseline = baseline_of(case, 'timm')
+    assert baseline == replace(case, model=ModelName.parse('timm:repvgg_a0'))
+    assert baseline_of(replace(case, runtime='onnxruntime'), 'timm') == replace(baseline, form='deploy')
+    assert baseline_of(replace(case, work='train'), 'timm').layout == 'contiguous'
+    assert baseline_of(replace(case, model=ModelName.parse('repvgg_b1g2')), 'timm') is None
+    assert baseline_of(case, 'torchvision:resnet50').model == ModelName.parse('torchvision:resnet50')
+    assert baseline_of(replace(case, work='load'), 'torchvision:resnet50') is None
+    trained = baseline_of(replace(case, work='train'), 'timm:repvgg_a0')
     assert (trained.form, trained.layout) == ('training', 'contiguous')
-    assert rival_of(case, 'repvgg_a0') == replace(case, form='deploy')
-    assert rival_of(replace(case, form='deploy', runtime='openvino'), 'repvgg_a0').runtime == 'eager'
-    assert rival_of(replace(case, form='deploy'), 'repvgg_a0') is None
+    assert baseline_of(case, 'repvgg_a0') == replace(case, form='deploy')
+    assert baseline_of(replace(case, form='deploy', runtime='openvino'), 'repvgg_a0').runtime == 'eager'
+    assert baseline_of(replace(case, form='deploy'), 'repvgg_a0') is None
 
 
 @FORMS
-def test_timms_model_is_timms_own(deploy):
+def test_build_timm_name_gives_timms_class(deploy):
     model = ModelName.parse('timm:repvgg_a0').build('deploy' if deploy else 'training')
     assert type(model) is timm.models.byobnet.ByobNet
     assert (model.stem.reparam_conv is not None) == deploy
 
 
-def test_rows_of_inference():
+def test_run_benchmark_inference_rows_agree():
     cases = plan(['test_repvgg'], runtimes=['eager', 'torchscript'], batches=[2])
-    results = run(cases, rival='timm:resnet10t')
+    results = run(cases, baseline='timm:resnet10t')
     rows = results.rows
     assert [(row.form, row.runtime) for row in rows[:4]] == [(case.form, case.runtime) for case in cases]
     assert rows[4].model == 'timm:resnet10t'
@@ -123,11 +121,11 @@ def test_rows_of_inference():
         assert row.ratio == pytest.approx(rows[4].latency_ms / row.latency_ms)
         assert row.gmacs_per_s == pytest.approx(row.gmacs * row.images_per_s)
         peak = results.machine['matrix product float32 GMAC/s']
-        assert row.peak_share_pct == pytest.approx(100 * row.gmacs_per_s / peak, rel=1e-2)  # which is rounded
+        assert row.pct_of_matmul_peak == pytest.approx(100 * row.gmacs_per_s / peak, rel=1e-2)  # which is rounded
     assert rows[0].gmacs > rows[1].gmacs == pytest.approx(0.043, rel=0.01)  # as listed
 
 
-def test_rows_of_training_loading_and_folding():
+def test_run_benchmark_other_work_rows_agree():
     rows = run(plan(['repvgg_a0'], work=['train', 'load', 'fold'], batches=[2])).rows
     assert [(row.model, row.form, row.work) for row in rows] == [
         (model, form, work)
@@ -138,12 +136,12 @@ def test_rows_of_training_loading_and_folding():
     assert rows[0].saved_mb < rows[4].saved_mb
 
 
-def test_peak_memory_is_at_least_that_of_the_weights():
-    (row,) = run(plan(['repvgg_a1'], forms=['deploy']), memory=True, rival='repvgg_a1').rows
+def test_run_benchmark_peak_memory_exceeds_weights():
+    (row,) = run(plan(['repvgg_a1'], forms=['deploy']), memory=True, baseline='repvgg_a1').rows
     assert 4 * 12.79 < row.peak_memory_mb < 400
 
 
-def test_missing_packages_and_failures_are_told(monkeypatch):
+def test_run_benchmark_missing_package_or_failure_is_skipped(monkeypatch):
     def fails(*_):
         raise WrongOutputError('off')
 
@@ -157,14 +155,14 @@ def test_missing_packages_and_failures_are_told(monkeypatch):
     ]
 
 
-def test_a_model_that_cannot_be_trained_is_skipped():
+def test_run_benchmark_untrainable_model_is_skipped():
     """levit normalises one value for each channel, of a batch of one."""
     results = run(plan(['test_repvgg', 'timm:levit_128s'], work=['train']))
     assert [row.model for row in results.rows] == ['test_repvgg']
-    assert results.skipped[0].startswith('timm:levit_128s, plain, train')
+    assert results.skipped[0].startswith('timm:levit_128s, single, train')
 
 
-def test_settings_that_nothing_takes_are_an_error(tmp_path, capsys):
+def test_plan_impossible_setting_raises(tmp_path, capsys):
     with pytest.raises(ValueError, match='none of the runtimes ncnn takes batch sizes 4 in float32'):
         plan(['test_repvgg'], runtimes=['ncnn'], batches=[4])
     for option in ('--batch-sizes', '--rounds', '--threads'):
@@ -174,7 +172,7 @@ def test_settings_that_nothing_takes_are_an_error(tmp_path, capsys):
             assert f'{value!r} is no number from 1 on' in capsys.readouterr().err
 
 
-def test_nothing_measured_is_an_error(monkeypatch, tmp_path, capsys):
+def test_main_nothing_measured_fails(monkeypatch, tmp_path, capsys):
     def fails(*_):
         raise WrongOutputError('off')
 
@@ -184,7 +182,7 @@ def test_nothing_measured_is_an_error(monkeypatch, tmp_path, capsys):
     assert not (tmp_path / 'out').exists()
 
 
-def test_wrong_outputs_are_not_timed(monkeypatch):
+def test_run_benchmark_wrong_output_is_skipped(monkeypatch):
     monkeypatch.setitem(RUNTIMES, 'eager', Runtime(prepare=lambda model, x, dtype: lambda: model(x) * 1.01))
     results = run(plan(['test_repvgg'], forms=['deploy']))
     assert results.rows == []
@@ -193,28 +191,28 @@ def test_wrong_outputs_are_not_timed(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('runtime', RUNTIMES)
-def test_runtimes_give_the_outputs_of_eager(runtime):
+def test_runtime_every_dtype_gives_outputs_of_eager(runtime):
     """Preparing compares them."""
     results = run(plan(['test_repvgg'], runtimes=[runtime], dtypes=['float32', 'bfloat16']))
     assert results.skipped == []
     assert {row.runtime for row in results.rows} == {runtime}
 
 
-def test_rounds_take_turns_in_orders_of_their_own(monkeypatch):
+def test_time_rounds_each_round_has_own_order(monkeypatch):
     monkeypatch.setattr('repvgg_zoo.tools.benchmark.measure._SLICE_S', 0.0)
     order = []
     runs = [(lambda: None, lambda _, name=name: order.append(name)) for name in 'abc']
-    assert time_rounds(runs, rounds=2, track=track) == [[], [], []]  # a turn of no length has no run
+    assert time_rounds(runs, rounds=2, track=no_progress) == [[], [], []]  # a turn of no length has no run
 
     monkeypatch.setattr('repvgg_zoo.tools.benchmark.measure._SLICE_S', 1e-12)
-    seconds = time_rounds(runs, rounds=3, track=track)
+    seconds = time_rounds(runs, rounds=3, track=no_progress)
     rounds = [''.join(order[start : start + 3]) for start in (0, 3, 6)]
     assert all(sorted(names) == ['a', 'b', 'c'] for names in rounds)
     assert len(set(rounds)) == 3
     assert [len(found) for found in seconds] == [3, 3, 3]
 
 
-def test_turns_go_on_until_their_time_is_up(monkeypatch):
+def test_time_rounds_turn_fills_its_time(monkeypatch):
     now = [0.0]
     monkeypatch.setattr('repvgg_zoo.tools.benchmark.measure.time.perf_counter', lambda: now[0])
 
@@ -222,13 +220,13 @@ def test_turns_go_on_until_their_time_is_up(monkeypatch):
         return lambda: None, lambda _: now.__setitem__(0, now[0] + seconds.pop())
 
     short, long = run_of([0.03, 0.03, 0.03, 0.05]), run_of([7.0])
-    found = time_rounds([short, long], rounds=1, track=track)
+    found = time_rounds([short, long], rounds=1, track=no_progress)
     assert found[0] == pytest.approx([0.03, 0.03])  # 0.05 on caches that others filled, and 0.1 s are over
     assert found[1] == [7.0]
 
 
 @pytest.mark.parametrize(('gmacs_per_s', 'sizes'), [(0.5, [256, 512]), (500, [256, 512, 1024, 2048, 3072])])
-def test_peak_of_a_slow_dtype_takes_no_minutes(monkeypatch, gmacs_per_s, sizes):
+def test_matmul_peak_slow_dtype_stops_early(monkeypatch, gmacs_per_s, sizes):
     """As bfloat16 on a CPU that cannot compute in it."""
     now, made = [0.0], []
 
@@ -249,12 +247,12 @@ def test_peak_of_a_slow_dtype_takes_no_minutes(monkeypatch, gmacs_per_s, sizes):
     assert made == sizes
 
 
-def test_quantiles():
+def test_latency_quantiles_are_in_ms():
     assert latency_quantiles_ms([0.001 * n for n in range(11)]) == pytest.approx((5, 1, 9))
     assert latency_quantiles_ms([0.002]) == (2, 2, 2)
 
 
-def test_files(tmp_path):
+def test_write_results_writes_tables_and_plots(tmp_path):
     results = run(plan(['test_repvgg'], runtimes=['eager', 'torchscript']))
     assert write_results(results, tmp_path) == []
     rows = list(csv.DictReader((tmp_path / 'results.csv').open()))
@@ -266,9 +264,9 @@ def test_files(tmp_path):
     assert plots == {'forms.png', 'forms.svg', 'runtimes.png', 'runtimes.svg'}
 
 
-def test_table_leaves_out_what_is_empty_and_settings_that_are_the_same():
+def test_table_omits_empty_and_constant_columns():
     results = run(
-        plan(['repvgg_a0'], work=['train'], batches=[2], layouts=['contiguous', 'channels_last']), rival='repvgg_a0'
+        plan(['repvgg_a0'], work=['train'], batches=[2], layouts=['contiguous', 'channels_last']), baseline='repvgg_a0'
     )
     header, rows = results.table()
     assert header == ('model', 'layout', 'latency_ms (p10 to p90)', 'images_per_s', 'saved MB', 'top-1 %')
@@ -276,7 +274,7 @@ def test_table_leaves_out_what_is_empty_and_settings_that_are_the_same():
     assert results.constants() == 'form training, work train, runtime eager, batch 2, dtype float32, px 224'
 
 
-def test_command_line(tmp_path, capsys):
+def test_main_benchmark_writes_folder(tmp_path, capsys):
     out = tmp_path / 'out'
     arguments = ['benchmark', 'test_repvgg', '--forms', 'deploy', '--rounds', '1', '--no-memory', '--out', str(out)]
     assert cli.main(arguments) == 0
@@ -285,4 +283,4 @@ def test_command_line(tmp_path, capsys):
     assert cli.main([*arguments, '--overwrite']) == 0
     assert cli.main(['benchmark', 'nothing']) == 1
     assert "unknown model 'nothing'" in capsys.readouterr().err
-    assert all(name in VARIANTS or ':' in name for name in benchmark.FULL.models)
+    assert all(name in VARIANTS or ':' in name for name in FULL.models)

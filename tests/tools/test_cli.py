@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from repvgg_zoo import VARIANTS, __version__
+from repvgg_zoo.tools.cli import COMMANDS, main
 
 
 def zoo(*args, cwd=None):
@@ -15,17 +16,52 @@ def zoo(*args, cwd=None):
     )
 
 
-def test_version():
+def test_version_is_printed():
     assert zoo('--version').stdout.strip() == f'repvgg-zoo {__version__}'
 
 
-@pytest.mark.parametrize('verb', ['list', 'demo', 'convert', 'verify', 'run'])
-def test_help(verb):
-    assert f'{verb} ' in zoo('--help').stdout
-    assert zoo(verb, '--help').stdout.startswith(f'usage: repvgg-zoo {verb}')
+@pytest.mark.parametrize(
+    ('name', 'argument'),
+    [
+        ('list', '--markdown'),
+        ('demo', '--out'),
+        ('convert', '--form'),
+        ('quantize', '--calibration'),
+        ('verify', '--images'),
+        ('publish', '--push'),
+        ('reproduce', '--imagenet'),
+        ('benchmark', '--baseline'),
+        ('run', 'SCRIPT_OR_MODULE'),
+    ],
+)
+def test_help(name, argument, capsys):
+    assert len(COMMANDS) == 9
+    for command, expected in (([], f'\n    {name}'), ([name], argument)):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, '--help'])
+        assert ended.value.code == 0
+        said = capsys.readouterr().out
+        assert said.startswith(' '.join(['usage: repvgg-zoo', *command]))
+        assert expected in said
 
 
-def test_list():
+def test_help_imports_no_tool():
+    """The program's own help costs what importing the package costs."""
+    code = (
+        'import sys\n'
+        'import repvgg_zoo\n'
+        'before = set(sys.modules)\n'
+        'from repvgg_zoo.tools.cli import main\n'
+        'try: main(["--help"])\n'
+        'except SystemExit: pass\n'
+        'print(sorted(m for m in set(sys.modules) - before if m.startswith("repvgg_zoo")))'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    imported = done.stdout.splitlines()[-1]
+    assert imported == "['repvgg_zoo.tools', 'repvgg_zoo.tools.cli', 'repvgg_zoo.tools.console']", done.stderr
+
+
+def test_list_shows_all_variants():
     done = zoo('list')
     rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.split()}
     assert all(name in rows for name in VARIANTS)
@@ -34,20 +70,20 @@ def test_list():
     assert all(len(line) <= 80 for line in done.stdout.splitlines() if line.split() and line.split()[0] in VARIANTS)
 
 
-def test_list_keeps_its_cells_on_a_narrow_terminal():
+def test_list_narrow_terminal_keeps_cells():
     command = [sys.executable, '-m', 'repvgg_zoo', 'list']
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {'COLUMNS': '30'})
     assert '…' not in done.stdout
     assert '120.39' in done.stdout
 
 
-def test_list_into_a_closed_pipe():
+def test_list_closed_pipe_is_silent():
     command = f'{sys.executable} -m repvgg_zoo list | head -n 1'
     done = subprocess.run(['/bin/sh', '-c', command], capture_output=True, text=True)
     assert done.stderr == ''
 
 
-def test_convert_and_verify(tmp_path):
+def test_convert_then_verify_same_function(tmp_path):
     done = zoo('convert', 'test_repvgg', 'out', '--form', 'deploy', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == 'wrote test_repvgg, deploy form, 10 classes, to out'
@@ -55,7 +91,7 @@ def test_convert_and_verify(tmp_path):
     assert (same.returncode, same.stdout.splitlines()[-1]) == (0, 'the same function')
 
 
-def test_verify_fails_on_a_difference(tmp_path):
+def test_verify_other_weights_fails(tmp_path):
     code = (
         'import timm, torch, repvgg_zoo\n'
         "model = timm.create_model('test_repvgg', pretrained=True)\n"
@@ -78,7 +114,7 @@ def test_verify_fails_on_a_difference(tmp_path):
         (('demo', '--out', '.'), "'.' exists"),
     ],
 )
-def test_mistake_is_one_line_and_a_status(args, message, tmp_path):
+def test_mistake_gives_one_line_and_status(args, message, tmp_path):
     done = zoo(*args, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stdout == ''
@@ -87,13 +123,13 @@ def test_mistake_is_one_line_and_a_status(args, message, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_unknown_verb():
+def test_unknown_command_fails():
     done = zoo('frobnicate')
     assert done.returncode == 2
     assert 'Traceback' not in done.stderr
 
 
-def test_demo(tmp_path):
+def test_demo_writes_both_forms(tmp_path):
     done = zoo('demo', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     forms = ('pretrained, training', 'fine-tuned, training', 'fine-tuned, deploy', 'deploy form, reloaded')

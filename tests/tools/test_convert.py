@@ -1,12 +1,17 @@
+"""A checkpoint to a model, and to a model folder."""
+
+import hashlib
+import json
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
 from helpers import images, randomise, rel_diff
 
 from repvgg_zoo import CheckpointError
-from repvgg_zoo.pretrained.manifest import weights_dir
 from repvgg_zoo.tools.convert import convert, open_model, save_model
-from repvgg_zoo.tools.verify import compare, images_for, verify
 
 
 @pytest.fixture
@@ -23,7 +28,7 @@ def checkpoint(model, tmp_path):
 
 
 @pytest.mark.parametrize('form', [None, 'training', 'deploy'])
-def test_folder_builds_the_model_again(checkpoint, model, form, tmp_path):
+def test_convert_any_form_folder_builds_same_model(checkpoint, model, form, tmp_path):
     returned = convert(checkpoint, tmp_path / 'out', form=form)
     assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['config.json', 'model.safetensors']
     loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
@@ -34,13 +39,9 @@ def test_folder_builds_the_model_again(checkpoint, model, form, tmp_path):
     assert torch.equal(again(x), loaded(x))
 
 
-def test_training_folder_needs_no_plugin(checkpoint, tmp_path):
+def test_convert_training_form_loads_without_plugin(checkpoint, tmp_path):
     torch.save(timm.create_model('repvgg_a0', num_classes=3).state_dict(), tmp_path / 'a0.pth')
     convert(tmp_path / 'a0.pth', tmp_path / 'out')
-    import json
-    import subprocess
-    import sys
-
     code = f"import timm; print(type(timm.create_model('local-dir:{tmp_path / 'out'}', pretrained=True)).__name__)"
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout.strip() == 'ByobNet', done.stderr
@@ -50,7 +51,7 @@ def test_training_folder_needs_no_plugin(checkpoint, tmp_path):
     assert 'num_classes' not in config.get('model_args', {})  # transformers passes the other one too
 
 
-def test_existing_target_is_kept_unless_told(checkpoint, tmp_path):
+def test_convert_existing_target_needs_overwrite(checkpoint, tmp_path):
     target = tmp_path / 'out'
     convert(checkpoint, target)
     written = (target / 'model.safetensors').stat().st_mtime_ns
@@ -61,14 +62,14 @@ def test_existing_target_is_kept_unless_told(checkpoint, tmp_path):
     assert open_model(target).deploy
 
 
-def test_nothing_but_a_model_folder_is_overwritten(checkpoint, tmp_path):
+def test_convert_overwrite_foreign_target_raises(checkpoint, tmp_path):
     full, link, dangling = tmp_path / 'full', tmp_path / 'link', tmp_path / 'dangling'
     full.mkdir()
     (full / 'thesis.txt').touch()
     link.symlink_to(full)
     dangling.symlink_to(tmp_path / 'nowhere')
     for target, message in (
-        (full, "holds 'thesis.txt', which no model folder does"),
+        (full, "holds 'thesis.txt', which is not one of the files to replace"),
         (link, 'is no folder'),
         (dangling, 'is no folder'),
         (checkpoint, 'is no folder'),
@@ -80,13 +81,13 @@ def test_nothing_but_a_model_folder_is_overwritten(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize('text', ['{}', '{', '[]', '{"architecture": 3}'])
-def test_folder_with_a_bad_configuration(text, tmp_path):
+def test_open_model_bad_configuration_raises(text, tmp_path):
     (tmp_path / 'config.json').write_text(text)
     with pytest.raises(CheckpointError, match=r'config\.json.* is no configuration of a timm model'):
         open_model(tmp_path)
 
 
-def test_failure_leaves_nothing(tmp_path):
+def test_convert_failure_leaves_nothing(tmp_path):
     before = sorted(tmp_path.iterdir())
     (tmp_path / 'bad.pth').write_bytes(b'nothing')
     with pytest.raises(CheckpointError):
@@ -94,21 +95,21 @@ def test_failure_leaves_nothing(tmp_path):
     assert sorted(tmp_path.iterdir()) == [*before, tmp_path / 'bad.pth']
 
 
-def test_deploy_weights_have_no_training_form(checkpoint, tmp_path):
+def test_convert_deploy_to_training_raises(checkpoint, tmp_path):
     convert(checkpoint, tmp_path / 'deploy', form='deploy')
     with pytest.raises(CheckpointError, match='branches are summed'):
         convert(tmp_path / 'deploy', tmp_path / 'out', form='training')
     assert not (tmp_path / 'out').exists()
 
 
-def test_given_variant_must_fit(checkpoint, tmp_path):
+def test_convert_wrong_variant_raises(checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match='does not fit repvgg_a0'):
         convert(checkpoint, tmp_path / 'out', variant='repvgg_a0')
     with pytest.raises(ValueError, match="did you mean 'repvgg_a0'"):
         convert(checkpoint, tmp_path / 'out', variant='repvgg_a00')
 
 
-def test_file_of_no_known_variant(tmp_path):
+def test_open_model_unknown_shapes_raises(tmp_path):
     state_dict = timm.create_model('test_repvgg').state_dict()
     del state_dict['stages.0.1.conv_kxk.conv.weight']
     torch.save(state_dict, tmp_path / 'odd.pth')
@@ -117,12 +118,12 @@ def test_file_of_no_known_variant(tmp_path):
 
 
 @pytest.mark.parametrize('source', ['nothing.pth', 'some/where'])
-def test_missing_source(source):
+def test_open_model_missing_source_raises(source):
     with pytest.raises(FileNotFoundError, match='no checkpoint file'):
         open_model(source)
 
 
-def test_source_by_name():
+def test_open_model_name_gives_model():
     assert open_model('test_repvgg.cifar10_deploy').deploy
     with pytest.raises(FileNotFoundError, match=r"no .* at 'repvgg_b4', and unknown variant 'repvgg_b4'; did you mean"):
         open_model('repvgg_b4')
@@ -130,60 +131,29 @@ def test_source_by_name():
         open_model('nope')
 
 
-# -------------------------------------------------------------------------------------------- verifying
-
-
-def test_two_forms_are_the_same_function():
-    results = verify('test_repvgg', images=weights_dir() / 'cifar10' / 'validation' / 'cat')
-    assert list(results) == ['float32', 'float64']
-    assert all(result.same and result.images == 50 and result.top1_agreement_pct == 100 for result in results.values())
-    assert results['float64'].max_abs_diff < results['float32'].max_abs_diff < 1e-4
-
-
-def test_two_files(checkpoint, tmp_path):
-    convert(checkpoint, tmp_path / 'deploy', form='deploy')
-    assert all(result.same for result in verify(checkpoint, tmp_path / 'deploy').values())
-
-
-def test_difference_is_told(model):
-    other = randomise(timm.create_model('test_repvgg', num_classes=7, in_chans=4), px=32, in_chans=4, seed=5)
-    result = compare(model, other, images_for(model), dtype=torch.float64)
-    assert not result.same
-    x = torch.cat(list(images_for(model)))
-    expected = (model.double()(x.double()) - other.double()(x.double())).abs().max().item()
-    assert result.max_abs_diff == pytest.approx(expected)
-    assert result.max_rel_diff == pytest.approx(expected / model(x.double()).abs().max().item())
-
-
-def test_nan_is_a_difference(model):
-    other = timm.create_model('test_repvgg', num_classes=7, in_chans=4)
-    other.head.fc.bias.data[0] = float('nan')
-    assert not compare(model, other, images_for(model), dtype=torch.float32).same
-    assert not compare(other, other, images_for(model), dtype=torch.float32).same
-
-
-def test_models_of_other_shapes(model):
-    with pytest.raises(ValueError, match='4 channels to 7 classes, and 3 channels to 10 classes'):
-        compare(model, timm.create_model('test_repvgg'), images_for(model), dtype=torch.float32)
-
-
-def test_deploy_form_alone_has_nothing_to_compare_with():
-    with pytest.raises(CheckpointError, match='no other form'):
-        verify('test_repvgg.cifar10_deploy')
-
-
-def test_images_have_three_channels(checkpoint):
-    with pytest.raises(ValueError, match='the model takes 4'):
-        verify(checkpoint, images=weights_dir() / 'cifar10' / 'validation' / 'cat')
-
-
-def test_missing_images():
-    with pytest.raises(FileNotFoundError, match='no folder of images'):
-        verify('test_repvgg', images='nowhere')
-
-
-def test_folder_of_a_model_whose_classifier_was_replaced(tmp_path):
+def test_save_model_replaced_classifier_loads(tmp_path):
     model = timm.create_model('test_repvgg', num_classes=7)
     model.reset_classifier(4)
     save_model(model, tmp_path)
     assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True).num_classes == 4
+
+
+def test_save_model_twice_writes_same_bytes(tmp_path):
+    """safetensors orders metadata at random."""
+    model = timm.create_model('test_repvgg')
+    digests = set()
+    for index in range(8):
+        (tmp_path / str(index)).mkdir()
+        save_model(model, tmp_path / str(index))
+        digests.add(hashlib.sha256((tmp_path / str(index) / 'model.safetensors').read_bytes()).hexdigest())
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize('name', ['training/labels.csv', 'README.md', 'model.safetensors/mine'])
+def test_convert_overwrite_keeps_foreign_files(checkpoint, tmp_path, name):
+    path = tmp_path / 'project' / name
+    path.parent.mkdir(parents=True)
+    path.write_text('mine')
+    with pytest.raises(FileExistsError, match=f'holds {name!r}, which is not one of the files to replace'):
+        convert(checkpoint, tmp_path / 'project', overwrite=True)
+    assert path.read_text() == 'mine'

@@ -39,7 +39,7 @@ def folder(tmp_path):
         ('a_package', [sys.executable, '-m', 'a_package']),
     ],
 )
-def test_program_sees_what_it_sees_when_run_directly(target, direct, folder):
+def test_run_program_sees_same_as_direct_run(target, direct, folder):
     args = ['3', '--flag', '-x', '--', 'run', '--help']
     launched, expected = run([*LAUNCHER, target, *args], folder), run([*direct, *args], folder)
     assert launched.returncode == expected.returncode == 3, launched.stderr
@@ -47,7 +47,7 @@ def test_program_sees_what_it_sees_when_run_directly(target, direct, folder):
     assert 'false' in expected.stdout
 
 
-def test_folder_and_working_directory(folder):
+def test_run_folder_and_moving_script_work(folder):
     app = folder / 'app'
     app.mkdir()
     (app / '__main__.py').write_text('import beside, sys; print(beside.value, sys.argv)')
@@ -61,7 +61,7 @@ def test_folder_and_working_directory(folder):
     assert run([*LAUNCHER, 'scripts/moves.py'], folder).stdout.strip() == str(folder / 'scripts' / 'moves.py')
 
 
-def test_timm_beside_the_script_is_told(folder):
+def test_run_timm_beside_script_warns(folder):
     (folder / 'timm').mkdir()
     (folder / 'timm' / '__init__.py').touch()
     (folder / 'script.py').touch()
@@ -70,13 +70,13 @@ def test_timm_beside_the_script_is_told(folder):
     assert 'has a timm beside it, but runs with timm' in done.stderr
 
 
-def test_console_script(folder):
+def test_run_console_script_works(folder):
     done = run([*LAUNCHER, 'pytest', '--version'], folder)
     assert done.returncode == 0
     assert 'pytest' in done.stdout + done.stderr
 
 
-def test_exceptions_end_as_when_run_directly(folder):
+def test_run_exception_ends_as_direct_run(folder):
     (folder / 'fails.py').write_text('raise RuntimeError("of the script")')
     done = run([*LAUNCHER, 'fails.py'], folder)
     assert done.returncode == 1
@@ -84,7 +84,7 @@ def test_exceptions_end_as_when_run_directly(folder):
     assert done.stderr.rstrip().endswith('RuntimeError: of the script')
 
 
-def test_nothing_to_run(folder):
+def test_run_unknown_target_fails(folder):
     done = run([*LAUNCHER, 'no_such_thing'], folder)
     assert done.returncode == 1
     assert done.stderr.strip() == (
@@ -94,7 +94,7 @@ def test_nothing_to_run(folder):
     assert 'no module that can be run' in run([*LAUNCHER, 'namespace'], folder).stderr
 
 
-def test_multiprocessing_with_spawn(folder):
+def test_run_spawning_script_works(folder):
     (folder / 'spawns.py').write_text(
         'import multiprocessing as mp\n'
         'def work(x): return x + 1\n'
@@ -105,7 +105,7 @@ def test_multiprocessing_with_spawn(folder):
     assert done.stdout.strip() == '[2, 3]', done.stderr
 
 
-def test_under_torchrun(folder):
+def test_run_under_torchrun_works(folder):
     (folder / 'distributed.py').write_text(
         'import sys, timm, torch\n'
         "torch.distributed.init_process_group('gloo')\n"

@@ -25,15 +25,17 @@ from safetensors.torch import save_file
 
 import repvgg_zoo
 from repvgg_zoo import VARIANTS, CheckpointError
-from repvgg_zoo.pretrained.hub import HubError, push_folder
 from repvgg_zoo.pretrained.locate import locate
-from repvgg_zoo.pretrained.manifest import FoldCheck, read_manifest, weights_dir, write_manifest
+from repvgg_zoo.pretrained.manifest import FoldCheck, read_manifest, weights_dir
 from repvgg_zoo.repvgg import _pretrained_cfg
 from repvgg_zoo.tools.cli import main
 from repvgg_zoo.tools.convert import convert
-from repvgg_zoo.tools.listing import weights_page
 from repvgg_zoo.tools.publish.cards import model_card
-from repvgg_zoo.tools.publish.publish import build_folders, names_to_publish, publish, push_folders
+from repvgg_zoo.tools.publish.folders import build_folders
+from repvgg_zoo.tools.publish.manifest_file import write_manifest
+from repvgg_zoo.tools.publish.publish import names_to_publish, publish, push_folders
+from repvgg_zoo.tools.publish.upload import HubError, push_folder
+from repvgg_zoo.tools.publish.weights_page import weights_page
 
 ROOT = Path(__file__).parents[2]
 NAME = 'test_repvgg.cifar10'
@@ -47,7 +49,7 @@ def tree(folder):
 # ----------------------------------------------------------------------------------------------- folders
 
 
-def test_two_complete_model_folders(own_weights, tmp_path):
+def test_build_folders_gives_two_complete_folders(own_weights, tmp_path):
     published = build_folders(NAME, owner='zoo', out=tmp_path / 'out')
     assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == [NAME, f'{NAME}_deploy']
     x = images(2, px=32)
@@ -65,18 +67,18 @@ def test_two_complete_model_folders(own_weights, tmp_path):
         assert item.record.fold_check.float32_rel_diff < 1e-5
 
 
-def test_same_run_gives_the_same_bytes(own_weights, tmp_path):
+def test_build_folders_twice_gives_same_bytes(own_weights, tmp_path):
     for out in ('a', 'b', 'b'):
         build_folders(NAME, owner='zoo', out=tmp_path / out)
     assert tree(tmp_path / 'a') == tree(tmp_path / 'b')
 
 
-def test_bundled_files_are_what_is_published(own_weights, tmp_path):
+def test_build_folders_bundled_weights_are_bundled_files(own_weights, tmp_path):
     for item in build_folders(NAME, owner='zoo', out=tmp_path):
         assert (item.folder / 'model.safetensors').read_bytes() == item.record.path.read_bytes()
 
 
-def test_other_folder_is_replaced_only_if_told(own_weights, tmp_path):
+def test_build_folders_other_folder_needs_replace(own_weights, tmp_path):
     build_folders(NAME, owner='zoo', out=tmp_path)
     whole = tree(tmp_path)
     (tmp_path / f'{NAME}_deploy' / 'config.json').write_text('{}')
@@ -88,7 +90,21 @@ def test_other_folder_is_replaced_only_if_told(own_weights, tmp_path):
     assert tree(tmp_path) == whole
 
 
-def test_card_of_the_same_weights_is_kept(own_weights, tmp_path):
+def test_build_folders_foreign_file_raises(own_weights, tmp_path):
+    build_folders(NAME, owner='zoo', out=tmp_path)
+    path = tmp_path / NAME / 'training' / 'labels.csv'
+    path.parent.mkdir()
+    path.write_text('mine')
+    before = tree(tmp_path)
+    for replace in (False, True):
+        with pytest.raises(
+            FileExistsError, match=r"holds 'training/labels\.csv', which is not one of the files to replace"
+        ):
+            build_folders(NAME, owner='zoo', out=tmp_path, replace_existing=replace)
+    assert tree(tmp_path) == before
+
+
+def test_build_folders_same_weights_keeps_card(own_weights, tmp_path):
     """Its figures depend on the machine and on the images that the forms were compared on."""
     (tmp_path / NAME).mkdir()  # an empty folder is as good as none
     build_folders(NAME, owner='zoo', out=tmp_path)
@@ -97,7 +113,7 @@ def test_card_of_the_same_weights_is_kept(own_weights, tmp_path):
     assert tree(tmp_path) == before
 
 
-def test_real_images_are_compared(own_weights, tmp_path):
+def test_build_folders_real_images_are_compared(own_weights, tmp_path):
     seen = []
 
     def track(batches, **_):
@@ -112,7 +128,7 @@ def test_real_images_are_compared(own_weights, tmp_path):
     assert '50 real images, 100 % of them with the same top class' in (item.folder / 'README.md').read_text()
 
 
-def test_wrong_fold_writes_nothing(own_weights, tmp_path, monkeypatch):
+def test_build_folders_wrong_fold_writes_nothing(own_weights, tmp_path, monkeypatch):
     switch = repvgg_zoo.RepVGG.switch_to_deploy
 
     def wrong(model):
@@ -120,7 +136,7 @@ def test_wrong_fold_writes_nothing(own_weights, tmp_path, monkeypatch):
         return model
 
     with monkeypatch.context() as patch:
-        patch.setattr('repvgg_zoo.tools.publish.publish.float64_rel_diff', lambda model, x: 2e-9)
+        patch.setattr('repvgg_zoo.tools.publish.folders.float64_rel_diff', lambda model, x: 2e-9)
         with pytest.raises(CheckpointError, match=r'differ by 2\.0e-09 .* in float64'):
             build_folders(NAME, owner='zoo', out=tmp_path / 'out')
     with monkeypatch.context() as patch:
@@ -128,13 +144,13 @@ def test_wrong_fold_writes_nothing(own_weights, tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match=r'e-\d\d in float32, more than'):
             build_folders(NAME, owner='zoo', out=tmp_path / 'out')
     with monkeypatch.context() as patch:
-        patch.setattr('repvgg_zoo.tools.publish.publish.rel_diff', lambda a, b: float('nan'))
+        patch.setattr('repvgg_zoo.tools.publish.folders.rel_diff', lambda a, b: float('nan'))
         with pytest.raises(CheckpointError, match=r'nan in float32'):
             build_folders(NAME, owner='zoo', out=tmp_path / 'out')
     assert tree(tmp_path / 'out') == {}
 
 
-def test_what_cannot_be_published(own_weights, tmp_path):
+def test_build_folders_impossible_request_raises(own_weights, tmp_path):
     torch.save(timm.create_model('test_repvgg').state_dict(), tmp_path / 'other.pth')
     torch.save(timm.create_model('test_repvgg', deploy=True).state_dict(), tmp_path / 'deploy.pth')
     for name, source, error, message in (
@@ -160,14 +176,14 @@ def test_what_cannot_be_published(own_weights, tmp_path):
     assert tree(tmp_path / 'out') == {}
 
 
-def test_source_is_never_the_users_own_folder(tmp_path, monkeypatch):
+def test_build_folders_ignores_override_folder(tmp_path, monkeypatch):
     monkeypatch.setenv('REPVGG_ZOO_WEIGHTS', str(tmp_path))
     (tmp_path / NAME).mkdir()
     build_folders(NAME, owner='zoo', out=tmp_path / 'out')
 
 
 @pytest.mark.parametrize('revision', [False, True])
-def test_source_on_the_hub(hub, own_weights, tmp_path, revision):
+def test_build_folders_source_on_hub_is_used(hub, own_weights, tmp_path, revision):
     (training, _) = build_folders(NAME, owner='zoo', out=tmp_path / 'a')
     commit = push_folder(training.folder, 'somebody/weights')
     source = f'somebody/weights@{commit}' if revision else 'hf-hub:somebody/weights'
@@ -180,7 +196,7 @@ def test_source_on_the_hub(hub, own_weights, tmp_path, revision):
 
 
 @pytest.mark.parametrize('name', read_manifest())
-def test_card_says_what_the_manifest_knows(name):
+def test_model_card_says_what_manifest_knows(name):
     record = read_manifest()[name]
     check = FoldCheck(float64_rel_diff=1e-15, float32_rel_diff=2e-7, images=8, top1_agreement_pct=None)
     record = dataclasses.replace(record, sha256='0' * 64, size_bytes=1234, fold_check=check)
@@ -212,7 +228,7 @@ def test_card_says_what_the_manifest_knows(name):
 
 
 @pytest.mark.parametrize('form', ['training', 'deploy'])
-def test_code_in_a_card_runs(hub, own_weights, tmp_path, form):
+def test_model_card_code_runs(hub, own_weights, tmp_path, form):
     published = build_folders(NAME, owner='zoo', out=tmp_path / 'out')
     push_folders(published)
     card = (published[form == 'deploy'].folder / 'README.md').read_text()
@@ -226,14 +242,14 @@ def test_code_in_a_card_runs(hub, own_weights, tmp_path, form):
     assert len(blocks) == 2
 
 
-def test_weights_page_is_the_current_one():
-    assert (ROOT / 'weights' / 'README.md').read_text('utf-8') == weights_page(read_manifest().values())
+def test_weights_page_is_current():
+    assert (ROOT / 'weights' / 'README.md').read_text('utf-8') == weights_page(read_manifest())
 
 
 # ------------------------------------------------------------------------------------------- to the Hub
 
 
-def test_publishing_is_recorded(hub, own_weights, tmp_path):
+def test_push_folders_records_weights(hub, own_weights, tmp_path):
     published = build_folders(NAME, owner='zoo', out=tmp_path / 'out')
     push_folders(published)
     for item in published:
@@ -251,7 +267,7 @@ def test_publishing_is_recorded(hub, own_weights, tmp_path):
     assert hub.count('POST', '/commit/') == 2
 
 
-def test_all_goes_on_after_a_failure(hub, own_weights, tmp_path, capsys):
+def test_main_publish_all_continues_after_failure(hub, own_weights, tmp_path, capsys):
     """The Hub here has none of timm's repositories, so the bundled weights alone can be published."""
     command = ['publish', '--all', '--owner', 'zoo', '--out', str(tmp_path / 'out'), '--push']
     assert main(command) == 1
@@ -265,7 +281,7 @@ def test_all_goes_on_after_a_failure(hub, own_weights, tmp_path, capsys):
     assert 'published as' not in capsys.readouterr().out
 
 
-def test_failed_publishing_is_not_recorded(hub, own_weights, tmp_path):
+def test_push_folders_refused_records_nothing(hub, own_weights, tmp_path):
     published = build_folders(NAME, owner='forbidden', out=tmp_path / 'out')
     before = tree(own_weights)
     with pytest.raises(HubError, match='no right'):
@@ -273,7 +289,7 @@ def test_failed_publishing_is_not_recorded(hub, own_weights, tmp_path):
     assert tree(own_weights) == before
 
 
-def test_folder_that_changed_is_not_uploaded(hub, own_weights, tmp_path):
+def test_push_folders_changed_folder_raises(hub, own_weights, tmp_path):
     published = build_folders(NAME, owner='zoo', out=tmp_path / 'out')
     weights = published[0].folder / 'model.safetensors'
     weights.write_bytes(weights.read_bytes()[:-1] + b'\x7f')
@@ -282,7 +298,7 @@ def test_folder_that_changed_is_not_uploaded(hub, own_weights, tmp_path):
     assert hub.state() == {}
 
 
-def test_record_of_another_process_is_kept(hub, own_weights, tmp_path):
+def test_push_folders_keeps_record_of_other_process(hub, own_weights, tmp_path):
     published = build_folders(NAME, owner='zoo', out=tmp_path / 'out')
     path = own_weights / 'manifest.json'
     content = json.loads(path.read_text())
@@ -292,16 +308,16 @@ def test_record_of_another_process_is_kept(hub, own_weights, tmp_path):
     assert read_manifest()['repvgg_a0.rvgg_in1k'].revision == 'meanwhile'
 
 
-def test_page_is_written_before_the_manifest(hub, own_weights, tmp_path, monkeypatch):
+def test_write_manifest_writes_page_first(hub, own_weights, tmp_path, monkeypatch):
     """Whoever is killed between the two finds the record not written, and writes both again."""
-    monkeypatch.setattr('repvgg_zoo.tools.publish.publish.write_manifest', lambda records: 1 / 0)
+    monkeypatch.setattr('repvgg_zoo.tools.publish.manifest_file.manifest_text', lambda records: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         push_folders(build_folders(NAME, owner='zoo', out=tmp_path / 'out'))
     assert f'[zoo/{NAME}](' in (own_weights / 'README.md').read_text()
     assert read_manifest()[NAME].revision is None
 
 
-def test_manifest_that_cannot_be_written(own_weights, tmp_path, monkeypatch):
+def test_publish_unwritable_manifest_raises(own_weights, tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'access', lambda path, mode: False)
     with pytest.raises(PermissionError, match='publishing could not be recorded'):
         publish(NAME, owner='zoo', out=tmp_path / 'out', push=True)
@@ -317,7 +333,7 @@ def published_a0(hub, own_weights, tmp_path):
 
 
 @pytest.mark.parametrize('suffix', ['', '_deploy'])
-def test_published_tag_is_pinned_and_checked(published_a0, hub, own_weights, suffix):
+def test_locate_published_tag_is_pinned_and_checked(published_a0, hub, own_weights, suffix):
     record = read_manifest()[f'repvgg_a0.rvgg_in1k{suffix}']
     cfg = dataclasses.replace(published_a0[record.name], architecture=record.arch, tag=record.tag)
     assert cfg.hf_hub_id == f'zoo/{record.name}@{record.revision}'
@@ -388,7 +404,7 @@ def outputs_of(checkout, server, home, tmp_path, x, names, *, plugin=True):
     return torch.load(tmp_path / 'y.pt')
 
 
-def test_command_publishes_and_a_new_process_loads(checkout, tmp_path):
+def test_publish_command_then_new_process_loads(checkout, tmp_path):
     with hub_server(tmp_path / 'blobs') as server:
         command = (*PUBLISH, NAME, '--owner', 'zoo')
         said = finish(start(checkout, server, tmp_path / 'home', *command, cwd=tmp_path))
@@ -405,7 +421,7 @@ def test_command_publishes_and_a_new_process_loads(checkout, tmp_path):
             assert rel_diff(y, expected) < 1e-5
 
 
-def test_two_at_once_do_not_mix(checkout, tmp_path):
+def test_publish_two_at_once_do_not_mix(checkout, tmp_path):
     for seed in (1, 2):
         torch.save(randomise(timm.create_model('repvgg_a0'), seed=seed).state_dict(), tmp_path / f'{seed}.pth')
         (tmp_path / f'tmp{seed}').mkdir()
@@ -432,7 +448,7 @@ def test_two_at_once_do_not_mix(checkout, tmp_path):
 
 
 @pytest.mark.slow
-def test_mirror_serves_what_was_published(own_weights, checkout, tmp_path):
+def test_publish_mirror_serves_both_forms(own_weights, checkout, tmp_path):
     """Another implementation of the Hub, a mirror of git repositories, and both forms from it by their Hub names."""
     olah = shutil.which('olah-cli', path=Path(sys.executable).parent)
     published = build_folders(NAME, owner='zoo', out=tmp_path / 'out')
@@ -478,7 +494,7 @@ def wait_for(port, *, limit_s=60):
 
 
 @pytest.mark.slow
-def test_killed_publish_ends_as_an_undisturbed_one(checkout, tmp_path):
+def test_publish_killed_and_repeated_ends_as_undisturbed(checkout, tmp_path):
     """SIGKILL at ten moments spread over the run, each followed by the same command."""
     command = (*PUBLISH, NAME, '--owner', 'zoo', '--push')
     pristine = tree(checkout / 'weights')
@@ -525,10 +541,10 @@ sys.exit(status)
 """
 
 
-def test_forms_are_compared_by_their_branches(tmp_path, monkeypatch, fast_path_calls):
+def test_build_folders_compares_branches(tmp_path, monkeypatch, fast_path_calls):
     """Or a wrong fold would be compared with itself, on images that are worth a fold for one call."""
     batch = torch.randn(2, 3, 128, 128)
-    monkeypatch.setattr('repvgg_zoo.tools.publish.publish.images_for', lambda *_: iter([batch]))
+    monkeypatch.setattr('repvgg_zoo.tools.publish.folders.images_for', lambda *_: iter([batch]))
     build_folders(NAME, owner='zoo', out=tmp_path)
     assert len(fast_path_calls) > 11
     assert not any(fast_path_calls)
@@ -547,7 +563,7 @@ IN_CI = {'repvgg_a0', 'repvgg_b1g2', 'repvgg_b3', 'repvgg_d2se', 'repvggplus_l2p
         if name != 'test_repvgg'
     ],
 )
-def test_official_checkpoint_to_the_hub_and_back(arch, checkout, tmp_path):
+def test_publish_official_checkpoint_loads_from_hub(arch, checkout, tmp_path):
     """From a `.pth` of the official code to two repositories, and models that a new process creates from them."""
     with torch.no_grad():
         source, x = randomise(official(arch)), images(2)
@@ -575,7 +591,7 @@ def test_official_checkpoint_to_the_hub_and_back(arch, checkout, tmp_path):
     shutil.rmtree(tmp_path)
 
 
-def test_how_to_get_official_weights_is_a_way(tmp_path):
+def test_locate_error_tells_command_that_works(tmp_path):
     """The command in the error, run, makes the tag work."""
     if read_manifest()['repvgg_b1g2.rvgg_in1k'].hub_id:
         pytest.skip('published')
@@ -599,7 +615,7 @@ def test_how_to_get_official_weights_is_a_way(tmp_path):
     subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=environment, check=True)
 
 
-def test_own_folder_goes_first(tmp_path, monkeypatch):
+def test_create_model_override_folder_goes_first(tmp_path, monkeypatch):
     source = randomise(timm.create_model('test_repvgg'), px=32)
     torch.save(source.state_dict(), tmp_path / 'mine.pth')
     convert(tmp_path / 'mine.pth', tmp_path / 'own' / NAME)

@@ -16,22 +16,19 @@ from helpers import images, rel_diff
 from timm.data import create_dataset, create_transform, resolve_model_data_config
 
 from repvgg_zoo.pretrained.manifest import weights_dir
+from repvgg_zoo.tools.console import no_progress
 from repvgg_zoo.tools.convert import save_model
 from repvgg_zoo.tools.quantize import (
     _dataset,
+    _evenly_spaced,
     _fake_quantized_input,
     _fake_quantized_weight,
-    _spread,
     equalize,
     layer_errors,
     quantize,
 )
 
 TRAIN, VALIDATION = (weights_dir() / 'cifar10' / split for split in ('train', 'validation'))
-
-
-def no_bar(items, **_):
-    return items
 
 
 def deployed() -> torch.nn.Module:
@@ -54,10 +51,10 @@ def unbalanced(seed: int = 0) -> torch.nn.Module:
 @pytest.fixture(scope='module')
 def quantized(tmp_path_factory):
     folder = tmp_path_factory.mktemp('quantized') / 'out'
-    return folder, quantize('test_repvgg', folder, images=VALIDATION, calibration=TRAIN, track=no_bar)
+    return folder, quantize('test_repvgg', folder, images=VALIDATION, calibration=TRAIN, track=no_progress)
 
 
-def test_at_most_a_point_is_lost(quantized):
+def test_quantize_top1_loses_at_most_one_point(quantized):
     _, report = quantized
     model, dataset = deployed(), create_dataset('', root=str(VALIDATION))
     dataset.transform = create_transform(**resolve_model_data_config(model))
@@ -71,7 +68,7 @@ def test_at_most_a_point_is_lost(quantized):
     assert report.calibration_images == 300
 
 
-def test_weights_are_in_eight_bits(quantized):
+def test_quantize_weights_have_eight_bits(quantized):
     import onnx
 
     folder, report = quantized
@@ -83,7 +80,7 @@ def test_weights_are_in_eight_bits(quantized):
     assert {onnx.TensorProto.DataType.Name(kernel.data_type) for kernel in kernels} == {'INT8'}
 
 
-def test_folder_holds_the_report_and_the_model_alone(quantized):
+def test_quantize_folder_holds_model_and_report_only(quantized):
     folder, report = quantized
     assert sorted(path.name for path in folder.iterdir()) == ['model.onnx', 'report.json', 'report.md']
     content = json.loads((folder / 'report.json').read_text())
@@ -95,7 +92,7 @@ def test_folder_holds_the_report_and_the_model_alone(quantized):
     assert 'stages.1.3.reparam_conv' in text
 
 
-def test_other_runtime_computes_the_same(quantized):
+def test_quantize_onnxruntime_computes_same(quantized):
     import onnxruntime
 
     folder, _ = quantized
@@ -107,17 +104,17 @@ def test_other_runtime_computes_the_same(quantized):
         assert rel_diff(logits, deployed()(x)) < 0.3  # eight bits over twelve layers, of noise
 
 
-def test_images_without_classes_have_no_top1(tmp_path):
+def test_quantize_unlabelled_images_give_no_top1(tmp_path):
     (tmp_path / 'flat').mkdir()
     for path in sorted(VALIDATION.glob('*/*.jpg'))[::50]:
         (tmp_path / 'flat' / f'{path.parent.name}-{path.name}').write_bytes(path.read_bytes())
-    report = quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'flat', subset=4, track=no_bar)
+    report = quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'flat', subset=4, track=no_progress)
     assert report.float32_top1_pct is None
     assert report.int8_top1_pct is None
     assert report.calibration_images == 4
 
 
-def test_calibration_has_images_of_its_own(tmp_path):
+def test_quantize_calibration_folder_is_used(tmp_path):
     photo = next(VALIDATION.glob('*/*.jpg'))
     for folder, count in (('evaluated', 3), ('calibrated', 2)):
         (tmp_path / folder).mkdir()
@@ -128,65 +125,65 @@ def test_calibration_has_images_of_its_own(tmp_path):
         tmp_path / 'out',
         images=tmp_path / 'evaluated',
         calibration=tmp_path / 'calibrated',
-        track=no_bar,
+        track=no_progress,
     )
     assert (report.images, report.calibration_images) == (3, 2)
 
 
 @pytest.mark.parametrize('other', ['.ipynb_checkpoints', '__MACOSX'])
-def test_folders_that_programs_leave_are_no_classes(tmp_path, other):
+def test_quantize_hidden_folder_is_no_class(tmp_path, other):
     for path in sorted(VALIDATION.glob('*/*.jpg'))[::50]:
         (tmp_path / 'photos' / path.parent.name).mkdir(parents=True)
         (tmp_path / 'photos' / path.parent.name / path.name).write_bytes(path.read_bytes())
     (tmp_path / 'photos' / other).mkdir()
-    report = quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'photos', subset=4, track=no_bar)
+    report = quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'photos', subset=4, track=no_progress)
     assert report.float32_top1_pct is not None
 
 
-def test_a_class_named_as_a_split_is_a_class(tmp_path):
+def test_quantize_class_named_as_split_is_class(tmp_path):
     for name in ('cat', 'val'):
         shutil.copytree(VALIDATION / 'cat', tmp_path / name)
     assert _dataset(tmp_path).reader.class_to_idx == {'cat': 0, 'val': 1}
 
 
-def test_images_in_folders_of_folders_have_no_top1(tmp_path):
+def test_quantize_nested_folders_give_no_top1(tmp_path):
     for folder in sorted(VALIDATION.iterdir()):
         for part, path in enumerate(sorted(folder.glob('*.jpg'))[:10]):
             (tmp_path / 'photos' / folder.name / f'part{part}').mkdir(parents=True)
             shutil.copy(path, tmp_path / 'photos' / folder.name / f'part{part}')
-    report = quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'photos', subset=4, track=no_bar)
+    report = quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'photos', subset=4, track=no_progress)
     assert report.float32_top1_pct is None
     assert report.no_top1.endswith('with the images in them; there are 10, 0 of them with images')
 
 
-def test_fewer_classes_than_the_models_have_no_top1(tmp_path):
+def test_quantize_fewer_classes_give_no_top1(tmp_path):
     for name in ('cat', 'dog', 'frog'):
         shutil.copytree(VALIDATION / name, tmp_path / 'photos' / name)
-    report = quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'photos', subset=4, track=no_bar)
+    report = quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'photos', subset=4, track=no_progress)
     assert report.int8_top1_pct is None
     assert report.no_top1.endswith('there are 3, 3 of them with images')
 
 
-def test_a_model_without_a_classifier_has_neither_top1_nor_top_classes(tmp_path):
+def test_quantize_no_classifier_gives_no_top1(tmp_path):
     (tmp_path / 'backbone').mkdir()
     save_model(timm.create_model('test_repvgg', pretrained=True, num_classes=0, global_pool=''), tmp_path / 'backbone')
-    report = quantize(tmp_path / 'backbone', tmp_path / 'out', images=VALIDATION, subset=4, track=no_bar)
+    report = quantize(tmp_path / 'backbone', tmp_path / 'out', images=VALIDATION, subset=4, track=no_progress)
     assert (report.float32_top1_pct, report.same_top_class_pct) == (None, None)
     assert 'No top-1: the model has no classifier' in report.markdown()
 
 
-def test_an_empty_class_folder_does_not_shift_the_others(tmp_path):
+def test_quantize_empty_class_folder_gives_no_top1(tmp_path):
     for path in sorted(VALIDATION.glob('*/*.jpg'))[::50]:
         (tmp_path / 'photos' / path.parent.name).mkdir(parents=True)
         (tmp_path / 'photos' / path.parent.name / path.name).write_bytes(path.read_bytes())
     (tmp_path / 'photos' / 'aardvark').mkdir()
-    report = quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'photos', subset=4, track=no_bar)
+    report = quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'photos', subset=4, track=no_progress)
     assert report.float32_top1_pct is None
     assert report.no_top1.endswith('there are 11, 10 of them with images')
     assert report.no_top1 in (tmp_path / 'out' / 'report.md').read_text()
 
 
-def test_equalisation_saves_an_unbalanced_network(tmp_path):
+def test_quantize_unbalanced_network_needs_equalize(tmp_path):
     (tmp_path / 'model').mkdir()
     save_model(unbalanced(), tmp_path / 'model')
     lost = []
@@ -198,7 +195,7 @@ def test_equalisation_saves_an_unbalanced_network(tmp_path):
             calibration=TRAIN,
             equalize_layers=equalized,
             overwrite=True,
-            track=no_bar,
+            track=no_progress,
         )
         assert report.equalized is equalized
         lost.append(report.float32_top1_pct - report.int8_top1_pct)
@@ -206,25 +203,25 @@ def test_equalisation_saves_an_unbalanced_network(tmp_path):
     assert lost[1] < 1.6
 
 
-def test_nothing_is_left_of_a_failure(tmp_path, monkeypatch):
+def test_quantize_failure_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr('repvgg_zoo.tools.quantize.layer_errors', lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        quantize('test_repvgg', tmp_path / 'out', images=VALIDATION, subset=2, track=no_bar)
+        quantize('test_repvgg', tmp_path / 'out', images=VALIDATION, subset=2, track=no_progress)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(FileNotFoundError, match='no folder of images'):
-        quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'none', track=no_bar)
+        quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'none', track=no_progress)
     (tmp_path / 'empty').mkdir()
     with pytest.raises(FileNotFoundError, match='no images in'):
-        quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'empty', track=no_bar)
+        quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'empty', track=no_progress)
 
 
-def test_missing_packages_name_the_extra(tmp_path, monkeypatch):
+def test_quantize_missing_package_names_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'nncf', None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'repvgg-zoo\[quantize\]'"):
-        quantize('test_repvgg', tmp_path / 'out', images=VALIDATION, track=no_bar)
+        quantize('test_repvgg', tmp_path / 'out', images=VALIDATION, track=no_progress)
 
 
-def test_command_prints_both_precisions(tmp_path):
+def test_main_quantize_prints_both_precisions(tmp_path):
     command = [sys.executable, '-m', 'repvgg_zoo', 'quantize', 'test_repvgg', tmp_path / 'out', '--images', VALIDATION]
     done = subprocess.run([*command, '--subset', '20', '--equalize'], capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
@@ -238,10 +235,10 @@ def test_command_prints_both_precisions(tmp_path):
 # ------------------------------------------------------------------------------------------------------- parts
 
 
-def test_sensitivity_is_of_one_layer_at_a_time():
+def test_layer_errors_quantize_one_layer_at_a_time():
     model, x = deployed(), images(8, 32)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    errors = layer_errors(model, x, track=no_bar)
+    errors = layer_errors(model, x, track=no_progress)
     assert [error.rel_error for error in errors] == sorted((e.rel_error for e in errors), reverse=True)
     assert all(0 < error.rel_error < 0.2 for error in errors)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -249,10 +246,10 @@ def test_sensitivity_is_of_one_layer_at_a_time():
     with torch.no_grad():  # one channel with a range that leaves nothing to the others, and of no consequence itself
         model.stages[0][2].reparam_conv.weight[5] *= 1000
         model.stages[0][3].reparam_conv.weight[:, 5] = 0
-    assert layer_errors(model, x, track=no_bar)[0].layer == 'stages.0.3.reparam_conv'
+    assert layer_errors(model, x, track=no_progress)[0].layer == 'stages.0.3.reparam_conv'
 
 
-def test_fake_quantization_has_the_steps_of_eight_bits():
+def test_fake_quantized_values_have_eight_bits():
     weight = torch.randn(4, 3, 3, 3) * torch.tensor([1e-3, 1, 1e3, 0]).view(-1, 1, 1, 1)
     rounded = _fake_quantized_weight(weight)
     for channel in range(3):
@@ -266,7 +263,7 @@ def test_fake_quantization_has_the_steps_of_eight_bits():
     assert not _fake_quantized_input(torch.zeros(5)).any()
 
 
-def test_equalised_network_computes_the_same_with_equal_ranges():
+def test_equalize_computes_same_with_equal_ranges():
     model, x = unbalanced().double(), images(4, 32, dtype=torch.float64)
     expected = model(x)
     assert equalize(model) is model
@@ -276,7 +273,7 @@ def test_equalised_network_computes_the_same_with_equal_ranges():
     assert ((ranges > 0.5) & (ranges < 2)).all()  # the sweeps come near it
 
 
-def test_equalisation_of_groups_and_of_what_it_must_leave_alone():
+def test_equalize_groups_and_other_activations_computes_same():
     torch.manual_seed(0)
     for name, kwargs in (('repvgg_b1g4', {}), ('repvgg_d2se', {}), ('repvgg_a0', dict(act_layer='silu'))):
         model = timm.create_model(name, deploy=True, num_classes=2, **kwargs).double().eval()
@@ -295,24 +292,24 @@ def test_equalisation_of_groups_and_of_what_it_must_leave_alone():
         equalize(timm.create_model('test_repvgg'))
 
 
-def test_calibration_images_are_spread_over_the_folder():
-    assert _spread(10, 3) == [0, 3, 6]
-    assert _spread(3, 10) == [0, 1, 2]
-    assert np.bincount([index // 50 for index in _spread(500, 300)]).tolist() == [30] * 10
+def test_evenly_spaced_covers_folder():
+    assert _evenly_spaced(10, 3) == [0, 3, 6]
+    assert _evenly_spaced(3, 10) == [0, 1, 2]
+    assert np.bincount([index // 50 for index in _evenly_spaced(500, 300)]).tolist() == [30] * 10
 
 
-def test_equalisation_leaves_dead_channels_alone():
+def test_equalize_dead_channels_stay():
     model = deployed()
     with torch.no_grad():
         conv = model.stages[0][1].reparam_conv
         conv.weight[5] *= 1e-12
         conv.bias[5] = 0.5
     x = images(8, 32)
-    before = layer_errors(model, x, track=no_bar)[0].rel_error
-    assert layer_errors(equalize(model), x, track=no_bar)[0].rel_error < 2 * before
+    before = layer_errors(model, x, track=no_progress)[0].rel_error
+    assert layer_errors(equalize(model), x, track=no_progress)[0].rel_error < 2 * before
 
 
-def test_equalisation_leaves_channels_alone_that_nothing_reads():
+def test_equalize_unread_channels_stay():
     model = deployed()
     with torch.no_grad():
         model.stages[0][2].reparam_conv.weight[:, 5] *= 1e-12
@@ -321,12 +318,12 @@ def test_equalisation_leaves_channels_alone_that_nothing_reads():
     assert model.stages[0][1].reparam_conv.bias[5].item() == bias
 
 
-def test_impossible_requests_are_refused(tmp_path):
+def test_quantize_impossible_request_raises(tmp_path):
     with pytest.raises(ValueError, match='subset is 0'):
-        quantize('test_repvgg', tmp_path / 'out', images=VALIDATION, subset=0, track=no_bar)
+        quantize('test_repvgg', tmp_path / 'out', images=VALIDATION, subset=0, track=no_progress)
     (tmp_path / 'grey').mkdir()
     save_model(timm.create_model('test_repvgg', in_chans=1), tmp_path / 'grey')
     with pytest.raises(ValueError, match='the model takes 1'):
-        quantize(tmp_path / 'grey', tmp_path / 'out', images=VALIDATION, track=no_bar)
+        quantize(tmp_path / 'grey', tmp_path / 'out', images=VALIDATION, track=no_progress)
     with pytest.raises(TypeError, match='here is a Linear'):
         equalize(torch.nn.Linear(1, 1))

@@ -1,4 +1,4 @@
-"""What is measured: a case is a kind of work on one model; the rival's cases are made beside it."""
+"""A case of the benchmark: one kind of work on one model in one setting, and the baseline's case beside it."""
 
 from __future__ import annotations
 
@@ -6,38 +6,50 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..verify import rel_diff
-from .models import Form, ModelName, own_rival
+from ...reparam.switch import switch_to_deploy
+from ...reparam.tolerance import MAX_REL_DIFF, rel_diff
+from ..console import silenced
+from .models import BenchmarkForm, ModelName, timms_own
 from .runtimes import RUNTIMES
 
-__all__ = ['WORK', 'Case', 'WrongOutputError', 'forward_gmacs', 'gmacs', 'rival_of', 'saved_bytes']
+__all__ = [
+    'DTYPES',
+    'LAYOUTS',
+    'WORK',
+    'Case',
+    'WrongOutputError',
+    'baseline_of',
+    'forward_gmacs',
+    'gmacs',
+    'saved_bytes',
+]
 
 Work: TypeAlias = Literal['infer', 'train', 'load', 'fold']
-WORK = ('infer', 'train', 'load', 'fold')
-"""Inference; a step of training (forward, loss, backward); a model from a file of training weights; the switch."""
-
-# Rounding of the outputs relative to the largest: a wrong export is off by as much as the outputs.
-_MAX_REL_DIFF = {'float32': 1e-3, 'bfloat16': 0.2}
+WORK = get_args(Work)
+"""Inference; one training step (forward, loss, backward); a model from a file of training weights; the switch."""
+LAYOUTS = ('contiguous', 'channels_last')
+DTYPES = ('float32', 'bfloat16')
 
 
 class WrongOutputError(RuntimeError):
-    """A runtime gave other outputs than eager PyTorch."""
+    """A runtime gives other outputs than eager PyTorch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One line of the results."""
+    """What one line of the results is about."""
 
     model: ModelName
-    form: Form
+    form: BenchmarkForm
     work: Work = 'infer'
     runtime: str = 'eager'
     batch: int = 1
@@ -49,15 +61,23 @@ class Case:
         return ', '.join(parts if self.work in ('infer', 'train') else parts[:3])
 
     def batch_of_images(self) -> Tensor:
-        """Random, `(N, 3, H, W)` in float32 and the case's layout."""
+        """Random images, `(N, 3, H, W)`, in float32 and the case's layout."""
         px = self.model.input_px
         x = torch.randn(self.batch, 3, px, px, generator=torch.Generator().manual_seed(0))
         return x.to(memory_format=getattr(torch, 'contiguous_format' if self.layout == 'contiguous' else self.layout))
 
     def prepare(self, weights: Path) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-        """What comes before each run, untimed, and the run, which takes the result; `weights` is for `load`.
+        """Build the model, and check the outputs of its runtime.
 
-        Raises `WrongOutputError`, or what a runtime raises that cannot take the model.
+        Args:
+            weights: File of training-form weights, for the work `load`.
+
+        Returns:
+            A function to call before each run, untimed, and the run, which takes its result.
+
+        Raises:
+            WrongOutputError: The runtime gives other outputs than eager PyTorch.
+            Exception: Any error of a runtime that cannot take the model.
         """
         if self.work == 'load':
             return _nothing, lambda _: self.model.build(self.form, weights=str(weights))
@@ -74,59 +94,102 @@ class Case:
         return _nothing, torch.no_grad()(lambda _: run())
 
     def _check(self, output: Any, expected: Tensor) -> None:
-        diff = rel_diff(expected, torch.as_tensor(output))
-        if not diff <= _MAX_REL_DIFF[self.dtype]:
+        diff = rel_diff(torch.as_tensor(output), expected)
+        if not diff <= MAX_REL_DIFF[getattr(torch, self.dtype)]:
             raise WrongOutputError(f'{self.runtime} is off by {diff:.1e} of the largest output')
 
     def saved_bytes(self) -> int:
-        """What autograd keeps of one image for the backward pass, see `saved_bytes`."""
+        """Bytes that autograd keeps of one image for the backward pass, see `saved_bytes`."""
         return saved_bytes(self.model.build(self.form), replace(self, batch=1).batch_of_images())
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """What autograd keeps for the backward pass of a model in train mode, beside parameters, buffers and the input."""
-    given = {t.untyped_storage().data_ptr() for t in (x, *model.parameters(), *model.buffers())}
-    saved: dict[int, Tensor] = {}
+    """Count the bytes that autograd keeps for the backward pass, besides parameters, buffers and the input.
 
-    def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
-        return tensor
+    Args:
+        model: The model. It is put into train mode.
+        x: Its input.
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.train()(x)
-    return sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in given)
+    Returns:
+        Bytes that the forward pass allocates and does not free, the output among them.
+
+    Example:
+        >>> saved_bytes(nn.Sequential(nn.Sigmoid(), nn.Sigmoid()), torch.ones(1, 8, requires_grad=True))
+        64
+    """
+    model.train()
+    # not by hooks on saved tensors, under which blocks keep all outputs
+    with silenced(), torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        y = model(x)
+    del y
+    return sum(event.self_cpu_memory_usage for event in profiler.events())
 
 
 @cache
-def gmacs(model: ModelName, form: Form) -> float:
-    """Multiply-adds of one image, in 1e9; of the training form, those of its branches one by one."""
+def gmacs(model: ModelName, form: BenchmarkForm) -> float:
+    """Count the multiply-adds of one image.
+
+    Args:
+        model: The model.
+        form: Its form. The training form runs branch by branch.
+
+    Returns:
+        Multiply-adds in 1e9.
+
+    Example:
+        >>> round(gmacs(ModelName.parse('test_repvgg'), 'deploy'), 3)
+        0.043
+    """
     return forward_gmacs(model.build(form).to('meta'), Case(model=model, form=form).batch_of_images().to('meta'))
 
 
 def forward_gmacs(model: nn.Module, x: Tensor) -> float:
-    """Multiply-adds of the convolutions and matrix products of a forward pass, in 1e9; the meta device will do."""
+    """Count the multiply-adds of the convolutions and matrix products of a forward pass.
+
+    Args:
+        model: The model. The meta device suffices.
+        x: Its input, on the same device.
+
+    Returns:
+        Multiply-adds in 1e9.
+
+    Example:
+        >>> forward_gmacs(nn.Linear(1000, 1000), torch.ones(1, 1000))
+        0.001
+    """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(x)
     return counter.get_total_flops() / 2e9
 
 
-def rival_of(case: Case, rival: str) -> Case | None:
-    """The case that a case is compared with, if any.
+def baseline_of(case: Case, baseline: str) -> Case | None:
+    """Choose the case that a case is compared with, in eager PyTorch.
 
-    `timm` stands for timm's own RepVGG in eager PyTorch, in the same form, folded where another runtime than
-    eager is compared. Any other name is that of a model, in eager PyTorch too, and for inference in the deploy form.
-    timm's RepVGG trains contiguous, since its channels_last crashes on some CPUs.
+    Args:
+        case: The case.
+        baseline: `timm` for timm's own RepVGG, in the same form, or in the deploy form if the case is of another
+            runtime. Any other name is that of a model; one with two forms infers in the deploy form.
+
+    Returns:
+        The baseline's case. None if timm does not have the variant, if the case is its own baseline, or if a named
+        model would have to load or fold. timm's RepVGG trains contiguous, because its channels_last crashes on some
+        CPUs.
+
+    Example:
+        >>> case = Case(model=ModelName.parse('repvgg_a0'), form='deploy', runtime='openvino')
+        >>> str(baseline_of(case, 'timm'))
+        'timm:repvgg_a0, deploy, infer, eager, batch 1, float32, contiguous'
     """
-    if rival == 'timm':
-        model = own_rival(case.model)
+    if baseline == 'timm':
+        model = timms_own(case.model)
         if model is None:
             return None
         form = case.form if case.runtime == 'eager' else 'deploy'
     else:
-        model = ModelName.parse(rival)
+        model = ModelName.parse(baseline)
         if case.work not in ('infer', 'train'):
             return None
-        form = 'plain' if not model.has_forms else 'training' if case.work == 'train' else 'deploy'
+        form = 'single' if not model.has_forms else 'training' if case.work == 'train' else 'deploy'
     layout = 'contiguous' if case.work == 'train' and model.is_timms_repvgg else case.layout
     found = replace(case, model=model, form=form, runtime='eager', layout=layout)
     return None if found == case else found
@@ -138,7 +201,7 @@ def _nothing() -> None:
 
 def _fold_of(name: ModelName) -> Callable[[nn.Module], nn.Module]:
     if name.source == 'zoo':
-        return lambda model: model.switch_to_deploy()
+        return switch_to_deploy
     return lambda model: reparameterize_model(model, inplace=True)
 
 

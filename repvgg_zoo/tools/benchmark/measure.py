@@ -1,4 +1,4 @@
-"""Time in interleaved rounds, memory in processes of their own, and what the machine can do at most."""
+"""Time in interleaved rounds, peak memory in separate processes, and the machine's peak rate."""
 
 from __future__ import annotations
 
@@ -9,27 +9,43 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..progress import Track
-from .cases import Case
+from ..console import Track
+
+if TYPE_CHECKING:
+    from .cases import Case
 
 __all__ = ['matmul_peak_gmacs_per_s', 'peak_memory_bytes', 'time_rounds']
 
 _SLICE_S = 0.1
-"""A case runs for this long, and at least once, before it is the next one's turn."""
+"""A turn of a case takes this long, and at least one run."""
 
 
 def time_rounds(
     runs: list[tuple[Callable[[], Any], Callable[[Any], Any]]], *, rounds: int, track: Track
 ) -> list[list[float]]:
-    """Seconds of each run, of each pair of setting-up and run; every round is in an order of its own.
+    """Time functions in interleaved rounds, each round in a random order.
 
-    A slow spell of the machine so falls on all of them, and none always follows the same other one, which can cost
-    some per cent. The first run of each turn, on caches that the others
-    filled, does not count, unless the run takes more than the turn itself.
+    So a slow spell of the machine hits all functions, and no function always follows the same other one, which can
+    cost some per cent. The first run of each turn does not count, because its caches are filled by others, unless it
+    takes the whole turn.
+
+    Args:
+        runs: Pairs of a function to call before each run, untimed, and the run, which takes its result.
+        rounds: Turns of each pair.
+        track: Shows the progress.
+
+    Returns:
+        Seconds of the runs of each pair.
+
+    Example:
+        >>> from repvgg_zoo.tools.console import no_progress
+        >>> seconds = time_rounds([(lambda: 0.01, time.sleep)], rounds=2, track=no_progress)
+        >>> all(s > 0.009 for s in seconds[0])
+        True
     """
     seconds: list[list[float]] = [[] for _ in runs]
     generator = torch.Generator().manual_seed(0)
@@ -51,17 +67,29 @@ def _turn(set_up: Callable[[], Any], run: Callable[[Any], Any]) -> list[float]:
 
 
 def peak_memory_bytes(case: Case, weights: Path, threads: int) -> int | None:
-    """Most memory that a fresh process takes to prepare a case and run it once, beyond what it had after importing.
+    """Measure the peak memory of a fresh process that prepares a case and runs it once.
 
-    None where the system does not tell.
+    Args:
+        case: The case.
+        weights: File of training-form weights, for the work `load`.
+        threads: Threads of PyTorch.
+
+    Returns:
+        Bytes beyond the peak after importing. None if the system does not tell.
+
+    Raises:
+        BrokenProcessPool: The process was killed, perhaps for lack of memory.
+
+    Example:
+        >>> peak_memory_bytes(case, Path('weights.safetensors'), 1)  # doctest: +SKIP
+        80142336
     """
     with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
         return pool.submit(_peak_in_this_process, case, weights, threads).result()
 
 
 def _peak_in_this_process(case: Case, weights: Path, threads: int) -> int | None:
-    import torch._dynamo  # what the first run of a model imports is not the model's
-
+    torch.compiler.reset()  # imports what the first run of a model would import
     torch.set_num_threads(threads)
     before = _peak_resident_bytes()
     set_up, run = case.prepare(weights)
@@ -71,7 +99,7 @@ def _peak_in_this_process(case: Case, weights: Path, threads: int) -> int | None
 
 
 def _peak_resident_bytes() -> int | None:
-    """Of this program; Linux's `getrusage` tells that of the process which it was forked from, too."""
+    """Peak memory of this program. On Linux `getrusage` would include the process that it was forked from."""
     try:
         status = Path('/proc/self/status').read_text()
     except OSError:
@@ -84,10 +112,21 @@ def _peak_resident_bytes() -> int | None:
 
 
 def matmul_peak_gmacs_per_s(dtype: str, *, repeats: int = 5) -> float:
-    """Multiply-adds a second, in 1e9, of the fastest of some square matrix products on this machine.
+    """Measure the rate of the fastest of some square matrix products.
 
-    The products grow until one takes longer than a turn: without instructions for a dtype they are a hundred times
-    slower than with them.
+    The products grow until one takes longer than a turn: without instructions for the dtype they are a hundred times
+    slower.
+
+    Args:
+        dtype: Name of a torch dtype.
+        repeats: Runs of each product.
+
+    Returns:
+        Multiply-adds a second, in 1e9.
+
+    Example:
+        >>> matmul_peak_gmacs_per_s('float32') > 0.1
+        True
     """
     best = 0.0
     for size in (256, 512, 1024, 2048, 3072):

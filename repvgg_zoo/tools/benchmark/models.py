@@ -1,23 +1,24 @@
-"""What is compared: the zoo's models, timm's own RepVGG, and peers of timm and torchvision."""
+"""Models to compare: the zoo's, timm's own RepVGG, and others of timm and torchvision."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import timm
 import torchvision
-from timm.models import byobnet, get_pretrained_cfg
+from timm.models import byobnet, get_pretrained_cfg_value
 from timm.utils import reparameterize_model
 from torch import nn
 
 from ...pretrained.manifest import read_manifest
 from ...variants import VARIANTS, suggestion
 
-__all__ = ['PEERS', 'Form', 'ModelName', 'own_rival']
+__all__ = ['PEERS', 'BenchmarkForm', 'ModelName', 'timms_own']
 
-Form: TypeAlias = Literal['training', 'deploy', 'plain']
-"""The two forms of RepVGG, and `plain` for models that have one."""
+BenchmarkForm: TypeAlias = Literal['training', 'deploy', 'single']
+"""The two forms of RepVGG, and `single` for models that have one form."""
+Source: TypeAlias = Literal['zoo', 'timm', 'torchvision']
 
 PEERS = (
     'torchvision:resnet18',
@@ -47,18 +48,32 @@ _TIMM_TOP1_PCT = {
     'nasnetalarge.tf_in1k': 82.638,
     'pnasnet5large.tf_in1k': 82.814,
 }
-"""Of timm's results/results-imagenet.csv, at the pixels of the configuration; its wheel does not hold them."""
+"""From timm's results/results-imagenet.csv, at the input size of the configuration. timm's wheel does not have it."""
 
 
 class ModelName(NamedTuple):
     """`ARCH` of the zoo, `timm:NAME` or `torchvision:NAME`."""
 
-    source: Literal['zoo', 'timm', 'torchvision']
+    source: Source
     name: str
 
     @classmethod
     def parse(cls, text: str) -> ModelName:
-        """Raises `ValueError` for a name that its source does not have, with those that it might be."""
+        """Parse a name.
+
+        Args:
+            text: The name.
+
+        Returns:
+            The name in two parts.
+
+        Raises:
+            ValueError: Its source does not have it. The message suggests others.
+
+        Example:
+            >>> ModelName.parse('timm:resnet18')
+            ModelName(source='timm', name='resnet18')
+        """
         source, _, name = text.rpartition(':')
         source = source or 'zoo'
         if source not in _LISTS:
@@ -72,17 +87,19 @@ class ModelName(NamedTuple):
             tags = [known.partition('.')[2] for known in timm.list_pretrained(f'{name.partition(".")[0]}.*')]
             if name.partition('.')[2] not in tags:
                 raise ValueError(f'unknown tag in {text!r}; there are: {", ".join(tags)}')
-        return cls(source, name)
+        return cls(cast('Source', source), name)
 
     def __str__(self) -> str:
         return self.name if self.source == 'zoo' else f'{self.source}:{self.name}'
 
     @property
     def is_timms_repvgg(self) -> bool:
+        """Whether it is a RepVGG of timm's own code."""
         return self.source == 'timm' and self.name in VARIANTS
 
     @property
     def has_forms(self) -> bool:
+        """Whether the model has a training form and a deploy form."""
         return self.source == 'zoo' or self.is_timms_repvgg
 
     @property
@@ -90,11 +107,11 @@ class ModelName(NamedTuple):
         """Side of the square images that the published accuracy holds for."""
         if self.source == 'torchvision':
             return _torchvision_weights(self.name).transforms().crop_size[0]
-        return get_pretrained_cfg(self.name).input_size[-1]
+        return cast('tuple[int, int, int]', get_pretrained_cfg_value(self.name, 'input_size'))[-1]
 
     @property
     def top1_pct(self) -> float | None:
-        """As published on ImageNet-1k: for torchvision its first weights, whose recipe is that of the papers."""
+        """Published top-1 on ImageNet-1k; for torchvision, that of its first weights, trained as in the papers."""
         if self.source == 'torchvision':
             return _torchvision_weights(self.name).meta['_metrics']['ImageNet-1K']['acc@1']
         if self.source == 'timm' and not self.is_timms_repvgg:
@@ -102,9 +119,19 @@ class ModelName(NamedTuple):
         published = next(r.published for r in read_manifest().values() if r.arch == self.name)
         return published[0].top1_pct if published else None
 
-    def build(self, form: Form, *, weights: str | None = None) -> nn.Module:
-        """The model in eval mode, with fresh weights, or for RepVGG those of a file in the training form."""
-        load = {} if weights is None else dict(pretrained=True, pretrained_cfg_overlay=dict(file=weights))
+    def build(self, form: BenchmarkForm, *, weights: str | None = None) -> nn.Module:
+        """Build the model in eval mode.
+
+        Args:
+            form: The form to build.
+            weights: File of training-form weights of a RepVGG; fresh weights by default.
+
+        Returns:
+            The model.
+        """
+        load: dict[str, Any] = (
+            {} if weights is None else dict(pretrained=True, pretrained_cfg_overlay=dict(file=weights))
+        )
         if self.source == 'torchvision':
             fresh = dict(aux_logits=False, init_weights=False) if self.name == 'googlenet' else {}
             model = torchvision.models.get_model(self.name, weights=None, **fresh)
@@ -119,7 +146,7 @@ class ModelName(NamedTuple):
 
 
 def _timms_models() -> list[str]:
-    """Without those of the zoo in timm's registry that timm itself has not."""
+    """Names in timm's registry, except those that only the zoo has put there."""
     return [name for name in timm.list_models() if name not in VARIANTS or hasattr(byobnet, name)]
 
 
@@ -130,8 +157,19 @@ _LISTS: dict[str, Callable[[], list[str]]] = {
 }
 
 
-def own_rival(name: ModelName) -> ModelName | None:
-    """timm's own implementation of a variant of the zoo, if it has one."""
+def timms_own(name: ModelName) -> ModelName | None:
+    """Find timm's own implementation of a variant of the zoo.
+
+    Args:
+        name: A model.
+
+    Returns:
+        Its name. None if timm does not have the variant.
+
+    Example:
+        >>> str(timms_own(ModelName.parse('repvgg_a0')))
+        'timm:repvgg_a0'
+    """
     return ModelName('timm', name.name) if name.source == 'zoo' and hasattr(byobnet, name.name) else None
 
 

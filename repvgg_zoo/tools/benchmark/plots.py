@@ -12,37 +12,51 @@ from .report import Results, Row
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ['save_plots']
+__all__ = ['PLOT_FILES', 'save_plots']
 
-
+_NAMES, _SUFFIXES = ('speed_accuracy', 'forms', 'runtimes'), ('png', 'svg')
+PLOT_FILES = tuple(f'{name}.{suffix}' for name in _NAMES for suffix in _SUFFIXES)
+"""What `save_plots` may write."""
 _COLOURS = [f'C{index}' for index in range(10)] + ['#1a3d5c', '#7a3b00', '#145214', '#5c1414']
 
 
 def save_plots(results: Results, folder: Path) -> list[str]:
-    """Write those plots that the rows suffice for into a folder; returns the names of the files.
+    """Plot results. A plot with fewer than two things to compare is left out.
 
-    Raises `ImportError` if matplotlib is not there.
+    Args:
+        results: What was measured.
+        folder: An existing folder.
+
+    Returns:
+        Names of the files written.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> save_plots(Results(machine={}, rows=[]), Path('.'))
+        []
     """
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams['svg.hashsalt'] = ''  # the same bytes each time
-    inferred = [row for row in results.rows if row.work == 'infer' and (row.form == 'plain' or row.model in VARIANTS)]
+    inferred = [row for row in results.rows if row.work == 'infer' and (row.form == 'single' or row.model in VARIANTS)]
     accuracy = _of_first_setting([row for row in inferred if row.top1_pct and row.form != 'training'])
-    forms = _of_first_setting([row for row in inferred if row.form != 'plain'])
+    forms = _of_first_setting([row for row in inferred if row.form != 'single'])
     runtimes = [row for row in inferred if row.form == 'deploy']
     plots = [
-        ('speed_accuracy', _speed_accuracy, accuracy, {row.model for row in accuracy}),
-        ('forms', _forms, forms, {row.form for row in forms}),
-        ('runtimes', _runtimes, runtimes, {row.runtime for row in runtimes}),
+        (_speed_accuracy, accuracy, {row.model for row in accuracy}),
+        (_forms, forms, {row.form for row in forms}),
+        (_runtimes, runtimes, {row.runtime for row in runtimes}),
     ]
     names = []
-    for name, draw, rows, compared in plots:
+    for name, (draw, rows, compared) in zip(_NAMES, plots, strict=True):
         if len(compared) < 2:
             continue
         figure = Figure(figsize=(8, 5), layout='constrained')
         draw(figure.add_subplot(), rows)
-        for suffix in ('png', 'svg'):
+        for suffix in _SUFFIXES:
             figure.savefig(folder / f'{name}.{suffix}', dpi=120, metadata={'Date': None} if suffix == 'svg' else None)
             names.append(f'{name}.{suffix}')
     return names
@@ -53,7 +67,7 @@ def _setting(row: Row) -> tuple[str, int, str, str]:
 
 
 def _of_first_setting(rows: list[Row]) -> list[Row]:
-    """The rows that agree with the first one in everything but model and form."""
+    """Rows that differ from the first one in model and form only."""
     return [row for row in rows if _setting(row) == _setting(rows[0])]
 
 
@@ -63,19 +77,23 @@ def _name(row: Row) -> str:
 
 def _speed_accuracy(axes: Axes, rows: list[Row]) -> None:
     family = [row for row in rows if row.form == 'deploy']
-    peers = [row for row in rows if row.form == 'plain']
-    plain_family = sorted((r for r in family if VARIANTS[r.model].groups == 1), key=lambda row: row.images_per_s)
-    axes.plot([r.images_per_s for r in plain_family], [r.top1_pct for r in plain_family], color='C3', zorder=1)
+    peers = [row for row in rows if row.form == 'single']
+    dense = sorted(_speed_and_top1(row) for row in family if VARIANTS[row.model].groups == 1)
+    axes.plot([speed for speed, _ in dense], [top1 for _, top1 in dense], color='C3', zorder=1)
     for label, group, color, above in (('RepVGG, deploy form', family, 'C3', 4), ('others', peers, 'C0', -9)):
-        axes.scatter([r.images_per_s for r in group], [r.top1_pct for r in group], color=color, label=label, zorder=2)
-        for row in group:
-            place = (row.images_per_s, row.top1_pct)
-            axes.annotate(_name(row), place, xytext=(4, above), textcoords='offset points', fontsize=7)
+        points = [_speed_and_top1(row) for row in group]
+        axes.scatter([speed for speed, _ in points], [top1 for _, top1 in points], color=color, label=label, zorder=2)
+        for row, point in zip(group, points, strict=True):
+            axes.annotate(_name(row), point, xytext=(4, above), textcoords='offset points', fontsize=7)
     axes.margins(x=0.12)
     axes.set(xscale='log', xlabel='images per second', ylabel='published ImageNet top-1 (%)')
     axes.set_title(f'Speed and accuracy: {_setting_text(rows[0])}')
     axes.legend()
     axes.grid(alpha=0.3, which='both')
+
+
+def _speed_and_top1(row: Row) -> tuple[float, float]:
+    return row.images_per_s or 0.0, row.top1_pct or 0.0
 
 
 def _forms(axes: Axes, rows: list[Row]) -> None:
@@ -88,9 +106,9 @@ def _runtimes(axes: Axes, rows: list[Row]) -> None:
         return row.runtime if row.dtype == 'float32' else f'{row.runtime}, {row.dtype}'
 
     first = [row for row in rows if (row.batch, row.layout) == (rows[0].batch, rows[0].layout)]
-    _bars(axes, first, series=label, group=_name, value=lambda row: row.peak_share_pct)
+    _bars(axes, first, series=label, group=_name, value=lambda row: row.pct_of_matmul_peak or 0.0)
     axes.set(
-        ylabel="share of the matrix product's peak (%)",
+        ylabel='% of the peak rate of matrix products',
         title=f'Deploy form by runtime: batch {first[0].batch}, {first[0].layout}',
     )
 
@@ -108,7 +126,7 @@ def _bars(
     for index, name in enumerate(names):
         found = {group(row): value(row) for row in rows if series(row) == name}
         places = [groups.index(key) + (index - (len(names) - 1) / 2) * width for key in found]
-        axes.bar(places, list(found.values()), width, label=name, color=_COLOURS[index])
+        axes.bar(places, list(found.values()), width, label=name, color=_COLOURS[index % len(_COLOURS)])
     axes.set_xticks(range(len(groups)), groups, rotation=30 if len(groups) > 6 else 0)
     axes.legend(loc='upper left', bbox_to_anchor=(1, 1), fontsize=8)
     axes.grid(axis='y', alpha=0.3)

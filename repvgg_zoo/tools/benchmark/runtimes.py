@@ -1,19 +1,21 @@
-"""Ways to run a model: each takes a module and a batch, and gives a function that runs that batch."""
+"""Runtimes: each turns a module and a batch into a function that runs that batch.
+
+To add a runtime, write its `prepare` function and add a row to `RUNTIMES`.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import os
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from ..console import silenced
 
 __all__ = ['RUNTIMES', 'Runtime', 'compile_openvino']
 
@@ -22,30 +24,36 @@ Run: TypeAlias = Callable[[], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """How a runtime is prepared, and what it can do."""
+    """How to prepare a runtime, and what it can do."""
 
     prepare: Callable[[nn.Module, Tensor, str], Run]
-    """From a float32 module in eval mode, a batch `(N, C, H, W)` and a dtype to a function that runs the batch."""
+    """Takes a float32 module in eval mode, a batch `(N, C, H, W)` and a dtype. Returns a function that runs the
+    batch."""
     packages: tuple[str, ...] = ()
-    """What it imports, beside torch."""
+    """Packages that it imports, besides torch."""
     extra: str = ''
-    """The optional dependency of this package that brings them."""
+    """Optional dependency of this package that brings them."""
+    is_quick: bool = False
+    """Whether `repvgg-zoo benchmark --quick` measures it."""
     dtypes: tuple[str, ...] = ('float32',)
     layouts: tuple[str, ...] = ('contiguous',)
+    """Layouts of the images and the weights. The runtimes besides torch compute on contiguous images."""
     max_batch: int | None = None
 
     @property
     def missing(self) -> list[str]:
+        """Packages that are not installed."""
         return [package for package in self.packages if importlib.util.find_spec(package) is None]
 
     def takes(self, *, batch: int, dtype: str, layout: str) -> bool:
+        """Tell whether it can run a batch of that size, dtype and layout."""
         return dtype in self.dtypes and layout in self.layouts and (self.max_batch is None or batch <= self.max_batch)
 
 
 def _cast(model: nn.Module, x: Tensor, dtype: str) -> tuple[nn.Module, Tensor]:
-    """In the layout of the batch, too."""
+    """Cast a model and a batch to a dtype, and the model to the batch's layout."""
     layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-    return model.to(getattr(torch, dtype), memory_format=layout), x.to(getattr(torch, dtype))
+    return model.to(getattr(torch, dtype)).to(memory_format=layout), x.to(getattr(torch, dtype))
 
 
 def _eager(model: nn.Module, x: Tensor, dtype: str) -> Run:
@@ -56,7 +64,7 @@ def _eager(model: nn.Module, x: Tensor, dtype: str) -> Run:
 def _compiled(model: nn.Module, x: Tensor, dtype: str, *, freezing: bool) -> Run:
     model, x = _cast(model, x, dtype)
     compiled = torch.compile(model, fullgraph=True, options={'freezing': freezing})
-    with torch._dynamo.config.patch(cache_size_limit=1000):  # models of one class share the code that is limited
+    with torch._dynamo.config.patch(cache_size_limit=1000):  # all models of one class count together
         compiled(x)
     return lambda: compiled(x)
 
@@ -89,7 +97,21 @@ def _openvino(model: nn.Module, x: Tensor, dtype: str) -> Run:
 
 
 def compile_openvino(model: Any, dtype: str) -> Any:
-    """OpenVINO's model, or the path of a file that it reads, compiled to answer soon, with PyTorch's threads."""
+    """Compile a model by OpenVINO for low latency, with as many threads as PyTorch.
+
+    Args:
+        model: OpenVINO's model, or the path of a file that it reads.
+        dtype: `float32` or `bfloat16`.
+
+    Returns:
+        OpenVINO's compiled model.
+
+    Raises:
+        ModuleNotFoundError: OpenVINO is not installed.
+
+    Example:
+        >>> compile_openvino('model.onnx', 'float32')  # doctest: +SKIP
+    """
     import openvino
 
     settings = {
@@ -114,7 +136,7 @@ def _ncnn(model: nn.Module, x: Tensor, dtype: str, *, winograd: bool) -> Run:
         files = dict(ptpath=f'{stem}.pt', ncnnparam=f'{stem}.ncnn.param', ncnnbin=f'{stem}.ncnn.bin')
         files |= dict(pnnxparam=f'{stem}.pnnx.param', pnnxbin=f'{stem}.pnnx.bin', pnnxonnx=f'{stem}.pnnx.onnx')
         files |= dict(pnnxpy=f'{stem}_pnnx.py', ncnnpy=f'{stem}_ncnn.py')
-        with _silenced():
+        with silenced():
             pnnx.export(model, inputs=(x,), fp16=False, **files)
         net.load_param(files['ncnnparam'])
         net.load_model(files['ncnnbin'])
@@ -128,38 +150,25 @@ def _ncnn(model: nn.Module, x: Tensor, dtype: str, *, winograd: bool) -> Run:
     return run
 
 
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    """No output, not even of the programs that a library starts."""
-    sys.stdout.flush()
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    kept = {stream: os.dup(stream) for stream in (1, 2)}
-    for stream in kept:
-        os.dup2(nowhere, stream)
-    try:
-        yield
-    finally:
-        for stream, copy in kept.items():
-            os.dup2(copy, stream)
-            os.close(copy)
-        os.close(nowhere)
-
-
 def _with(prepare: Callable[..., Run], **options: Any) -> Callable[[nn.Module, Tensor, str], Run]:
     return lambda model, x, dtype: prepare(model, x, dtype, **options)
 
 
-_TORCH = dict(dtypes=('float32', 'bfloat16'), layouts=('contiguous', 'channels_last'))
-_NCNN = dict(packages=('ncnn', 'pnnx'), extra='ncnn', max_batch=1)
+_TORCH: dict[str, Any] = dict(dtypes=('float32', 'bfloat16'), layouts=('contiguous', 'channels_last'))
+_NCNN: dict[str, Any] = dict(packages=('ncnn', 'pnnx'), extra='ncnn', max_batch=1)
 
 RUNTIMES = {
-    'eager': Runtime(prepare=_eager, **_TORCH),
+    'eager': Runtime(prepare=_eager, is_quick=True, **_TORCH),
     'compile': Runtime(prepare=_with(_compiled, freezing=False), **_TORCH),
     'compile-freezing': Runtime(prepare=_with(_compiled, freezing=True), **_TORCH),
-    'torchscript': Runtime(prepare=_torchscript, **_TORCH),
-    'onnxruntime': Runtime(prepare=_onnxruntime, packages=('onnx', 'onnxscript', 'onnxruntime'), extra='onnxruntime'),
-    'openvino': Runtime(prepare=_openvino, packages=('openvino',), extra='openvino', dtypes=('float32', 'bfloat16')),
-    'ncnn': Runtime(prepare=_with(_ncnn, winograd=True), **_NCNN),
+    'torchscript': Runtime(prepare=_torchscript, is_quick=True, **_TORCH),
+    'onnxruntime': Runtime(
+        prepare=_onnxruntime, packages=('onnx', 'onnxscript', 'onnxruntime'), extra='onnxruntime', is_quick=True
+    ),
+    'openvino': Runtime(
+        prepare=_openvino, packages=('openvino',), extra='openvino', is_quick=True, dtypes=('float32', 'bfloat16')
+    ),
+    'ncnn': Runtime(prepare=_with(_ncnn, winograd=True), is_quick=True, **_NCNN),
     'ncnn-no-winograd': Runtime(prepare=_with(_ncnn, winograd=False), **_NCNN),
 }
-"""By name. The runtimes beside torch compute on contiguous images."""
+"""Runtimes by name: the only place that knows them."""

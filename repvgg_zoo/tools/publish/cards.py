@@ -1,14 +1,15 @@
-"""Model cards: what a Hub repository says of its weights, from the manifest's record of them."""
+"""Model cards of Hub repositories, from the records of the manifest."""
 
 from __future__ import annotations
 
 from itertools import groupby
+from typing import Any
 
 from huggingface_hub import CardData, EvalResult, RepoCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from ...pretrained.manifest import Metrics, WeightsRecord
-from ..listing import markdown_table
+from ..markdown import markdown_table
 
 __all__ = ['model_card']
 
@@ -27,28 +28,43 @@ _CITATION = """```bibtex
 
 
 def model_card(record: WeightsRecord, *, owner: str, source: str, in_timm: bool) -> RepoCard:
-    """The card of one published file of weights.
+    """Write the card of one published file of weights.
 
     Args:
-        record: With the file's sha256 and size, and the comparison of the two forms.
+        record: With the file's sha256 and size, and the comparison of both forms.
         owner: Hub account that both forms are published under.
         source: What the training form was converted from.
         in_timm: Whether timm itself has the architecture.
+
+    Returns:
+        The card: metadata and text.
+
+    Raises:
+        ValueError: The record has no comparison of the two forms.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from repvgg_zoo.pretrained.manifest import FoldCheck, read_manifest
+        >>> check = FoldCheck(float64_rel_diff=1e-15, float32_rel_diff=2e-7, images=8, top1_agreement_pct=None)
+        >>> record = replace(read_manifest()['test_repvgg.cifar10'], fold_check=check)
+        >>> model_card(record, owner='me', source='a file', in_timm=False).data.license
+        'mit'
     """
+    model_index: dict[str, Any] = {'model-index': _model_index(record)}  # not an identifier
     metadata = CardData(
         license=record.license,
         library_name='timm',
         pipeline_tag='image-classification',
         tags=['timm', 'repvgg', 'image-classification', f'arxiv:{_PAPER_ID}'],
         datasets=sorted({_DATASET_IDS[m.dataset] for m in (*record.published, *record.measured)}) or None,
-        **{'model-index': _model_index(record)},
+        **model_index,
     )
-    # not a ModelCard, which puts all figures of one data set under the first source
+    # a ModelCard would put all figures of one data set under the first source
     return RepoCard(f'---\n{metadata.to_yaml()}\n---\n\n{_text(record, owner, source, in_timm)}\n')
 
 
-def _model_index(record: WeightsRecord) -> list[dict] | None:
-    """Every source's figures as one result."""
+def _model_index(record: WeightsRecord) -> list[dict[str, Any]] | None:
+    """One result for the figures of each source."""
     results = []
     for _, metrics in groupby((*record.published, *record.measured), key=lambda m: m.source):
         (entry,) = eval_results_to_model_index(record.name, [r for m in metrics for r in _eval_results(m)])
@@ -97,7 +113,7 @@ def _introduction(record: WeightsRecord, owner: str) -> str:
     )
     form = (
         'the deploy form: every block is one 3x3 convolution, folded from the three branches of the training form, '
-        f'which is {other}'
+        f'{other}'
         if record.form == 'deploy'
         else f'the training form: three branches in a block, each with its BN. Folded for inference, it is {other}'
     )
@@ -121,7 +137,7 @@ def _figures(record: WeightsRecord) -> str:
         *((f'top-1, {m.dataset}, published', _accuracy(m)) for m in record.published),
         *((f'top-1, {m.dataset}, measured', _accuracy(m)) for m in record.measured),
     ]
-    return markdown_table(rows, ('', ''))
+    return markdown_table(rows, ('', ''), text_columns=('',))
 
 
 def _accuracy(metrics: Metrics) -> str:
@@ -178,6 +194,8 @@ def _origin(record: WeightsRecord, source: str) -> str:
 
 def _forms(record: WeightsRecord) -> str:
     check = record.fold_check
+    if check is None:
+        raise ValueError(f'{record.name} has no fold_check; compare both forms before writing the card')
     agreement = (
         f'{check.images} random images'
         if check.top1_agreement_pct is None

@@ -1,0 +1,91 @@
+"""The plan of a benchmark: which cases are measured."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ...variants import VARIANTS
+from .cases import Case, Work
+from .models import PEERS, BenchmarkForm, ModelName
+from .runtimes import RUNTIMES
+
+__all__ = ['FULL', 'QUICK', 'Settings', 'plan']
+
+_PAPER = [name for name, variant in VARIANTS.items() if variant.se is None and variant.total_stride == 32]
+
+
+class Settings(NamedTuple):
+    """Defaults of a run."""
+
+    models: list[str]
+    runtimes: list[str]
+    rounds: int
+    memory: bool
+
+
+FULL = Settings(models=[*_PAPER, *PEERS], runtimes=['eager'], rounds=10, memory=True)
+QUICK = Settings(
+    models=['repvgg_a0', 'repvgg_b0', 'torchvision:resnet18', 'torchvision:resnet50'],
+    runtimes=[name for name, runtime in RUNTIMES.items() if runtime.is_quick],
+    rounds=3,
+    memory=False,
+)
+
+
+def plan(
+    models: Sequence[str],
+    *,
+    forms: Sequence[BenchmarkForm] = ('training', 'deploy'),
+    work: Sequence[Work] = ('infer',),
+    runtimes: Sequence[str] = ('eager',),
+    batches: Sequence[int] = (1,),
+    dtypes: Sequence[str] = ('float32',),
+    layouts: Sequence[str] = ('contiguous',),
+) -> list[Case]:
+    """List every combination of the settings that exists.
+
+    Models with a single form have that form only, and loading and folding have no batch.
+
+    Args:
+        models: Names, see `ModelName`.
+        forms: Forms of the models that have two.
+        work: Some of `WORK`.
+        runtimes: Some of `RUNTIMES`, for inference.
+        batches: Batch sizes.
+        dtypes: Names of torch dtypes, for inference.
+        layouts: `contiguous` or `channels_last`.
+
+    Returns:
+        The cases.
+
+    Raises:
+        ValueError: A name is unknown, or no case is left.
+
+    Example:
+        >>> [str(case) for case in plan(['test_repvgg'], forms=['deploy'])]
+        ['test_repvgg, deploy, infer, eager, batch 1, float32, contiguous']
+    """
+    cases = []
+    for name, kind in itertools.product(map(ModelName.parse, dict.fromkeys(models)), work):
+        own_forms: Sequence[BenchmarkForm] = forms if name.has_forms else ['single']
+        if kind == 'infer':
+            for batch, dtype, layout, runtime, form in itertools.product(batches, dtypes, layouts, runtimes, own_forms):
+                if RUNTIMES[runtime].takes(batch=batch, dtype=dtype, layout=layout):
+                    setting: dict[str, Any] = dict(runtime=runtime, batch=batch, dtype=dtype, layout=layout)
+                    cases.append(Case(model=name, form=form, **setting))
+        elif kind == 'train':
+            trained: BenchmarkForm = 'training' if name.has_forms else 'single'
+            for batch, layout in itertools.product(batches, layouts):
+                cases.append(Case(model=name, form=trained, work=kind, batch=batch, layout=layout))
+        elif name.has_forms:
+            kept = [form for form in own_forms if kind == 'load' or form == 'training']
+            cases += [Case(model=name, form=form, work=kind) for form in kept]
+    if not cases:
+        raise ValueError(
+            f'there is nothing to measure: none of the runtimes {", ".join(runtimes)} takes batch sizes '
+            f'{", ".join(map(str, batches))} in {", ".join(dtypes)}, {", ".join(layouts)}, and loading and folding '
+            'need models with two forms'
+        )
+    return cases

@@ -1,0 +1,105 @@
+"""A model folder to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from ...pretrained.hub import is_http_error, is_transient, retrying, sha256_of, short_message
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
+
+__all__ = ['CARD', 'HubError', 'push_folder']
+
+CARD = 'README.md'
+"""Name of the model card in a model folder."""
+
+
+class HubError(RuntimeError):
+    """A folder could not be published on the Hub."""
+
+
+def push_folder(folder: Path, repo_id: str, *, replace: bool = False) -> str:
+    """Make a Hub repository hold the files of a folder.
+
+    The repository is created if necessary, and all files arrive in one commit. Nothing is uploaded if the repository
+    holds the same files already. A card that is the only difference is kept unless `replace=True`: its measured
+    figures vary between runs. Each try looks first at what the Hub has, so an upload that was cut off can be repeated.
+
+    Args:
+        folder: Files on one level.
+        repo_id: `owner/name`.
+        replace: Replace other files that the repository holds.
+
+    Returns:
+        Id of the commit that holds the files.
+
+    Raises:
+        HubError: The repository holds other files, the Hub refused, or it could not be reached in five tries.
+
+    Example:
+        >>> push_folder(Path('published/test_repvgg.cifar10'), 'me/test_repvgg.cifar10')  # doctest: +SKIP
+        '9a3f…'
+    """
+    try:
+        # huggingface_hub retries uploads of large files, but neither the look at the repository nor its creation
+        return retrying(
+            partial(_push_once, folder, repo_id, replace=replace), retry=lambda e: is_http_error(e) and is_transient(e)
+        )
+    except Exception as error:
+        if not is_http_error(error):
+            raise
+        raise HubError(f'cannot publish {repo_id}: {short_message(error)}') from error
+
+
+def _push_once(folder: Path, repo_id: str, *, replace: bool) -> str:
+    from huggingface_hub import HfApi
+
+    from ... import __version__
+
+    api = HfApi(library_name='repvgg-zoo', library_version=__version__)
+    info = _get_or_create(api, repo_id)
+    sha = cast('str', info.sha)  # every repository has a first commit
+    remote = {sibling.rfilename: sibling for sibling in info.siblings or () if sibling.rfilename != '.gitattributes'}
+    local = {path.name: path for path in folder.iterdir()}
+    surplus = [name for name in remote if name not in local]
+    different = [name for name in local if name not in remote or not _has_same_content(local[name], remote[name])]
+    if not different and not surplus:
+        return sha
+    if remote and not replace:
+        if not surplus and different == [CARD]:
+            return sha
+        raise HubError(
+            f'{repo_id} on the Hub holds other files than {str(folder)!r} (first: {(surplus or different)[0]}); look '
+            'at it, and pass replace (--replace) to replace them'
+        )
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=f'Publish {repo_id.split("/")[-1]}',
+        parent_commit=sha,  # a commit that somebody else makes meanwhile is not buried
+        delete_patterns='*' if surplus else None,
+    )
+    return commit.oid
+
+
+def _get_or_create(api: HfApi, repo_id: str) -> ModelInfo:
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return api.model_info(repo_id, files_metadata=True)
+    except RepositoryNotFoundError:
+        api.create_repo(repo_id, exist_ok=True)
+        return api.model_info(repo_id, files_metadata=True)
+
+
+def _has_same_content(path: Path, sibling: RepoSibling) -> bool:
+    """Compare by sha256 for files in large file storage, and by git's blob id for others."""
+    if sibling.lfs is not None:
+        return sha256_of(path) == sibling.lfs.sha256
+    content = path.read_bytes()
+    return hashlib.sha1(b'blob %d\0' % len(content) + content, usedforsecurity=False).hexdigest() == sibling.blob_id
