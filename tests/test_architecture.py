@@ -121,9 +121,8 @@ def imports(name: str, tree: ast.Module, nodes: Iterator[ast.AST] | None = None)
             parents = name.split('.')[: len(name.split('.')) - node.level + tree.is_package] if node.level else []
             source = '.'.join([*parents, *([node.module] if node.module else [])])
             yield from ((source, alias.name) for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ('import_module', 'importlib.import_module'):
-            if isinstance(node.args[0], ast.Constant):
-                yield node.args[0].value, None
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith('import_module'):
+            yield from ((argument.value, None) for argument in node.args[:1] if isinstance(argument, ast.Constant))
 
 
 def import_graph(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
@@ -234,8 +233,7 @@ def own_names(trees: dict[str, ast.Module]) -> set[str]:
             elif isinstance(node, ast.alias) and node.asname:
                 names.add(node.asname)
             elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-                if ast.unparse(node.value) in ('self', 'cls'):
-                    names.add(node.attr)
+                names |= {node.attr} if ast.unparse(node.value) in ('self', 'cls') else set()
     return names
 
 
