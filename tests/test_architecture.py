@@ -87,9 +87,6 @@ KNOWN: dict[str, set[str]] = {
 }
 
 
-# Reading a package
-
-
 def modules(package: Path) -> dict[str, ast.Module]:
     """Return the syntax tree of each module by its dotted name; a package is named like its `__init__.py`."""
     trees = {}
@@ -134,9 +131,6 @@ def import_graph(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
             found.add(f'{source}.{taken}' if f'{source}.{taken}' in trees else source)
         graph[name] = found & trees.keys()
     return graph
-
-
-# The rules: each takes a package and returns its offenders
 
 
 def import_cycles(package: Path) -> set[str]:
@@ -294,9 +288,6 @@ def test_package_rule_has_only_known_offenders(rule):
 def test_package_layers_name_existing_modules():
     present = {path.stem for path in PACKAGE.iterdir()}
     assert {part for parts in LAYERS for part in parts} - present <= {'_compat'}
-
-
-# Each rule bites
 
 
 def write_package(folder: Path, **sources: str) -> Path:
