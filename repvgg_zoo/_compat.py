@@ -1,20 +1,35 @@
 """Private state of torch and timm that this package needs, in one place.
 
-Each function says why it is needed and which test notices when it breaks.
+Each function says why it is needed and which test notices when it breaks. Two functions of timm are passed on as they
+are: `feature_take_indices`, by which every timm network understands `out_indices` (test: `test_intermediates`), and
+`save_config_for_hf`, which writes the `config.json` that timm reads (test: `test_model_folder_remembers_the_block`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from timm.models._features import feature_take_indices
+from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 from torch.utils._device import DeviceContext
 
-__all__ = ['copy_hooks', 'forward_pre_hooks', 'has_hooks', 'has_saved_tensor_hooks', 'is_plain_eager', 'version_of']
+__all__ = [
+    'copy_hooks',
+    'feature_take_indices',
+    'forward_pre_hooks',
+    'has_hooks',
+    'has_saved_tensor_hooks',
+    'is_plain_eager',
+    'raised_recompile_limit',
+    'save_config_for_hf',
+    'version_of',
+]
 
 _HOOK_TABLES = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 _GLOBAL_HOOK_TABLES = tuple(f'_global{name}' for name in _HOOK_TABLES)
@@ -88,3 +103,13 @@ def version_of(tensor: Tensor) -> int:
     torch has no public way to ask. Test: `test_what_changes_before_the_backward_pass_is_an_error`.
     """
     return tensor._version
+
+
+def raised_recompile_limit(limit: int) -> AbstractContextManager[None]:
+    """Let torch.compile keep more than eight versions of a function: all models of one class count together.
+
+    torch has no public way to raise the limit. Test: `test_run_benchmark_inference_rows_agree`.
+    """
+    import torch._dynamo  # a second, which only compiling needs
+
+    return torch._dynamo.config.patch(cache_size_limit=limit)

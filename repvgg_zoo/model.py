@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from timm.layers import ClassifierHead, SEModule, calculate_drop_path_rates, get_act_layer, get_norm_layer
-from timm.models._features import feature_take_indices
 from timm.models.byobnet import drop_blocks
 from torch import Tensor, nn
 
+from ._compat import feature_take_indices
 from .blocks.base import ReparamBlock
 from .blocks.factory import block_type
 from .blocks.grad_checkpointing import checkpointed

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 
+import numpy as np
 import pytest
 import timm
+import torch
 from helpers import randomise
 from hub_server import TOKEN, hub_server
 from huggingface_hub import constants
@@ -22,6 +25,24 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile('zoo')
+
+
+def seed_generators() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Seed before the fixtures of a module are made: what they draw depends on no earlier test."""
+    seed_generators()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Seed each test: what it draws depends on no fixture of its module."""
+    seed_generators()
 
 
 @pytest.fixture

@@ -51,15 +51,15 @@ def blocks_with_keys(keys: Iterable[str]) -> list[str]:
     parts = [_BLOCK_PATH.sub('', key) for key in keys if _BLOCK_PATH.match(key) and SPLIT_BN not in key]
     if any(part.startswith('conv_kxk.') for part in parts):
         return ['repvgg']
-    held = _modules(parts)
-    return [name for name, modules in _modules_by_type().items() if modules == held]
+    held = _branch_modules(parts)
+    return [name for name, modules in _branch_modules_by_type().items() if modules == held]
 
 
 @functools.cache
-def _modules_by_type() -> dict[str, frozenset[str]]:
-    return {name: _modules(block_type(name)(2, 2, device='meta').state_dict()) for name in BLOCK_TYPES}
+def _branch_modules_by_type() -> dict[str, frozenset[str]]:
+    return {name: _branch_modules(block_type(name)(2, 2, device='meta').state_dict()) for name in BLOCK_TYPES}
 
 
-def _modules(keys: Iterable[str]) -> frozenset[str]:
+def _branch_modules(keys: Iterable[str]) -> frozenset[str]:
     """Paths within a block of all modules of its branches that have keys."""
     return frozenset(key.rpartition('.')[0] for key in keys if key.startswith(MultiBranchBlock.branch_names))

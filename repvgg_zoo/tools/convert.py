@@ -10,8 +10,8 @@ from typing import Any, cast
 import timm
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from timm.models._hub import save_config_for_hf
 
+from .._compat import save_config_for_hf
 from ..blocks.factory import block_type
 from ..blocks.unfold import unfold as unfold_model
 from ..checkpoints.errors import CheckpointError

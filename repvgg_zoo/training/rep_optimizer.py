@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from timm.utils import unwrap_model
@@ -88,7 +89,7 @@ def rep_optimizer(
         )
     if load:
         _load(model, like, scaled)
-    for handle in optimizer.__dict__.pop('_rep_hooks', ()):
+    for handle in _hooks.pop(optimizer, ()):
         handle.remove()
     before: _Before = {}
     hooks = [optimizer.register_step_pre_hook(_refuse_closure)]
@@ -97,8 +98,12 @@ def rep_optimizer(
     else:
         hooks.append(optimizer.register_step_pre_hook(partial(_remember, equivalents, before)))
         hooks.append(optimizer.register_step_post_hook(partial(_multiply_updates, equivalents, before)))
-    optimizer._rep_hooks = hooks
+    _hooks[optimizer] = hooks
     return optimizer
+
+
+_hooks: WeakKeyDictionary[torch.optim.Optimizer, list[Any]] = WeakKeyDictionary()
+"""Of each optimizer, so that a second call replaces them."""
 
 
 def _load(model: nn.Module, like: nn.Module, scaled: dict[str, MultiBranchBlock]) -> None:

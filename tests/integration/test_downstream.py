@@ -36,12 +36,9 @@ def check_training_and_switch(module, loss, run):
     assert None not in (child for m in module.modules() for child in m._modules.values())
 
 
-# --------------------------------------------------------------------------------------- segmentation
-
-
 @pytest.mark.parametrize('decoder', ['Unet', 'FPN', 'Linknet', 'DeepLabV3Plus', 'UPerNet'])
 @pytest.mark.parametrize('output_stride', [None, 8, 16])
-def test_segmentation(decoder, output_stride):
+def test_segmentation_decoder_trains_and_switches(decoder, output_stride):
     smp = pytest.importorskip('segmentation_models_pytorch')
     decoder = getattr(smp, decoder)
     options = {'encoder_depth': 4}  # test_repvgg has five feature maps, of reductions 1 to 16
@@ -60,9 +57,6 @@ def test_segmentation(decoder, output_stride):
     check_training_and_switch(network, lambda: network(x).square().mean(), lambda: network(x))
 
 
-# ------------------------------------------------------------------------------------------ detection
-
-
 class Backbone(nn.Module):
     def __init__(self):
         super().__init__()
@@ -77,8 +71,7 @@ class Backbone(nn.Module):
 
 
 @pytest.mark.parametrize('detector', [FasterRCNN, RetinaNet, FCOS])
-def test_detection_of_torchvision(detector):
-    torch.manual_seed(0)
+def test_torchvision_detector_trains_and_switches(detector):
     ratios = ((1.0,) if detector is FCOS else (0.5, 1.0, 2.0),)
     anchors = AnchorGenerator(((8,), (16,), (32,)), ratios * 3)
     if detector is FasterRCNN:
@@ -97,7 +90,7 @@ def test_detection_of_torchvision(detector):
     assert set(network(x)[0]) == {'boxes', 'labels', 'scores'}
 
 
-def test_efficientdet():
+def test_efficientdet_trains_and_switches():
     effdet = pytest.importorskip('effdet')
     config = effdet.get_efficientdet_config('efficientdet_d0')
     config.update(
@@ -118,10 +111,7 @@ def test_efficientdet():
     check_training_and_switch(network, lambda: run().square().mean(), run)
 
 
-# ------------------------------------------------------------------------------------------- learners
-
-
-def test_lightning(tmp_path):
+def test_lightning_checkpoint_loads_into_deploy_form(tmp_path):
     lightning = pytest.importorskip('lightning')
 
     class Classifier(lightning.LightningModule):
@@ -153,10 +143,7 @@ def test_lightning(tmp_path):
     assert rel_diff(switch_to_deploy(module).net(x), expected) < 1e-4
 
 
-# -------------------------------------------------------------------------------------- towers, tools
-
-
-def test_image_tower_of_clip():
+def test_clip_image_tower_trains_and_switches():
     open_clip = pytest.importorskip('open_clip')
     tower = open_clip.timm_model.TimmModel('test_repvgg', embed_dim=16, image_size=32, pretrained=True).double()
     x = images(2, px=32, dtype=torch.float64)
@@ -164,7 +151,7 @@ def test_image_tower_of_clip():
 
 
 @pytest.mark.parametrize('block', ['repvgg', 'plain', 'acb', 'mobileone', 'qarepvgg', 'no_identity_bn'])
-def test_structured_pruning(block):
+def test_pruned_model_switch_keeps_outputs(block):
     pruning = pytest.importorskip('torch_pruning')
     model = randomise(timm.create_model('test_repvgg', block=block), px=32)
     x = images(2, px=32)
@@ -183,7 +170,7 @@ def test_structured_pruning(block):
 
 @FORMS
 @pytest.mark.parametrize('wrapper', ['list', 'dict', 'hook', 'getter'])
-def test_feature_wrappers_are_switched(wrapper, deploy):
+def test_feature_wrapper_switch_keeps_outputs(wrapper, deploy):
     features = timm.create_model('test_repvgg', pretrained=True, features_only=True, feature_cls=wrapper, deploy=deploy)
     features.double().eval()
     x = images(1, px=64, dtype=torch.float64)
@@ -198,7 +185,7 @@ def test_feature_wrappers_are_switched(wrapper, deploy):
         assert rel_diff(a, b) < 1e-12
 
 
-def test_traced_features_are_refused_unless_of_the_deploy_form():
+def test_traced_features_switch_raises_except_in_deploy_form():
     options = dict(features_only=True, feature_cls='fx')
     with pytest.raises(ValueError, match='whose branches are fixed in a graph'):
         switch_to_deploy(timm.create_model('test_repvgg', **options))

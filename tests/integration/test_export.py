@@ -23,7 +23,7 @@ SIZES = [(1, 32, 32), (3, 64, 48), (2, 33, 47)]
 
 
 @FORMS
-def test_torch_export_with_dynamic_batch_and_size(model, deploy, tmp_path):
+def test_torch_export_dynamic_batch_and_size_gives_equal_outputs(model, deploy, tmp_path):
     dim = torch.export.Dim
     shapes = {'x': {0: dim('batch'), 2: dim('height', min=17), 3: dim('width', min=17)}}
     program = torch.export.export(model, (images(2, px=32),), dynamic_shapes=shapes)
@@ -35,7 +35,7 @@ def test_torch_export_with_dynamic_batch_and_size(model, deploy, tmp_path):
 
 
 @FORMS
-def test_torchscript_is_saved_and_loaded(model, deploy, tmp_path):
+def test_torchscript_saved_and_loaded_gives_equal_outputs(model, deploy, tmp_path):
     x = images(2, px=32)
     for number, scripted in enumerate((torch.jit.script(model), torch.jit.trace(model, x))):
         scripted.save(tmp_path / f'{number}.pt')
@@ -46,7 +46,7 @@ def test_torchscript_is_saved_and_loaded(model, deploy, tmp_path):
 
 
 @FORMS
-def test_onnx_with_dynamic_axes(model, deploy, tmp_path):
+def test_onnx_dynamic_axes_gives_equal_outputs(model, deploy, tmp_path):
     pytest.importorskip('onnxscript')
     onnxruntime = pytest.importorskip('onnxruntime')
     path = tmp_path / 'model.onnx'
@@ -57,11 +57,9 @@ def test_onnx_with_dynamic_axes(model, deploy, tmp_path):
     name = session.get_inputs()[0].name
     for batch, height, width in SIZES:
         x = torch.randn(batch, 3, height, width)
-        (found,) = session.run(None, {name: x.numpy()})
-        assert rel_diff(torch.from_numpy(found), model(x)) < ROUNDING
+        (actual,) = session.run(None, {name: x.numpy()})
+        assert rel_diff(torch.from_numpy(actual), model(x)) < ROUNDING
 
-
-# ------------------------------------------------------------- timmx, which exports timm's models by name
 
 TAGS = pytest.mark.parametrize('tag', ['test_repvgg.cifar10', 'test_repvgg.cifar10_deploy'])
 
@@ -81,29 +79,29 @@ def expected(tag):
 
 @pytest.mark.slow
 @TAGS
-def test_timmx_to_onnx(tag, expected, tmp_path):
+def test_timmx_onnx_gives_equal_outputs(tag, expected, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime')
     timmx(tmp_path, 'onnx', tag, '--output', 'model.onnx', '--dynamic-batch', '--batch-size', 2)
     session = onnxruntime.InferenceSession(tmp_path / 'model.onnx', providers=['CPUExecutionProvider'])
     x, logits = expected
-    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    assert rel_diff(torch.from_numpy(found), logits) < ROUNDING
+    (actual,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert rel_diff(torch.from_numpy(actual), logits) < ROUNDING
 
 
 @pytest.mark.slow
 @TAGS
-def test_timmx_to_openvino(tag, expected, tmp_path):
+def test_timmx_openvino_gives_equal_outputs(tag, expected, tmp_path):
     openvino = pytest.importorskip('openvino')
     timmx(tmp_path, 'openvino', tag, '--output', 'model.xml')
     compiled = openvino.compile_model(tmp_path / 'model.xml', 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
     x, logits = expected
-    found = next(iter(compiled(x.numpy()).values()))
-    assert rel_diff(torch.from_numpy(np.asarray(found)), logits) < 1e-2  # its weights are stored in float16
+    actual = next(iter(compiled(x.numpy()).values()))
+    assert rel_diff(torch.from_numpy(np.asarray(actual)), logits) < 1e-2  # its weights are stored in float16
 
 
 @pytest.mark.slow
 @TAGS
-def test_timmx_to_ncnn(tag, expected, tmp_path):
+def test_timmx_ncnn_gives_equal_outputs(tag, expected, tmp_path):
     ncnn = pytest.importorskip('ncnn')
     timmx(tmp_path, 'ncnn', tag, '--output', 'model')
     net = ncnn.Net()
@@ -114,5 +112,5 @@ def test_timmx_to_ncnn(tag, expected, tmp_path):
     x, logits = expected
     extractor = net.create_extractor()
     extractor.input('in0', ncnn.Mat(x[0].numpy()))
-    _, found = extractor.extract('out0')
-    assert rel_diff(torch.from_numpy(np.array(found)), logits[0]) < 1e-2  # its weights are stored in float16
+    _, actual = extractor.extract('out0')
+    assert rel_diff(torch.from_numpy(np.array(actual)), logits[0]) < 1e-2  # its weights are stored in float16

@@ -21,10 +21,7 @@ BLOCKS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------- in training
-
-
-def test_training_keeps_two_thirds_of_what_timm_keeps():
+def test_training_saves_two_thirds_of_timms_bytes():
     x = images(px=224)
     ours, theirs = timm.create_model('repvgg_a0'), timm.models.byobnet.repvgg_a0()
     assert not isinstance(theirs, type(ours))
@@ -34,30 +31,27 @@ def test_training_keeps_two_thirds_of_what_timm_keeps():
 
 @pytest.mark.parametrize('needs_grad', [False, True], ids=['images', 'features'])
 @pytest.mark.parametrize('kind', BLOCKS)
-def test_a_block_keeps_two_outputs(kind, needs_grad):
-    made = RepVGGBlock(**BLOCKS[kind])
+def test_block_training_saves_two_outputs(kind, needs_grad):
+    block = RepVGGBlock(**BLOCKS[kind])
     x = images(2, 9, in_chans=BLOCKS[kind]['in_chs']).requires_grad_(needs_grad)
-    y = made(x)
+    y = block(x)
     assert y.requires_grad
     output_bytes = y.nbytes
-    norms = 2 + (made.identity is not None)
+    norms = 2 + (block.identity is not None)
     # mean and 1 / sqrt(σ² + ε) of each norm in float32, the counts of batches, and what the allocator rounds up
     statistics_bytes = norms * (2 * BLOCKS[kind]['out_chs'] * 4 + 64)
-    assert saved_bytes(made, x) <= 2 * output_bytes + statistics_bytes
-    assert run_branches(lambda: saved_bytes(made, x)) > 2.9 * output_bytes
+    assert saved_bytes(block, x) <= 2 * output_bytes + statistics_bytes
+    assert run_branches(lambda: saved_bytes(block, x)) > 2.9 * output_bytes
 
 
-def test_evaluation_keeps_nothing():
+def test_frozen_model_evaluation_saves_nothing():
     model = timm.create_model('test_repvgg').requires_grad_(False)
     with torch.autograd.graph.saved_tensors_hooks(pytest.fail, lambda tensor: tensor):
         assert not model.eval()(images(px=64)).requires_grad
 
 
-# -------------------------------------------------------------------------------------------- the deploy form
-
-
 @pytest.mark.parametrize('name', VARIANTS)
-def test_deploy_graph_has_one_convolution_and_one_activation_a_block(name):
+def test_deploy_graph_has_one_convolution_and_activation_per_block(name):
     model = timm.create_model(name, deploy=True, device='meta').eval()
     graph = torch.export.export(model, (torch.empty(1, 3, 64, 64, device='meta'),)).graph
     called = [node.target.overloadpacket.__name__ for node in graph.nodes if node.op == 'call_function']
@@ -71,7 +65,7 @@ def test_deploy_graph_has_one_convolution_and_one_activation_a_block(name):
     assert called == block * blocks + ['adaptive_avg_pool2d', 'flatten', 'dropout', 'linear']
 
 
-def test_training_graph_has_two_convolutions_a_block():
+def test_training_graph_has_two_convolutions_per_block():
     model = timm.create_model('repvgg_a0', device='meta').eval()
     graph = torch.export.export(model, (torch.empty(1, 3, 64, 64, device='meta'),)).graph
     called = [node.target.overloadpacket.__name__ for node in graph.nodes if node.op == 'call_function']
@@ -80,14 +74,14 @@ def test_training_graph_has_two_convolutions_a_block():
 
 
 @pytest.mark.parametrize('name', VARIANTS)
-def test_deploy_form_has_two_tensors_a_layer_and_no_buffers(name):
+def test_deploy_form_has_two_tensors_per_layer_and_no_buffers(name):
     model = timm.create_model(name, deploy=True, device='meta')
     layers = (1 + sum(VARIANTS[name].depths)) * (3 if VARIANTS[name].se else 1) + 1
     assert len(list(model.parameters())) == 2 * layers
     assert list(model.buffers()) == []
 
 
-def test_switched_model_has_the_tensors_of_the_deploy_form():
+def test_switched_model_has_tensors_of_deploy_form():
     switched = timm.create_model('test_repvgg').eval().switch_to_deploy()
     built = timm.create_model('test_repvgg', deploy=True, device='meta')
     assert [(k, t.shape) for k, t in switched.named_parameters()] == [(k, t.shape) for k, t in built.named_parameters()]
@@ -95,14 +89,12 @@ def test_switched_model_has_the_tensors_of_the_deploy_form():
 
 
 @pytest.mark.parametrize('name', TIMM_NAMES)
-def test_training_form_has_the_tensors_of_timm(name):
+def test_training_form_has_tensors_of_timm(name):
     ours = timm.create_model(name, device='meta')
     theirs = getattr(timm.models.byobnet, name)(device='meta')
     assert [(k, t.shape) for k, t in ours.named_parameters()] == [(k, t.shape) for k, t in theirs.named_parameters()]
     assert [(k, t.shape) for k, t in ours.named_buffers()] == [(k, t.shape) for k, t in theirs.named_buffers()]
 
-
-# --------------------------------------------------------------------------------------------------- importing
 
 IMPORT = """
 import json, logging, random, signal, sys, threading, warnings
@@ -128,7 +120,7 @@ print(json.dumps([changed, sorted(new - set(sys.stdlib_module_names))]))
 """
 
 
-def test_importing_does_nothing_but_register():
+def test_import_changes_no_global_state():
     done = subprocess.run([sys.executable, '-W', 'error::UserWarning', '-c', IMPORT], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, '')
     changed, new = json.loads(done.stdout)  # and nothing else was printed
@@ -137,7 +129,7 @@ def test_importing_does_nothing_but_register():
 
 
 @pytest.mark.parametrize('name', ['repvgg_a0', 'repvgg_b1g4'])
-def test_deploy_form_runs_the_operators_of_timms_fused_model(name):
+def test_deploy_form_runs_operators_of_timms_fused_model(name):
     class Operators(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             called.append(str(func))

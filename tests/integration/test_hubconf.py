@@ -32,7 +32,7 @@ def run(code: str, cwd: Path) -> str:
     return done.stdout
 
 
-def test_list_and_help(tmp_path):
+def test_hub_list_and_help_tell_every_variant(tmp_path):
     """They know no `source='local'`, but take what an earlier download left in the cache."""
     cache = tmp_path / '.cache' / 'torch' / 'hub'
     cache.mkdir(parents=True)
@@ -50,7 +50,7 @@ def test_list_and_help(tmp_path):
     assert doc[-1] == 'False'
 
 
-def test_load_takes_every_argument(tmp_path):
+def test_hub_load_passes_every_argument(tmp_path):
     output = run(
         f'for name in {sorted(VARIANTS)}:\n'
         "    model = torch.hub.load(checkout, name, source='local', pretrained=False, deploy=True, num_classes=10,"
@@ -63,7 +63,7 @@ def test_load_takes_every_argument(tmp_path):
 
 
 @pytest.mark.parametrize('deploy', [False, True])
-def test_load_of_pretrained_weights(deploy, tmp_path):
+def test_hub_load_pretrained_gives_logits(deploy, tmp_path):
     output = run(
         f"model = torch.hub.load(checkout, 'test_repvgg', source='local', pretrained=True, deploy={deploy})\n"
         'print(model.deploy, model.eval()(torch.zeros(1, 3, 32, 32)).shape)',

@@ -17,7 +17,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_outputs_of_both_forms_agree(name, tmp_path, capsys):
+def test_official_checkpoint_gives_equal_outputs_in_both_forms(name, tmp_path, capsys):
     with torch.no_grad():
         theirs, x = official(name), images(dtype=torch.float64)
         plus = isinstance(theirs, RepVGGplus)
@@ -53,7 +53,7 @@ def test_outputs_of_both_forms_agree(name, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('name', ['repvgg_a0', pytest.param(PLUS, marks=pytest.mark.slow)])
-def test_official_modules_are_folded(name, capsys):
+def test_official_module_switch_keeps_outputs(name, capsys):
     with torch.no_grad():
         theirs, x = randomise(official(name).double()), images(dtype=torch.float64)
         expected = logits(theirs, x)

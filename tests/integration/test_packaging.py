@@ -21,7 +21,7 @@ def dist(tmp_path_factory):
     return folder
 
 
-def test_both_hold_what_is_needed(dist):
+def test_wheel_and_sdist_hold_data_files(dist):
     wheel, sdist = next(dist.glob('*.whl')), next(dist.glob('*.tar.gz'))
     names = zipfile.ZipFile(wheel).namelist()
     for part in ('py.typed', 'weights/manifest.json', 'weights/test_repvgg.cifar10_deploy.safetensors'):
@@ -36,7 +36,7 @@ def test_both_hold_what_is_needed(dist):
     assert {'hubconf.py', 'LICENSE', 'README.md', 'weights/manifest.json', 'tests/conftest.py'} <= inside
 
 
-def test_installed_wheel_works_outside_the_checkout(dist, tmp_path):
+def test_installed_wheel_runs_outside_checkout(dist, tmp_path):
     environment = tmp_path / 'venv'
     venv.create(environment, with_pip=True, system_site_packages=False)
     python = environment / 'bin' / 'python'

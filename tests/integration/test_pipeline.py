@@ -87,14 +87,14 @@ def whole(tmp_path_factory):
     return folder, *train(folder)
 
 
-def test_training_learns_and_the_deploy_form_scores_the_same(whole):
+def test_training_learns_and_switch_keeps_top1(whole):
     _, model, average = whole
     assert top1(average) > 70  # of ten classes, from weights that are at 88
     reached = top1(model)
     assert top1(model.switch_to_deploy()) == pytest.approx(reached, abs=0.2)  # one image of 500 may be on the edge
 
 
-def test_resumed_run_ends_where_the_other_ended(whole, tmp_path):
+def test_resumed_training_gives_same_weights(whole, tmp_path):
     folder, *_ = whole
     train(tmp_path, until=1)
     stopped = tmp_path / 'stopped.pth.tar'
@@ -106,7 +106,7 @@ def test_resumed_run_ends_where_the_other_ended(whole, tmp_path):
             assert torch.equal(value, expected[key][name]), name
 
 
-def test_checkpoint_goes_into_both_forms(whole):
+def test_training_checkpoint_loads_into_both_forms(whole):
     folder, _, average = whole
     x, file = images(4, px=32), str(folder / 'last.pth.tar')
     expected = average.eval()(x)

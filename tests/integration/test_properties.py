@@ -60,16 +60,16 @@ def blocks(draw, dtypes=tuple(ULP)):
     return block.eval()
 
 
-def run_branches(block: RepVGGBlock) -> list[tuple[nn.Conv2d | None, nn.BatchNorm2d]]:
-    found = [(block.conv_kxk.conv, block.conv_kxk.bn), (block.conv_1x1.conv, block.conv_1x1.bn)]
-    return found + ([(None, block.identity)] if block.identity is not None else [])
+def conv_norm_pairs(block: RepVGGBlock) -> list[tuple[nn.Conv2d | None, nn.BatchNorm2d]]:
+    pairs = [(block.conv_kxk.conv, block.conv_kxk.bn), (block.conv_1x1.conv, block.conv_1x1.bn)]
+    return pairs + ([(None, block.identity)] if block.identity is not None else [])
 
 
 @torch.no_grad()
 def size_of_terms(block: RepVGGBlock, x: Tensor) -> Tensor:
     """The sum of the absolute values of everything that is added up for an output: what rounding is relative to."""
     total = torch.zeros(())
-    for conv, norm in run_branches(block):
+    for conv, norm in conv_norm_pairs(block):
         y = x.abs()
         if conv is None:
             total = total + y * _scale(norm).abs()[:, None, None]
@@ -90,7 +90,7 @@ def _scale(norm: nn.BatchNorm2d) -> Tensor:
 
 
 @given(blocks(dtypes=(torch.float64,)), st.integers(4, 9))
-def test_fold_computes_what_the_branches_compute(block, px):
+def test_folded_block_computes_what_branches_compute(block, px):
     x = torch.randn(2, block.conv_kxk.conv.in_channels, px, px, dtype=torch.float64)
     x = x.to(block.conv_kxk.conv.weight.device)
     with torch.no_grad():
@@ -101,13 +101,13 @@ def test_fold_computes_what_the_branches_compute(block, px):
 
 
 @given(blocks())
-def test_folded_kernel_is_the_exact_one_rounded(block):
+def test_folded_kernel_is_exact_one_rounded(block):
     """Each value of the folded kernel is off by at most two roundings in its own dtype."""
     dtype = block.conv_kxk.conv.weight.dtype
     strides = block.conv_kxk.conv.weight.stride()
     exact = copy.deepcopy(block).double().switch_to_deploy().reparam_conv
     # float64 itself sums up to three terms; float16 has no numbers below 6e-8 and none above 65504
-    wide = run_branches(copy.deepcopy(block).double())
+    wide = conv_norm_pairs(copy.deepcopy(block).double())
     sums = sum(_scale(n).abs().max() * (1 if conv is None else conv.weight.abs().max()) for conv, n in wide)
     shifts = sum((_scale(n) * n.running_mean).abs().max() for _, n in wide)
     shifts += sum(n.bias.abs().max() for _, n in wide if n.bias is not None)
@@ -122,15 +122,12 @@ def test_folded_kernel_is_the_exact_one_rounded(block):
 
 
 @given(blocks(), st.sampled_from(['', 'stages.0.1.', 'module.encoder.0.']))
-def test_fold_of_a_state_dict_is_the_switch(block, prefix):
+def test_fold_state_dict_equals_switch(block, prefix):
     folded = {prefix + key: value for key, value in block.state_dict().items()}
     block.fold_state_dict(folded, prefix)
     expected = {prefix + key: value for key, value in block.switch_to_deploy().state_dict().items()}
     assert folded.keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in folded.items())
-
-
-# ---------------------------------------------------------------------------------------- checkpoints
 
 
 @st.composite
@@ -166,7 +163,7 @@ PREFIXES = st.lists(st.sampled_from(['module.', '_orig_mod.']), max_size=3).map(
     deploy_model=st.booleans(),
     with_counters=st.booleans(),
 )
-def test_translated_checkpoint_is_the_model(
+def test_load_translated_checkpoint_restores_model(
     model, layout, prefix, dtype, deploy_file, deploy_model, with_counters, tmp_path
 ):
     model.to(dtype)
@@ -191,7 +188,7 @@ def test_translated_checkpoint_is_the_model(
 
 @settings(max_examples=40)
 @given(model=models(), layout=st.sampled_from(list(LAYOUTS)), data=st.data())
-def test_missing_extra_and_reshaped_keys_are_errors_that_change_nothing(model, layout, data, tmp_path):
+def test_load_damaged_checkpoint_raises_and_changes_nothing(model, layout, data, tmp_path):
     state_dict = rename(model.state_dict(), LAYOUTS[layout])
     needed = sorted(key for key in state_dict if 'num_batches' not in key)
     victim = data.draw(st.sampled_from(needed))
@@ -211,6 +208,6 @@ def test_missing_extra_and_reshaped_keys_are_errors_that_change_nothing(model, l
 
 
 @given(st.dictionaries(st.text(max_size=20), st.just(torch.zeros(1)), max_size=5))
-def test_keys_of_no_layout_are_an_error(state_dict):
+def test_to_timm_layout_unknown_keys_raises(state_dict):
     with pytest.raises(CheckpointError, match='of none of the known layouts'):
         to_timm_layout(state_dict)

@@ -1,5 +1,6 @@
-"""What the README says is true: its blocks run, in an empty folder, and its table is the current one."""
+"""What the pages say is true: their blocks run, in an empty folder, their links lead somewhere, tables are current."""
 
+import os
 import re
 import subprocess
 import sys
@@ -11,17 +12,25 @@ from repvgg_zoo.pretrained.manifest import read_manifest
 from repvgg_zoo.tools.listing import variants_markdown
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / 'README.md').read_text('utf-8')
-BLOCKS = re.findall(r'^```(python|sh)\n(.*?)^```', README, re.MULTILINE | re.DOTALL)
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text('utf-8')
+    for path in [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
+}
+BLOCKS = {
+    page: re.findall(r'^```(python|sh)\n(.*?)^```', text, re.MULTILINE | re.DOTALL) for page, text in PAGES.items()
+}
+"""Blocks in `python` and `sh` of each page. Those in `console` need data, a network or time, and are not run."""
+LINKS = sorted({(page, link) for page, text in PAGES.items() for link in re.findall(r'\]\(([^):#]+)[^):]*\)', text)})
 
 
-def test_blocks_run_in_their_order(tmp_path):
+@pytest.mark.skipif(os.name == 'nt', reason='blocks in sh need a POSIX shell')
+@pytest.mark.parametrize('page', [page for page, blocks in BLOCKS.items() if blocks])
+def test_page_blocks_run_in_their_order(page, tmp_path):
     hub = tmp_path / 'home' / '.cache' / 'torch' / 'hub'
     hub.mkdir(parents=True)
     (hub / 'owner_repvgg_zoo_main').symlink_to(ROOT)
     (tmp_path / 'work').mkdir()
-    ran = 0
-    for language, code in BLOCKS:
+    for language, code in BLOCKS[page]:
         if 'pip install' in code:
             continue
         command = [sys.executable, '-c', code]
@@ -35,15 +44,17 @@ def test_blocks_run_in_their_order(tmp_path):
             text=True,
         )
         assert done.returncode == 0, f'{code}\n{done.stderr}'
-        ran += 1
-    assert ran == 8
 
 
-def test_table_is_the_current_one():
-    table = re.search(r'<!-- variants -->\n(.*?)<!-- /variants -->', README, re.DOTALL).group(1)
+def test_readme_has_blocks_to_run():
+    assert sum('pip install' not in code for _, code in BLOCKS['README.md']) == 8
+
+
+def test_readme_table_is_current():
+    table = re.search(r'<!-- variants -->\n(.*?)<!-- /variants -->', PAGES['README.md'], re.DOTALL).group(1)
     assert table.strip() == variants_markdown(read_manifest())
 
 
-@pytest.mark.parametrize('path', sorted(set(re.findall(r'\]\(([^):]+)\)', README))))
-def test_links_lead_somewhere(path):
-    assert (ROOT / path).exists()
+@pytest.mark.parametrize(('page', 'link'), LINKS)
+def test_link_leads_to_a_file(page, link):
+    assert ((ROOT / page).parent / link).exists()

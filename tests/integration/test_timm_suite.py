@@ -82,7 +82,7 @@ def expected(suite):
 @pytest.mark.parametrize(
     'variants', [FEW, pytest.param(VARIANTS.keys() - FEW, marks=pytest.mark.exhaustive)], ids=['few', 'rest']
 )
-def test_what_timms_own_passes_the_zoo_passes(suite, expected, variants):
+def test_timm_suite_passes_what_timms_own_model_passes(suite, expected, variants):
     records = [record for record in read_manifest().values() if record.arch in variants]
     assert len(records) == 2 * len(variants)  # both forms
     names = [r.name if r.form == 'deploy' else r.arch for r in records]

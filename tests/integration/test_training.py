@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import FORMS, images, randomise, rel_diff
+from helpers import FORMS, branches, images, randomise, rel_diff
 from timm.optim import create_optimizer_v2
 from timm.utils.model import freeze, freeze_batch_norm_2d
 from torch import nn
@@ -22,8 +22,6 @@ def train_step(model, x, dtype=None):
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
-
-# -------------------------------------------------------------------------------------- several processes
 
 DISTRIBUTED = """
 import sys, timm, torch, repvgg_zoo
@@ -49,7 +47,7 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_give_the_gradients_of_one(tmp_path):
+def test_ddp_two_processes_give_gradients_of_one(tmp_path):
     model = randomise(timm.create_model('test_repvgg').double(), px=32)
     x = images(4, px=32, dtype=torch.float64)
     torch.save((model.state_dict(), x), tmp_path / 'input.pt')
@@ -58,15 +56,16 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
     command = [torchrun, '--standalone', '--nproc-per-node', '2', 'script.py', 'input.pt', 'output.pt']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    found = torch.load(tmp_path / 'output.pt')
+    actual = torch.load(tmp_path / 'output.pt')
     expected = train_step(model, x)
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert rel_diff(found[name], gradient) < 1e-6, name  # DDP rounds them to float32 on the way, those of any model
+        # DDP rounds gradients to float32 on the way, whatever the model
+        assert rel_diff(actual[name], gradient) < 1e-6, name
 
 
 @pytest.mark.parametrize('convert', [nn.SyncBatchNorm.convert_sync_batchnorm, timm.layers.convert_sync_batchnorm])
-def test_synchronised_norms_are_folded(convert):
+def test_sync_batchnorm_switch_keeps_outputs(convert):
     model = randomise(timm.create_model('test_repvgg').double(), px=32)
     x = images(2, px=32, dtype=torch.float64)
     before = model(x)
@@ -75,60 +74,53 @@ def test_synchronised_norms_are_folded(convert):
     assert rel_diff(converted.switch_to_deploy()(x), before) < 1e-12
 
 
-# --------------------------------------------------------------------------- precision, layout, compilation
-
-
 @FORMS
-def test_mixed_precision(deploy):
-    torch.manual_seed(0)
+def test_mixed_precision_gradients_have_direction_of_float32(deploy):
     model = timm.create_model('test_repvgg', deploy=deploy)
     x = images(4, px=32)
     exact = train_step(copy.deepcopy(model), x)
-    found = train_step(model, x, torch.bfloat16)
-    assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in found.values())
-    a, b = (torch.cat([g.flatten() for g in grads.values()]) for grads in (found, exact))
+    actual = train_step(model, x, torch.bfloat16)
+    assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in actual.values())
+    a, b = (torch.cat([g.flatten() for g in grads.values()]) for grads in (actual, exact))
     assert nn.functional.cosine_similarity(a, b, dim=0) > 0.9  # bfloat16 has three decimals; a wrong branch is at 0
 
 
 @FORMS
 @pytest.mark.parametrize('name', ['test_repvgg', 'repvgg_a0'])
-def test_channels_last_gives_the_same_gradients(name, deploy):
+def test_channels_last_gives_equal_gradients(name, deploy):
     model = timm.create_model(name, deploy=deploy).double()
     x = images(2, px=32, dtype=torch.float64)
     expected = train_step(copy.deepcopy(model), x)
     model.to(memory_format=torch.channels_last)
-    found = train_step(model, x.to(memory_format=torch.channels_last))
-    assert all(rel_diff(found[key], gradient) < 1e-7 for key, gradient in expected.items() if gradient.abs().max() > 0)
+    actual = train_step(model, x.to(memory_format=torch.channels_last))
+    assert all(rel_diff(actual[key], gradient) < 1e-7 for key, gradient in expected.items() if gradient.abs().max() > 0)
 
 
 @FORMS
-def test_compiled_without_graph_breaks(deploy):
+def test_compiled_model_has_equal_gradients_and_no_graph_breaks(deploy):
     model = timm.create_model('test_repvgg', deploy=deploy)
     x = images(4, px=32)
     expected = train_step(copy.deepcopy(model), x)
     compiled = torch.compile(copy.deepcopy(model), backend='aot_eager', fullgraph=True)
-    found = train_step(compiled, x)
+    actual = train_step(compiled, x)
     for key, gradient in expected.items():
-        torch.testing.assert_close(found[f'_orig_mod.{key}'], gradient, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(actual[f'_orig_mod.{key}'], gradient, rtol=1e-3, atol=1e-4)
     assert torch._dynamo.explain(model.eval())(x).graph_break_count == 0
 
 
 @pytest.mark.slow
 @FORMS
-def test_inductor_in_channels_last(deploy):
+def test_inductor_channels_last_gives_equal_gradients(deploy):
     """A stem whose backward corrupts memory in channels_last does so here, where the compiler chooses the layout."""
     model = timm.create_model('repvgg_a0', deploy=deploy).double().to(memory_format=torch.channels_last)
     x = images(2, dtype=torch.float64).to(memory_format=torch.channels_last)
     expected = train_step(copy.deepcopy(model), x)
-    found = train_step(torch.compile(model, fullgraph=True), x)
+    actual = train_step(torch.compile(model, fullgraph=True), x)
     for key, gradient in expected.items():
-        assert rel_diff(found[f'_orig_mod.{key}'], gradient) < 1e-6, key  # the order of sums, through 22 layers
+        assert rel_diff(actual[f'_orig_mod.{key}'], gradient) < 1e-6, key  # the order of sums, through 22 layers
 
 
-# -------------------------------------------------------------------------------------- parts of a model
-
-
-def test_frozen_stages_stay_as_they_are():
+def test_frozen_stages_keep_values_and_requires_grad():
     model = timm.create_model('test_repvgg', pretrained=True).train()
     freeze(model, ['stem', 'stages.0', 'stages.1'])
     before = copy.deepcopy(model.state_dict())
@@ -147,7 +139,7 @@ def test_frozen_stages_stay_as_they_are():
     }
 
 
-def test_frozen_norms_are_folded():
+def test_frozen_norms_switch_keeps_outputs():
     model = randomise(timm.create_model('test_repvgg').double(), px=32)
     x = images(2, px=32, dtype=torch.float64)
     before = model(x)
@@ -156,7 +148,7 @@ def test_frozen_norms_are_folded():
     assert rel_diff(repvgg_zoo.switch_to_deploy(frozen)(x), before) < 1e-12
 
 
-def test_one_image_in_train_mode_is_torchs_own_error():
+def test_train_mode_one_value_per_channel_raises_torchs_error():
     with pytest.raises(ValueError, match='Expected more than 1 value per channel when training'):
         timm.create_model('test_repvgg').train()(images(1, px=16))
     timm.create_model('test_repvgg', deploy=True).train()(images(1, px=16))
@@ -164,12 +156,16 @@ def test_one_image_in_train_mode_is_torchs_own_error():
 
 @FORMS
 @pytest.mark.parametrize('size', [(33, 47), (17, 64), (1, 1)])
-def test_odd_sizes(deploy, size):
-    model = timm.create_model('test_repvgg', deploy=deploy).eval()
-    assert model(torch.randn(2, 3, *size)).shape == (2, 10)
+def test_odd_image_size_gives_equal_outputs_in_both_forms(deploy, size):
+    model = randomise(timm.create_model('test_repvgg').double(), px=32)
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    expected = branches(lambda: model(x))
+    actual = model.switch_to_deploy()(x) if deploy else model(x)
+    assert actual.shape == (2, 10)
+    assert rel_diff(actual, expected) < 1e-9
 
 
-def test_drop_block_is_of_the_last_two_stages_in_train_mode():
+def test_drop_block_acts_in_last_two_stages_in_train_mode():
     model = timm.create_model('test_repvgg', drop_block_rate=0.5)
     dropping = [name for name, m in model.named_modules() if type(m).__name__ == 'DropBlock2d']
     assert {name.split('.')[1] for name in dropping} == {'2', '3'}
@@ -180,14 +176,14 @@ def test_drop_block_is_of_the_last_two_stages_in_train_mode():
 
 
 @FORMS
-def test_new_classifier_has_the_models_dtype_and_mode(deploy):
+def test_reset_classifier_keeps_dtype_and_mode(deploy):
     model = timm.create_model('test_repvgg', deploy=deploy, num_classes=0).double().eval()
     model.reset_classifier(3)
     assert model(images(1, px=32, dtype=torch.float64)).shape == (1, 3)
     assert not any(m.training for m in model.modules())
 
 
-def test_new_classifier_is_like_the_old_one():
+def test_reset_classifier_mixed_dtypes_follows_old_classifier():
     """A classifier in float32 on a backbone in bfloat16 stays one."""
     model = timm.create_model('test_repvgg').to(torch.bfloat16)
     model.head.float()

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..._compat import raised_recompile_limit
 from ..console import silenced
 
 __all__ = ['RUNTIMES', 'Runtime', 'compile_openvino']
@@ -64,7 +65,7 @@ def _eager(model: nn.Module, x: Tensor, dtype: str) -> Run:
 def _compiled(model: nn.Module, x: Tensor, dtype: str, *, freezing: bool) -> Run:
     model, x = _cast(model, x, dtype)
     compiled = torch.compile(model, fullgraph=True, options={'freezing': freezing})
-    with torch._dynamo.config.patch(cache_size_limit=1000):  # all models of one class count together
+    with raised_recompile_limit(1000):
         compiled(x)
     return lambda: compiled(x)
 

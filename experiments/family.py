@@ -1,10 +1,10 @@
-"""What each training-time block is worth on CIFAR-10: `train` runs timm's train.py, `report` writes docs/family.csv.
+"""What each training-time block is worth on CIFAR-10: `train` runs timm's train.py, `report` writes family.csv.
 
-    python benchmarks/family.py train --script train.py --data cifar10 --runs runs
-    python benchmarks/family.py report --data cifar10 --runs runs
+    python experiments/family.py train --script train.py --data cifar10 --runs runs
+    python experiments/family.py report --data cifar10 --runs runs
 
 `--data` holds the folders `train` and `test`, with a folder of images for each class. A run that was stopped goes on
-where it was; one that is complete, or has its line in docs/family.csv, is left alone: to repeat it, take the line out.
+where it was; one that is complete, or has its line in family.csv, is left alone: to repeat it, take the line out.
 `report` takes the runs that are complete.
 """
 
@@ -41,8 +41,7 @@ RECIPE = """
 PRECISIONS = {'bfloat16': ['--amp', '--amp-dtype', 'bfloat16'], 'float32': []}
 THREE_SEEDS = ('repvgg', 'plain', 'qarepvgg', 'mobileone')
 JOBS = [(block, seed) for seed in range(3) for block in BLOCKS if seed == 0 or block in THREE_SEEDS]
-DOCS = Path(__file__).parents[1] / 'docs'
-RESULTS = DOCS / 'family.csv'
+RESULTS = Path(__file__).with_name('family.csv')
 TOP1 = ('training_top1_pct', 'deploy_top1_pct', 'int8_top1_pct')
 COLUMNS = ('block', 'seed', 'precision', *TOP1)
 
@@ -205,8 +204,7 @@ def plot(rows: dict[tuple[str, int], dict[str, str]], costs: dict[str, tuple[str
     axes.set_ylabel('top-1 of the deploy form, %')
     axes.set_title(f'test_repvgg, {EPOCHS} epochs of CIFAR-10, a point a seed', fontsize=10)
     axes.grid(alpha=0.3)
-    for suffix in ('png', 'svg'):
-        figure.savefig(DOCS / f'family.{suffix}', dpi=120)
+    figure.savefig(RESULTS.with_suffix('.png'), dpi=120)
 
 
 if __name__ == '__main__':

@@ -1,0 +1,159 @@
+"""Docstrings: their examples run, and every public name is documented in full."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import repvgg_zoo
+
+MODULES = ['repvgg_zoo', *(m.name for m in pkgutil.walk_packages(repvgg_zoo.__path__, 'repvgg_zoo.'))]
+PUBLIC = [name for name in repvgg_zoo.__all__ if callable(getattr(repvgg_zoo, name))]
+
+KNOWN: set[str] = {
+    'CheckpointError: Example',
+    'FamilyBlock: Args',
+    'FamilyBlock: Example',
+    'FoldError: Example',
+    'RepVGG: Args',
+    'RepVGG: Example',
+    'RepVGGBlock: Args',
+    'RepVGGBlock: Example',
+    'Variant: Args',
+    'Variant: Example',
+    'equivalent_kernel_l2: Args',
+    'equivalent_kernel_l2: Example',
+    'equivalent_kernel_l2: Raises',
+    'equivalent_kernel_l2: Returns',
+    'load_checkpoint: Args',
+    'load_checkpoint: Example',
+    'load_checkpoint: Returns',
+    'match_bn_statistics: Args',
+    'match_bn_statistics: Example',
+    'match_bn_statistics: Raises',
+    'param_groups: Args',
+    'param_groups: Example',
+    'param_groups: Returns',
+    'rep_optimizer: Example',
+    'rep_optimizer: Returns',
+    'switch_to_deploy: Args',
+    'switch_to_deploy: Example',
+    'switch_to_deploy: Returns',
+    'unfold: Args',
+    'unfold: Example',
+    'unfold: Returns',
+}
+"""Sections that are still to be written, as 'name: section'. It only shrinks: an entry must be missing."""
+
+
+def docstrings(source: str) -> Iterator[tuple[str, str]]:
+    """Yield the name and the docstring of a module and of all its classes and functions, decorated ones included."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield getattr(node, 'name', 'module'), ast.get_docstring(node) or ''
+
+
+def run_examples(source: str, variables: dict) -> tuple[int, str]:
+    """Run the examples of each docstring with the variables of its module; return their number and the failures."""
+    runner, report = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS), []
+    for name, text in docstrings(source):
+        test = doctest.DocTestParser().get_doctest(text, dict(variables), name, None, 0)
+        runner.run(test, out=report.append)
+    return runner.summarize(verbose=False).attempted, ''.join(report)
+
+
+@pytest.mark.parametrize('name', [name for name in MODULES if not name.endswith('__main__')])
+def test_module_examples_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(name)
+    _, failures = run_examples(Path(module.__file__).read_text('utf-8'), vars(module))
+    assert not failures, failures
+
+
+def test_run_examples_finds_decorated_methods_and_failures():
+    source = '''
+class A:
+    @no_grad()
+    def f(self):
+        """Count.
+
+        >>> 1 + one
+        2
+        >>> 1 + one
+        3
+        """
+'''
+    count, failures = run_examples(source, {'one': 1})
+    assert count == 2
+    assert 'Expected:\n    3\nGot:\n    2\n' in failures
+
+
+def missing_sections(public: type | Callable) -> Iterator[str]:
+    """Yield the sections that the docstring of a function or class lacks; a class needs no Returns and no Raises."""
+    text = inspect.getdoc(public) or ''
+    is_class = inspect.isclass(public)
+    is_error = is_class and issubclass(public, Exception)
+    if is_class and '__init__' in vars(public):
+        text += f'\n{public.__init__.__doc__ and inspect.cleandoc(public.__init__.__doc__)}'
+    described = re.search(r'^(?:Args|Attributes):\n((?: .*\n?|\n)*)', text, re.MULTILINE)
+    names = set(re.findall(r'^ +\**(\w+)\b.*:', described[1], re.MULTILINE) if described else [])
+    if not is_error and not names >= inspect.signature(public).parameters.keys():
+        yield 'Args'
+    if not is_class:
+        returns = inspect.signature(public).return_annotation not in (None, 'None')
+        if returns and not re.search(r'^(Returns|Yields):\n', text, re.MULTILINE):
+            yield 'Returns'
+        raises = any(isinstance(node, ast.Raise) for node in ast.walk(ast.parse(inspect.getsource(public))))
+        if raises and not re.search(r'^Raises:\n', text, re.MULTILINE):
+            yield 'Raises'
+    if not re.search(r'^Examples?:\n(.*\n)*?\s+>>> ', text, re.MULTILINE):
+        yield 'Example'
+
+
+def test_public_names_are_documented_except_known():
+    missing = {f'{name}: {section}' for name in PUBLIC for section in missing_sections(getattr(repvgg_zoo, name))}
+    assert missing == KNOWN
+
+
+def undocumented(path: str, *args: int) -> int:
+    if args:
+        raise ValueError(path)
+    return 1
+
+
+def documented(path: str, *args: int) -> int:
+    """Count.
+
+    Args:
+        path: Where.
+        *args: What.
+
+    Returns:
+        The count.
+
+    Raises:
+        ValueError: There are arguments.
+
+    Example:
+        >>> documented('x')
+        1
+    """
+    if args:
+        raise ValueError(path)
+    return 1
+
+
+@pytest.mark.parametrize(
+    ('function', 'missing'),
+    [(undocumented, ['Args', 'Returns', 'Raises', 'Example']), (documented, [])],
+)
+def test_missing_sections_lists_each(function, missing):
+    assert list(missing_sections(function)) == missing
