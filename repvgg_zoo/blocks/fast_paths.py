@@ -121,8 +121,8 @@ def normalise_and_recompute(
         kernel: Its kernel.
     """
     address, shape, kind = y.data_ptr(), y.shape, y.device.type
-    dtype = y.dtype if y.dtype != x.dtype else None  # that of autocast, if it was on
     has_autocast = torch.amp.is_autocast_available(kind)
+    dtype = torch.get_autocast_dtype(kind) if has_autocast and torch.is_autocast_enabled(kind) else None
     used = [t for t in (x, kernel, norm.weight) if t is not None]
     versions = [version_of(t) for t in used]
 

@@ -130,8 +130,11 @@ def silenced() -> Iterator[None]:
     """Silence all output, even that of programs that a library starts.
 
     Example:
+        >>> import os
         >>> with silenced():
-        ...     print('not seen')
+        ...     status = os.system('echo not seen')
+        >>> status
+        0
     """
     sys.stdout.flush()
     nowhere = os.open(os.devnull, os.O_WRONLY)

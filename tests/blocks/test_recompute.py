@@ -437,6 +437,26 @@ def test_mixed_precision_recomputes_in_the_dtype_of_the_forward_pass(fast_path_c
     assert fast_path_calls == [True]
 
 
+@pytest.mark.parametrize('inside', [False, True], ids=['backward outside', 'backward inside'])
+def test_mixed_precision_of_blocks_in_a_row(inside, fast_path_calls):
+    """The second one gets images in the dtype of autocast, and has kernels in float32."""
+    made = nn.Sequential(block('three channels', dtype=torch.float32), block(dtype=torch.float32))
+    plain = copy.deepcopy(made)
+
+    def mixed(model: nn.Module) -> None:
+        with torch.autocast('cpu', torch.bfloat16):
+            loss = loss_of(model(images(3, 9)).float())
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+
+    mixed(made)
+    run_branches(lambda: mixed(plain))
+    assert_same_training(made, plain)
+    assert fast_path_calls == [True, True]
+
+
 def test_half_precision_recomputes(fast_path_calls):
     made = block(dtype=torch.bfloat16)
     made(batch(made, dtype=torch.bfloat16)).float().sum().backward()

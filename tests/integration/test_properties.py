@@ -76,8 +76,6 @@ def size_of_terms(block: RepVGGBlock, x: Tensor) -> Tensor:
         else:
             conv = copy.deepcopy(conv)
             conv.weight.copy_(conv.weight.abs())
-            if conv.kernel_size == (1, 1):
-                y = y[:, :, :: block.stride, :: block.stride]
             total = total + conv(y) * _scale(norm).abs()[:, None, None]
         bias = 0 if norm.bias is None else norm.bias.abs()
         total = total + (bias + (norm.running_mean * _scale(norm)).abs()).view(-1, 1, 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import FORMS, branches, images, randomise, rel_diff
+from helpers import FORMS, images, randomise, rel_diff, run_branches
 from timm.optim import create_optimizer_v2
 from timm.utils.model import freeze, freeze_batch_norm_2d
 from torch import nn
@@ -159,7 +159,7 @@ def test_train_mode_one_value_per_channel_raises_torchs_error():
 def test_odd_image_size_gives_equal_outputs_in_both_forms(deploy, size):
     model = randomise(timm.create_model('test_repvgg').double(), px=32)
     x = torch.randn(2, 3, *size, dtype=torch.float64)
-    expected = branches(lambda: model(x))
+    expected = run_branches(lambda: model(x))
     actual = model.switch_to_deploy()(x) if deploy else model(x)
     assert actual.shape == (2, 10)
     assert rel_diff(actual, expected) < 1e-9
