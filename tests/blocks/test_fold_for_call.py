@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,10 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import FrozenBatchNorm2d
 
 import repvgg_zoo
@@ -759,3 +764,76 @@ def test_comparisons_of_the_forms_run_the_branches(monkeypatch):
     deployed = copy.deepcopy(model).switch_to_deploy()
     assert not compare(model, deployed, iter([x]), dtype=torch.float32).same
     assert float64_rel_diff(model, x) > 0.1
+
+
+# ---------------------------------------------------------------------------------- modes that watch the operators
+
+
+class WatchFunctions(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.called.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class WatchOperators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.called.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@MODES
+@pytest.mark.parametrize('name', repvgg_zoo.BLOCKS)
+@pytest.mark.parametrize('watch', [WatchFunctions, WatchOperators])
+def test_modes_see_the_branches(watch, name, training, fast_path_calls):
+    made = randomise(block_type(name)(8, 8).double(), px=11, in_chans=8).train(training)
+    plain, x = copy.deepcopy(made), images(2, 33, in_chans=8, dtype=torch.float64)
+    fast_path_calls.clear()
+    with watch() as watched:
+        y = made(x)
+    assert fast_path_calls == [False]
+    assert torch.equal(y, run_branches(lambda: plain(x)))
+    convolutions = [f for f in watched.called if f in (torch.conv2d, torch.ops.aten.convolution.default)]
+    assert len(convolutions) == sum(len(list(convs_of(branch))) for branch in made.named_branches().values())
+
+
+def convs_of(branch: nn.Module):
+    """The convolutions that a branch runs."""
+    kinds = {'PointConvBranch': 2, 'IdentityBranch': 0, 'ScaledBranch': len(getattr(branch, 'input_convs', list)())}
+    return range(kinds.get(type(branch).__name__, 1))
+
+
+def test_default_device_is_no_mode_that_watches(fast_path_calls):
+    made = block()
+    x = batch(made)
+    with torch.device('cpu'), torch.no_grad():
+        made(x)
+    assert fast_path_calls == [True]
+
+
+@pytest.mark.parametrize('policy', [[torch.ops.aten.convolution.default], [torch.ops.aten.native_batch_norm.default]])
+@pytest.mark.parametrize('name', ['repvgg', 'dbb', 'csla'])
+def test_selective_checkpointing_gives_the_gradients_of_the_branches(name, policy, fast_path_calls):
+    made = timm.create_model('test_repvgg', block=name).double().train()
+    plain, x = copy.deepcopy(made), images(4, 32, dtype=torch.float64)
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    checkpoint(made, x, use_reentrant=False, context_fn=contexts).square().mean().backward()
+    run_branches(lambda: plain(x).square().mean().backward())
+    assert not any(fast_path_calls)
+    for (key, p), q in zip(made.named_parameters(), plain.parameters(), strict=True):
+        if name != 'dbb' and q.grad is not None:  # whose chains use running statistics, which the second pass moves
+            assert (p.grad - q.grad).abs().max() <= 1e-9 * q.grad.abs().max() + 1e-12, key
+
+
+def test_flop_counters_see_the_branches():
+    made, x = block(), batch(block())
+    with FlopCounterMode(display=False) as counter:
+        made(x)
+    assert counter.get_total_flops() == 2 * x.shape[0] * x.shape[2] * x.shape[3] * 8 * 8 * (9 + 1)

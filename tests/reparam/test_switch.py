@@ -2,17 +2,21 @@
 
 import copy
 import logging
+import warnings
 
 import pytest
 import timm
 import torch
 from helpers import images, randomise, rel_diff, run_branches
+from timm.layers import ScaledStdConv2d, StdConv2d
 from timm.models import byobnet
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import repvgg_zoo
 from repvgg_zoo import FoldError, RepVGGBlock, switch_to_deploy
 from repvgg_zoo.blocks import base
+from repvgg_zoo.blocks.factory import block_type
 from repvgg_zoo.reparam import foreign, switch
 
 
@@ -304,3 +308,312 @@ def test_verify_undoes_a_switch_that_failed_halfway(model, x, monkeypatch):
 
 def test_public_name():
     assert repvgg_zoo.switch_to_deploy is switch_to_deploy
+
+
+# ------------------------------------------------------------------------------------- what is not what it looks like
+
+
+def conv_bn(size: int) -> nn.Sequential:
+    branch = nn.Sequential()
+    branch.add_module('conv', nn.Conv2d(8, 8, size, padding=size // 2, bias=False))
+    branch.add_module('bn', nn.BatchNorm2d(8))
+    return branch
+
+
+class Lookalike(nn.Module):
+    """A block with the official names."""
+
+    def __init__(self):
+        super().__init__()
+        self.rbr_dense, self.rbr_1x1, self.rbr_identity = conv_bn(3), conv_bn(1), nn.BatchNorm2d(8)
+        self.alpha, self.norm = nn.Parameter(torch.tensor(0.5)), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        if hasattr(self, 'rbr_reparam'):
+            return self.after(self.rbr_reparam(x))
+        return self.after(self.combine(x))
+
+    def after(self, y):
+        return y
+
+    def combine(self, x):
+        return self.rbr_dense(x) + self.rbr_1x1(x) + self.rbr_identity(x)
+
+
+class ScaledPoint(Lookalike):
+    def combine(self, x):
+        return self.rbr_dense(x) + self.alpha * self.rbr_1x1(x) + self.rbr_identity(x)
+
+
+class ScaledSum(Lookalike):
+    def combine(self, x):
+        return self.alpha * super().combine(x)
+
+
+class NormAfter(Lookalike):
+    def combine(self, x):
+        return self.norm(super().combine(x)) * 2
+
+
+class ActInside(Lookalike):
+    def combine(self, x):
+        return self.rbr_dense(x).relu() + self.rbr_1x1(x) + self.rbr_identity(x)
+
+
+class NoIdentity(Lookalike):
+    def combine(self, x):
+        return self.rbr_dense(x) + self.rbr_1x1(x)
+
+
+class Product(Lookalike):
+    def combine(self, x):
+        return self.rbr_dense(x) * self.rbr_1x1(x)
+
+
+class Shuffled(Lookalike):
+    def combine(self, x):
+        return super().combine(x).flip(1)
+
+
+class NormBehindBoth(Lookalike):
+    def after(self, y):
+        return self.norm(y).sigmoid() * self.alpha
+
+
+@pytest.mark.parametrize('kind', [ScaledPoint, ScaledSum, NormAfter, ActInside, NoIdentity, Product, Shuffled])
+def test_switch_lookalike_that_computes_something_else_raises(kind):
+    block = randomise(kind().double(), px=9, in_chans=8)
+    x = images(2, 9, in_chans=8, dtype=torch.float64)
+    before, keys = block(x), list(block.state_dict())
+    with pytest.raises(FoldError, match=rf"block '{kind.__name__}'.*something else than the sum of its branches"):
+        switch_to_deploy(block)
+    assert torch.equal(block(x), before)
+    assert list(block.state_dict()) == keys
+
+
+@pytest.mark.parametrize('kind', [Lookalike, NormBehindBoth])
+def test_switch_lookalike_that_computes_the_same_folds(kind):
+    block = randomise(kind().double(), px=9, in_chans=8)
+    x = images(2, 9, in_chans=8, dtype=torch.float64)
+    before = block(x)
+    assert rel_diff(switch_to_deploy(block)(x), before) < 1e-12
+    assert 'rbr_dense.conv.weight' not in block.state_dict()
+
+
+def test_switch_lookalike_that_cannot_be_tried_raises():
+    class Two(Lookalike):
+        def forward(self, x, skip):
+            return super().forward(x) + skip
+
+    with pytest.raises(FoldError, match=r'could not be tried on \(2, 8, 5, 5\) random pixels \(TypeError'):
+        switch_to_deploy(Two())
+
+
+class Adapter(nn.Module):
+    """Passes the attributes of a convolution on, as adapters do."""
+
+    def __init__(self, base: nn.Conv2d) -> None:
+        super().__init__()
+        self.base, self.low_rank = base, nn.Conv2d(base.in_channels, base.out_channels, 1, bias=False)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base, name)
+
+    def forward(self, x):
+        return self.base(x) + self.low_rank(x)
+
+
+class AdaptedConv2d(nn.Conv2d):
+    """A convolution and something more, that happens to be nothing at first."""
+
+    def __init__(self, base: nn.Conv2d) -> None:
+        super().__init__(base.in_channels, base.out_channels, base.kernel_size, padding=base.padding, bias=False)
+        self.more = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return super().forward(x) * (1 + self.more)
+
+
+class Plain(nn.Conv2d):
+    """A subclass that adds nothing to what is computed, as mmcv has one."""
+
+
+def replace_conv(block: nn.Module, make) -> None:
+    part = block.get_submodule('conv_kxk' if isinstance(block, RepVGGBlock) else 'branches.kxk')
+    part.conv = make(part.conv)
+
+
+def own_block(name: str) -> nn.Module:
+    return randomise(block_type(name)(8, 8).double(), px=9, in_chans=8)
+
+
+@pytest.mark.parametrize('name', ['repvgg', 'acb', 'qarepvgg'])
+@pytest.mark.parametrize(
+    ('make', 'message'),
+    [
+        (lambda conv: Adapter(conv).double(), r'Adapter, which is no convolution; merge or remove adapters'),
+        (lambda conv: AdaptedConv2d(conv).double(), r'AdaptedConv2d, which has more beside a kernel; merge or remove'),
+        (
+            lambda conv: ScaledStdConv2d(8, 8, 3, padding=1, bias=False).double(),
+            r'ScaledStdConv2d, which has gain beside a kernel',
+        ),
+        (lambda conv: StdConv2d(8, 8, 3, padding=1).double(), 'something else than the sum of its branches'),
+        (lambda conv: nn.Identity(), r'Identity, which is no convolution'),
+    ],
+    ids=['adapter', 'subclass with more', 'scaled', 'standardised', 'none'],
+)
+def test_switch_what_is_more_than_a_convolution_raises(name, make, message):
+    block = own_block(name)
+    replace_conv(block, make)
+    before = list(block.state_dict())
+    with pytest.raises(FoldError, match=message):
+        block.switch_to_deploy()
+    assert list(block.state_dict()) == before
+
+
+def test_switch_subclass_that_is_a_convolution_folds():
+    block, x = own_block('repvgg'), images(2, 9, in_chans=8, dtype=torch.float64)
+    block.conv_kxk.conv.__class__ = Plain
+    before = block(x)
+    assert rel_diff(block.switch_to_deploy()(x), before) < 1e-12
+
+
+def test_switch_fake_quantizers_raise():
+    model = timm.create_model('test_repvgg').train()
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig('x86')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        torch.ao.quantization.prepare_qat(model, inplace=True)
+        model(images(4, 32))
+    before = model.eval()(images(2, 32))
+    with pytest.raises(FoldError, match=r'qat\.modules\.conv\.Conv2d, which has weight_fake_quant.*merge or remove'):
+        model.switch_to_deploy()
+    assert torch.equal(model(images(2, 32)), before)
+
+
+@pytest.mark.parametrize('name', ['repvgg', 'acb'])
+@pytest.mark.parametrize('register', ['register_forward_hook', 'register_forward_pre_hook'])
+def test_switch_hook_that_changes_outputs_raises(name, register):
+    block = own_block(name)
+    part = block.conv_1x1.conv if name == 'repvgg' else block.branches['kx1'].bn
+    change = (
+        (lambda module, args, y: 2 * y) if register == 'register_forward_hook' else (lambda _, args: (2 * args[0],))
+    )
+    handle = getattr(part, register)(change)
+    with pytest.raises(FoldError, match='something else than the sum of its branches'):
+        block.switch_to_deploy()
+    handle.remove()
+    block.switch_to_deploy()
+
+
+def test_switch_hook_that_only_looks_folds():
+    block, shapes = own_block('repvgg'), []
+    block.conv_kxk.register_forward_hook(lambda module, args, y: shapes.append(y.shape))
+    x = images(2, 9, in_chans=8, dtype=torch.float64)
+    before = block(x)
+    assert rel_diff(block.switch_to_deploy()(x), before) < 1e-12
+
+
+def test_switch_patched_forward_raises():
+    block = own_block('repvgg')
+    block.conv_1x1.conv.forward = lambda x: x.sigmoid()
+    with pytest.raises(FoldError, match='something else than the sum of its branches'):
+        block.switch_to_deploy()
+
+
+def wrapped_for_checkpointing(block: nn.Module) -> nn.Module:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    return checkpoint_wrapper(block)
+
+
+class Forwarding(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__('inner'), name)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize('make', [lambda: timm.create_model('test_repvgg'), byobnet.repvgg_a0], ids=['ours', 'timm'])
+@pytest.mark.parametrize(
+    'wrap',
+    [lambda block: torch.compile(block, backend='eager'), wrapped_for_checkpointing, Forwarding],
+    ids=['compiled', 'checkpointed', 'forwarding'],
+)
+def test_switch_wrapped_blocks_have_no_more_parameters(make, wrap):
+    model = randomise(make().double())
+    x = images(2, 64, dtype=torch.float64)
+    before = model(x)
+    wanted = sum(p.numel() for p in switch_to_deploy(copy.deepcopy(model)).parameters())
+    for stage in model.stages:
+        for index in range(len(stage)):
+            stage[index] = wrap(stage[index])
+    assert rel_diff(switch_to_deploy(model)(x), before) < 1e-9  # some twenty layers
+    assert sum(p.numel() for p in model.parameters()) == wanted
+
+
+@pytest.mark.parametrize('part', ['conv_kxk', 'conv_1x1', 'identity'])
+def test_switch_norm_that_another_tool_fused_folds(part):
+    """Tools leave an nn.Identity, and a convolution with a bias."""
+    block, x = own_block('repvgg'), images(2, 9, in_chans=8, dtype=torch.float64)
+    if part == 'identity':
+        block.identity = nn.Identity()
+    else:
+        branch = block.get_submodule(part)
+        branch.conv, branch.bn = fuse_conv_bn_eval(branch.conv, branch.bn), nn.Identity()
+    before = block(x)
+    assert rel_diff(block.switch_to_deploy()(x), before) < 1e-12
+
+
+def test_switch_timms_block_fused_by_another_tool_folds():
+    block = randomise(byobnet.repvgg_a0().double()).stages[0][1]
+    x = images(2, 9, in_chans=48, dtype=torch.float64)
+    block.conv_kxk.conv, block.conv_kxk.bn = fuse_conv_bn_eval(block.conv_kxk.conv, block.conv_kxk.bn), nn.Identity()
+    before = block(x)
+    assert rel_diff(switch_to_deploy(block)(x), before) < 1e-12
+
+
+@pytest.mark.parametrize('make', [RepVGGBlock, lambda *a, **k: block_type('acb')(*a, **k)], ids=['repvgg', 'acb'])
+def test_switch_weights_on_meta_raise(make):
+    with pytest.raises(FoldError, match=r"on device 'meta' and has no values; load the weights first"):
+        switch_to_deploy(nn.Sequential(make(4, 4), make(4, 4, device='meta')))
+
+
+@pytest.mark.parametrize('version', [1, 2])
+def test_switch_sharded_module_raises(version, tmp_path):
+    from torch.distributed import fsdp
+
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        model = timm.create_model('test_repvgg')
+        if version == 1:
+            model = fsdp.FullyShardedDataParallel(model, device_id=torch.device('cpu'))
+        else:
+            fsdp.fully_shard(model, mesh=torch.distributed.init_device_mesh('cpu', (1,)))
+        keys = list(model.state_dict()) if version == 2 else None
+        with pytest.raises(FoldError, match='sharded over processes.*gather the full state dict.*switch that one'):
+            switch_to_deploy(model)
+        assert keys is None or list(model.state_dict()) == keys
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_undone_switch_keeps_the_order_of_parameters(model, x, monkeypatch):
+    """By which optimizers find their state."""
+    before = [name for name, _ in model.named_parameters()]
+    monkeypatch.setattr(switch, 'MAX_REL_DIFF', {torch.float64: -1})
+    with pytest.raises(FoldError):
+        model.switch_to_deploy(verify=x)
+    assert [name for name, _ in model.named_parameters()] == before
+    assert list(model.state_dict()) == list(timm.create_model('test_repvgg').state_dict())
