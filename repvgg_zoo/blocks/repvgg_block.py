@@ -46,9 +46,10 @@ class RepVGGBlock(ReparamBlock):
     @torch.jit.unused
     def named_branches(self) -> dict[str, Branch]:
         branches = {'conv_kxk': self.conv_kxk, 'conv_1x1': self.conv_1x1}
-        if self.identity is not None:  # as in timm, a norm of its own
-            conv = self.conv_kxk.conv
-            branches['identity'] = IdentityBranch(conv.in_channels, conv.groups, self.identity)
+        if self.identity is not None:  # as in timm, only a norm
+            conv = self.conv_kxk.conv  # if it is no convolution, `geometry` refuses it
+            chs, groups = getattr(conv, 'in_channels', 0), getattr(conv, 'groups', 1)
+            branches['identity'] = IdentityBranch(chs, groups, self.identity)
         return branches
 
     @torch.jit.unused
