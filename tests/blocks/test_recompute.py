@@ -11,7 +11,11 @@ from timm.layers import DropBlock2d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from repvgg_zoo import BLOCKS as BLOCKS_OF_ALL_TYPES
 from repvgg_zoo import RepVGGBlock
+from repvgg_zoo.blocks import base
+from repvgg_zoo.blocks.branches import ConvBranch
+from repvgg_zoo.blocks.factory import block_type
 
 BLOCKS = {
     'identity': dict(in_chs=8, out_chs=8),
@@ -473,3 +477,47 @@ def test_mixed_dtypes_are_pytorchs_error():
     made.identity.weight, made.identity.bias = (nn.Parameter(p.double()) for p in made.identity.parameters())
     with pytest.raises(RuntimeError, match='mixed dtype'):
         made(batch(made, dtype=torch.float32))
+
+
+# ---------------------------------------------------------------------------------------------------- other blocks
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('name', [name for name in BLOCKS_OF_ALL_TYPES if name not in ('csla', 'bn_after')])
+def test_every_block_type_recomputes_its_1x1_convolutions(name, layout, fast_path_calls):
+    torch.manual_seed(0)
+    made = block_type(name)(8, 8).double().to(memory_format=LAYOUTS[layout])
+    plain = copy.deepcopy(made)
+    x, x_plain = (images(3, 9, in_chans=8, dtype=torch.float64).requires_grad_() for _ in range(2))
+    assert torch.equal(step(made, x), run_branches(lambda: step(plain, x_plain)))
+    assert rel_diff(x.grad, x_plain.grad) < 1e-11  # float64
+    assert_same_training(made, plain)
+    has_point = name in ('repvgg', 'dbb', 'mobileone', 'no_identity', 'no_identity_bn')
+    assert fast_path_calls == [has_point]
+
+
+def test_recomputation_with_another_stride_is_noticed(monkeypatch):
+    """Or this file would not test it."""
+    made = block('groups and stride')
+    plain, x = copy.deepcopy(made), batch(made)
+
+    def other_stride(branch, x, kernel):
+        return nn.functional.conv2d(x, kernel, groups=branch.conv.groups)[:, :, : (x.shape[2] + 1) // 2, 4:]
+
+    monkeypatch.setattr(ConvBranch, '_convolve', other_stride)
+    step(made, x)
+    run_branches(lambda: step(plain, x))
+    with pytest.raises(AssertionError):
+        assert_same_training(made, plain)
+
+
+def test_fold_in_train_mode_is_noticed(monkeypatch):
+    """Folded with running statistics, a block in train mode has other outputs and leaves the statistics as they are."""
+    made = block()
+    plain, x = copy.deepcopy(made), batch(made, 33)
+    monkeypatch.setattr(base, 'moves_statistics', lambda norm: False)
+    monkeypatch.setattr(base, 'can_fold', lambda *_: True)
+    y, expected = step(made, x), run_branches(lambda: step(plain, x))
+    assert rel_diff(y, expected) > 1e-2
+    with pytest.raises(AssertionError):
+        assert_same_training(made, plain)
