@@ -309,7 +309,7 @@ class ReparamBlock(nn.Module):
         path = prefix.removesuffix('.')
         try:
             held = {k: v for k, v in own.items() if k.split('.')[0] in form.branch_names}
-            form.load_state_dict({k: v for k, v in held.items() if SPLIT_BN not in k}, assign=True)
+            form.load_state_dict({k: self._widened(v) for k, v in held.items() if SPLIT_BN not in k}, assign=True)
             form.check_foldable()
         except FoldError as error:
             raise FoldError(f'cannot fold block {path!r}: {error}') from None
@@ -320,6 +320,12 @@ class ReparamBlock(nn.Module):
         for key in held:
             del state_dict[prefix + key]
         state_dict.update({f'{prefix}{self.conv_name}.{name}': value for name, value in conv.state_dict().items()})
+
+    @torch.jit.unused
+    def _widened(self, value: Tensor) -> Tensor:
+        """A tensor in the block's dtype if that is wider: half-precision weights are folded first and rounded last."""
+        dtype = next(p for p in self.parameters() if p.ndim == 4).dtype
+        return value.to(torch.promote_types(value.dtype, dtype)) if value.is_floating_point() else value
 
     @torch.jit.unused
     def _training_form_of(self, own: Mapping[str, Tensor]) -> ReparamBlock | None:

@@ -349,3 +349,12 @@ def test_read_file_without_state_dict_raises(content, tmp_path):
     torch.save(content, tmp_path / 'file.pth')
     with pytest.raises(CheckpointError, match='holds no state dict'):
         load_checkpoint(fresh(), tmp_path / 'file.pth')
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_load_half_precision_file_into_deploy_model_folds_wide(dtype, model, tmp_path):
+    half = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    torch.save(half, tmp_path / 'half.pth')
+    training, deploy = (load_checkpoint(fresh(deploy=d), tmp_path / 'half.pth').eval() for d in (False, True))
+    x = images(4, 32)
+    assert rel_diff(deploy(x), training(x)) < 1e-5  # float32; rounded to half precision, 1e-3 and more
