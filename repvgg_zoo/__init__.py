@@ -6,6 +6,7 @@ from .blocks.repvgg_block import RepVGGBlock
 from .blocks.unfold import match_bn_statistics, unfold
 from .checkpoints.errors import CheckpointError
 from .pretrained.load import load_checkpoint
+from .reparam.evaluation import disable_fast_path
 from .reparam.fold import FoldError
 from .reparam.switch import switch_to_deploy
 from .repvgg import RepVGG
@@ -23,6 +24,7 @@ __all__ = [
     'RepVGGBlock',
     'Variant',
     '__version__',
+    'disable_fast_path',
     'equivalent_kernel_l2',
     'load_checkpoint',
     'match_bn_statistics',
