@@ -160,12 +160,15 @@ def swap_group_index(patch):
 
 
 def lose_bias(patch):
-    real = RepVGGBlock.sum_of_branches
-    patch.setattr(RepVGGBlock, 'sum_of_branches', lambda self, dtype: (k := real(self, dtype)[0], k.new_zeros(len(k))))
+    real = base.fold_exactly
+    patch.setattr(base, 'fold_exactly', lambda *args: (k := real(*args)[0], k.new_zeros(len(k))))
 
 
 def fold_in_half_precision(patch):
-    patch.setattr(base, 'fold_dtype', lambda kernel: torch.float16)
+    real = base.fold_exactly
+    patch.setattr(
+        base, 'fold_exactly', lambda branches, norm: real([b._replace(kernel=b.kernel.half()) for b in branches])
+    )
 
 
 MUTANTS = [drop_identity, other_eps, swap_statistics, swap_group_index, lose_bias, fold_in_half_precision]

@@ -14,8 +14,8 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .._compat import has_hooks
 from ..checkpoints.errors import CheckpointError
-from ..reparam.fold import BATCH_NORMS, BNStats, FoldError, KernelBias, fuse_conv_bn, sum_kernels
-from ..reparam.geometry import Geometry, agreed, build_conv, fold_dtype
+from ..reparam.fold import BATCH_NORMS, BNStats, ConvBN, FoldError, KernelBias, exact_dtype, fold_branches, fold_exactly
+from ..reparam.geometry import Geometry, agreed, build_conv
 from ..reparam.kernel_hooks import computes_kernel, refresh_kernels
 from ..reparam.switch import switch_to_deploy
 from .branches import (
@@ -186,7 +186,7 @@ class ReparamBlock(nn.Module):
         with full_precision(self):
             kernel, bias = self.sum_of_branches(torch.promote_types(like.dtype, torch.float32))
             if norm is not None and is_fixed_norm(norm):
-                kernel, bias = fuse_conv_bn(kernel, bias, norm, kernel.dtype)
+                kernel, bias = fold_branches([ConvBN(kernel, bias, norm)], kernel.dtype)
                 norm = None
         y = _convolve(x, kernel.to(like.dtype), bias.to(like.dtype), geometry)
         return y if norm is None else norm(y)
@@ -233,18 +233,18 @@ class ReparamBlock(nn.Module):
             dtype = torch.promote_types(next(p for p in self.parameters() if p.ndim == 4).dtype, torch.float32)
         with full_precision(self):
             kernel, bias = self.sum_of_branches(dtype)
-            return (kernel, bias) if self.norm is None else fuse_conv_bn(kernel, bias, self.norm, dtype)
+            return (kernel, bias) if self.norm is None else fold_branches([ConvBN(kernel, bias, self.norm)], dtype)
 
     @torch.jit.unused
     def sum_of_branches(self, dtype: torch.dtype) -> KernelBias:
         """Compute the convolution that the branches are in eval mode, before `norm`."""
-        kernels: list[Tensor] = []
-        biases: list[Tensor] = []
-        for branch in self.named_branches().values():
-            kernel, bias = branch.equivalent_kernel_bias(dtype, kernels[0] if kernels else None)
-            kernels.append(kernel)
-            biases.append(bias)
-        return sum_kernels(kernels), sum(biases[1:], biases[0])
+        return fold_branches(self._conv_bns(dtype), dtype)
+
+    @torch.jit.unused
+    def _conv_bns(self, dtype: torch.dtype) -> list[ConvBN]:
+        first, *others = self.named_branches().values()
+        main = first.conv_bn(dtype)
+        return [main, *(branch.conv_bn(dtype, main.kernel) for branch in others)]
 
     @torch.jit.ignore
     def input_convs(self) -> list[str]:
@@ -309,11 +309,11 @@ class ReparamBlock(nn.Module):
     def folded_conv(self) -> nn.Conv2d:
         """Make the convolution that the branches are in eval mode: computed in float64, rounded to their dtype."""
         kernels = [p for branch in self.named_branches().values() for p in branch.parameters() if p.ndim == 4]
-        kernel, bias = self.equivalent_kernel_bias(fold_dtype(kernels[0]))
-        dtype = kernels[0].dtype
+        with full_precision(self):
+            kernel, bias = fold_exactly(self._conv_bns(exact_dtype(kernels[0])), self.norm)
         layout = torch.channels_last if _is_channels_last(kernels) else torch.contiguous_format
-        kernel = kernel.to(dtype).contiguous(memory_format=layout)
-        return build_conv(kernel, bias.to(dtype), self.geometry(), like=self)
+        kernel = kernel.to(kernels[0].dtype).contiguous(memory_format=layout)
+        return build_conv(kernel, bias.to(kernels[0].dtype), self.geometry(), like=self)
 
     @torch.jit.unused
     def fold_state_dict(self, state_dict: dict[str, Any], prefix: str = '') -> None:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from ..reparam.fold import (
     BNStats,
+    ConvBN,
     KernelBias,
     centred_kernel,
-    fuse_conv_bn,
+    fold_branches,
     identity_kernel,
     norm_scale,
     safe_divide,
@@ -125,18 +126,23 @@ class Branch(nn.Module):
         """Return the geometry of the branch; raise `FoldError` if it is no convolution."""
         raise NotImplementedError
 
-    def equivalent_kernel_bias(self, dtype: torch.dtype, like: Tensor | None = None) -> KernelBias:
-        """Compute the convolution that the branch is in eval mode.
+    def conv_bn(self, dtype: torch.dtype, like: Tensor | None = None) -> ConvBN:
+        """Describe the branch in eval mode as one convolution and the normalisation behind it.
 
         Args:
-            dtype: Dtype of the computation.
+            dtype: Dtype of a kernel that is computed; one that is a parameter stays as it is.
             like: Kernel of another branch. Without normalisation an identity has no device of its own, and pruning
                 changes its width, so it takes both from this kernel.
 
         Returns:
-            A new kernel `(C_out, C_in / groups, k_h, k_w)` of at most 3x3, and a bias `(C_out,)`.
+            A kernel of at most 3x3, a bias or None, and the normalisation or None.
         """
         raise NotImplementedError
+
+    @torch.jit.unused
+    def equivalent_kernel_bias(self, dtype: torch.dtype, like: Tensor | None = None) -> KernelBias:
+        """Compute the convolution that the branch is in eval mode; the arguments are those of `conv_bn`."""
+        return fold_branches([self.conv_bn(dtype, like)], dtype)
 
     def set_kernel(self, kernel: Tensor) -> None:
         """Set the parameters so that the equivalent kernel is `kernel`, or as near as the structure allows."""
@@ -188,8 +194,8 @@ class ConvBranch(Branch):
         return geometry_of(self.conv)
 
     @torch.jit.unused
-    def equivalent_kernel_bias(self, dtype: torch.dtype, like: Tensor | None = None) -> KernelBias:
-        return fuse_conv_bn(self.conv.weight, self.conv.bias, self.bn, dtype)
+    def conv_bn(self, dtype: torch.dtype, like: Tensor | None = None) -> ConvBN:
+        return ConvBN(self.conv.weight, self.conv.bias, self.bn)
 
     @torch.jit.unused
     def set_kernel(self, kernel: Tensor) -> None:
@@ -228,11 +234,11 @@ class IdentityBranch(Branch):
         return Geometry(in_chs=chs, out_chs=chs, stride=(1, 1))
 
     @torch.jit.unused
-    def equivalent_kernel_bias(self, dtype: torch.dtype, like: Tensor | None = None) -> KernelBias:
+    def conv_bn(self, dtype: torch.dtype, like: Tensor | None = None) -> ConvBN:
         chs = self.chs if like is None else len(like)
         device = like.device if like is not None else next(self.buffers()).device
         eye = identity_kernel(chs, chs, self.groups, dtype, device)
-        return fuse_conv_bn(eye, None, self.bn, dtype)
+        return ConvBN(eye, None, self.bn)
 
     @torch.jit.unused
     def set_kernel(self, kernel: Tensor) -> None:
@@ -268,10 +274,11 @@ class ScaledBranch(Branch):
         return self.branch.geometry()._replace(out_chs=len(self.scale))
 
     @torch.jit.unused
-    def equivalent_kernel_bias(self, dtype: torch.dtype, like: Tensor | None = None) -> KernelBias:
-        kernel, bias = self.branch.equivalent_kernel_bias(dtype, like)
+    def conv_bn(self, dtype: torch.dtype, like: Tensor | None = None) -> ConvBN:
+        branch = self.branch.conv_bn(dtype, like)
         scale = self.scale.to(dtype)
-        return kernel * scale.view(-1, 1, 1, 1), bias * scale
+        bias = None if branch.bias is None else branch.bias.to(dtype) * scale
+        return ConvBN(branch.kernel.to(dtype) * scale.view(-1, 1, 1, 1), bias)
 
     @torch.jit.unused
     def set_kernel(self, kernel: Tensor) -> None:
@@ -317,8 +324,8 @@ class _OverparameterisedBranch(Branch):
         return geometry_of(self.conv)
 
     @torch.jit.unused
-    def equivalent_kernel_bias(self, dtype: torch.dtype, like: Tensor | None = None) -> KernelBias:
-        return fuse_conv_bn(self.kernel(dtype), None, self.bn, dtype)
+    def conv_bn(self, dtype: torch.dtype, like: Tensor | None = None) -> ConvBN:
+        return ConvBN(self.kernel(dtype), None, self.bn)
 
     @torch.jit.unused
     def set_kernel(self, kernel: Tensor) -> None:
@@ -522,12 +529,13 @@ class PointConvBranch(_ChainBranch):
         return self.conv(y)
 
     @torch.jit.unused
-    def equivalent_kernel_bias(self, dtype: torch.dtype, like: Tensor | None = None) -> KernelBias:
-        first, first_bias = fuse_conv_bn(self._identity_plus(self.delta.to(dtype)), None, self.inner_bn, dtype)
+    def conv_bn(self, dtype: torch.dtype, like: Tensor | None = None) -> ConvBN:
+        point = ConvBN(self._identity_plus(self.delta.to(dtype)), None, self.inner_bn)
+        first, first_bias = fold_branches([point], dtype)
         first, second = (_per_group(kernel, self.groups) for kernel in (first[:, :, 0, 0], self.conv.weight.to(dtype)))
         kernel = torch.einsum('gomhw,gmi->goihw', second, first).flatten(0, 1)
         bias = torch.einsum('gomhw,gm->go', second, _per_group(first_bias, self.groups)).flatten()
-        return fuse_conv_bn(kernel, bias, self.bn, dtype)
+        return ConvBN(kernel, bias, self.bn)
 
     @torch.jit.unused
     def set_kernel(self, kernel: Tensor) -> None:
@@ -557,9 +565,9 @@ class AvgPoolBranch(_ChainBranch):
         return F.conv2d(y, mean, None, self.conv.stride, 0, self.conv.dilation, chs)
 
     @torch.jit.unused
-    def equivalent_kernel_bias(self, dtype: torch.dtype, like: Tensor | None = None) -> KernelBias:
-        kernel, bias = fuse_conv_bn(self.conv.weight, None, self.inner_bn, dtype)
-        return fuse_conv_bn(kernel.expand(-1, -1, 3, 3) / 9, bias, self.bn, dtype)
+    def conv_bn(self, dtype: torch.dtype, like: Tensor | None = None) -> ConvBN:
+        kernel, bias = fold_branches([ConvBN(self.conv.weight, None, self.inner_bn)], dtype)
+        return ConvBN(kernel.expand(-1, -1, 3, 3) / 9, bias, self.bn)
 
     @torch.jit.unused
     def set_kernel(self, kernel: Tensor) -> None:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from .._compat import copy_hooks
 from ..checkpoints.state_dicts import StateDict, check_fit
 from ..reparam.evaluation import evaluating
-from ..reparam.fold import BATCH_NORMS, BNStats, centred_kernel, norm_scale, safe_divide
-from ..reparam.geometry import fold_dtype
+from ..reparam.fold import BATCH_NORMS, BNStats, centred_kernel, exact_dtype, norm_scale, safe_divide
 from ..reparam.stale_optimizers import remember_replaced
 from .base import ReparamBlock
 from .factory import block_type
@@ -197,7 +196,7 @@ def set_equivalent_kernel_bias(
     for norm in last_norms:
         if norm is not None:
             norm.weight /= _GAIN
-    dtype = fold_dtype(kernel)
+    dtype = exact_dtype(kernel)
     kernel, bias = kernel.to(dtype), bias.to(dtype)
     with full_precision(block):
         rest = safe_divide(kernel, norm_scale(block.norm, kernel))

@@ -18,14 +18,16 @@ __all__ = [
     'BATCH_NORMS',
     'BNStats',
     'BatchNorm',
+    'ConvBN',
     'FoldError',
     'KernelBias',
     'centred_kernel',
-    'fuse_conv_bn',
+    'exact_dtype',
+    'fold_branches',
+    'fold_exactly',
     'identity_kernel',
     'norm_scale',
     'safe_divide',
-    'sum_kernels',
 ]
 
 KernelBias: TypeAlias = tuple[Tensor, Tensor]
@@ -99,64 +101,117 @@ class BNStats(NamedTuple):
             raise FoldError(f'running mean, weight or bias of channel {bad} is not finite')
 
 
-def fuse_conv_bn(kernel: Tensor, bias: Tensor | None, norm: nn.Module | None, dtype: torch.dtype) -> KernelBias:
-    """W' = W · scale, b' = b · scale + shift, with the scale and shift of `norm`.
+class ConvBN(NamedTuple):
+    """A convolution, and the normalisation behind it."""
+
+    kernel: Tensor
+    """`(C_out, C_in / groups, k_h, k_w)` with odd k_h and k_w."""
+    bias: Tensor | None = None
+    """`(C_out,)`, or None for zeros."""
+    norm: nn.Module | None = None
+    """None or `nn.Identity` for none."""
+
+    def scale_shift(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+        """scale = γ / sqrt(σ² + ε), shift = β + (b - μ) · scale, both `(C_out,)`; a scale of None is 1."""
+        device = self.kernel.device
+        if self.norm is None or isinstance(self.norm, nn.Identity):
+            zeros = torch.zeros(len(self.kernel), dtype=dtype, device=device)
+            return None, zeros if self.bias is None else self.bias.to(device, dtype)
+        scale, shift = (t.to(device) for t in BNStats.of(self.norm).scale_shift(dtype))
+        return scale, shift if self.bias is None else shift + self.bias.to(device, dtype) * scale
+
+
+def fold_branches(
+    branches: Sequence[ConvBN], dtype: torch.dtype, *, sum_dtype: torch.dtype | None = None
+) -> KernelBias:
+    """W' = Σ pad(W_i · scale_i), b' = Σ shift_i: parallel branches as one convolution (section 3.3).
+
+    A smaller kernel acts on the taps around the centre of the largest. There branches may cancel, so these taps are
+    summed in `sum_dtype`. Every other tap is one product in `dtype`, of a scale computed in `sum_dtype`.
 
     Args:
-        kernel: `(C_out, C_in / groups, k, k)`.
-        bias: `(C_out,)`, or None for zeros.
-        norm: The normalisation behind the convolution; None or `nn.Identity` for none.
-        dtype: Dtype of the computation and of the result.
+        branches: One or more, of the same C_out, C_in and groups.
+        dtype: Dtype of the result.
+        sum_dtype: Dtype of scales and sums; by default `dtype`.
 
     Returns:
-        A new kernel, which the caller may change in place, and a bias.
+        A new kernel of the largest height and width, and a bias in `sum_dtype`.
 
     Raises:
-        FoldError: The normalisation is not linear in eval mode.
+        FoldError: A normalisation is not linear in eval mode.
 
     Example:
         >>> conv, norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8).eval()
-        >>> kernel, bias = fuse_conv_bn(conv.weight, conv.bias, norm, torch.float32)
+        >>> kernel, bias = fold_branches([ConvBN(conv.weight, conv.bias, norm)], torch.float32)
         >>> x = torch.ones(1, 3, 5, 5)
         >>> torch.allclose(F.conv2d(x, kernel, bias), norm(conv(x)), atol=1e-6)
         True
     """
-    if norm is None or isinstance(norm, nn.Identity):
-        kernel = kernel.to(dtype, copy=True)
-        return kernel, kernel.new_zeros(len(kernel)) if bias is None else bias.to(dtype)
-    scale, shift = (t.to(kernel.device) for t in BNStats.of(norm).scale_shift(dtype))
-    shift = shift if bias is None else shift + bias.to(dtype) * scale
-    return kernel.to(dtype) * scale.view(-1, 1, 1, 1), shift
+    sum_dtype = sum_dtype or dtype
+    scales, shifts = zip(*(branch.scale_shift(sum_dtype) for branch in branches), strict=True)
+    kernels = [branch.kernel for branch in branches]
+    height, width = (max(kernel.shape[axis] for kernel in kernels) for axis in (2, 3))
+    first = next((i for i, k in enumerate(kernels) if k.shape[2:] == (height, width)), None)
+    if first is None:  # 3x1 and 1x3: no kernel has all taps
+        first, kernels[0] = 0, centred_kernel(kernels[0], height, width)
+    others = [i for i in range(len(kernels)) if i != first]
+    rows, columns = (max((kernels[i].shape[axis] for i in others), default=0) for axis in (2, 3))
+    is_whole = (rows, columns) == (height, width)
+    total = _product(kernels[first], scales[first], sum_dtype if is_whole else dtype)
+    taps = window = _centre(total, rows, columns)
+    if total.dtype != sum_dtype:  # too narrow to sum in
+        taps = _product(_centre(kernels[first], rows, columns), scales[first], sum_dtype)
+    for i in others:
+        part = _centre(taps, kernels[i].shape[2], kernels[i].shape[3])
+        part += _product(kernels[i], scales[i], sum_dtype)
+    if taps is not window:
+        window.copy_(taps)
+    return total.to(dtype), sum(shifts[1:], shifts[0])
+
+
+def fold_exactly(branches: Sequence[ConvBN], norm: nn.Module | None = None) -> KernelBias:
+    """Fold branches for good: in float64, rounded to the dtype of their kernels at the end.
+
+    In float32, taps that only one branch has are a product in float32: two roundings, and a fraction of the memory.
+
+    Args:
+        branches: As for `fold_branches`; computed kernels are in float64.
+        norm: The normalisation of their sum.
+
+    Returns:
+        A kernel and a bias in the dtype of the first branch's kernel.
+    """
+    like = branches[0].kernel
+    exact = exact_dtype(like)
+    dtype = like.dtype if norm is None and like.dtype == torch.float32 else exact
+    kernel, bias = fold_branches(branches, dtype, sum_dtype=exact)
+    if norm is not None:
+        kernel, bias = fold_branches([ConvBN(kernel, bias, norm)], exact)
+    return kernel, bias
+
+
+def exact_dtype(kernel: Tensor) -> torch.dtype:
+    """float64, except on MPS, which has none."""
+    return torch.float32 if kernel.device.type == 'mps' else torch.float64
+
+
+def _product(kernel: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """W · scale, in new memory."""
+    if scale is None:
+        return kernel.to(dtype, copy=True)
+    return kernel.to(dtype) * scale.to(dtype).view(-1, 1, 1, 1)
+
+
+def _centre(kernel: Tensor, height: int, width: int) -> Tensor:
+    """A view of the taps around the centre."""
+    rows, columns = (kernel.shape[2] - height) // 2, (kernel.shape[3] - width) // 2
+    return kernel[:, :, rows : rows + height, columns : columns + width]
 
 
 def norm_scale(norm: nn.Module | None, like: Tensor) -> Tensor:
     """scale = γ / sqrt(σ² + ε) as `(C, 1, 1, 1)`, in the dtype and on the device of `like`; 1 without a norm."""
-    if norm is None or isinstance(norm, nn.Identity):
-        return like.new_ones(())
-    return BNStats.of(norm).scale_shift(like.dtype)[0].to(like.device).view(-1, 1, 1, 1)
-
-
-def sum_kernels(kernels: Sequence[Tensor]) -> Tensor:
-    """W = Σ pad(W_i): a smaller kernel acts on the taps around the centre of the largest.
-
-    The kernels are used up: the sum takes the memory of the largest one.
-
-    Args:
-        kernels: One or more, each `(C_out, C_in / groups, k_h, k_w)` with odd k_h and k_w.
-
-    Returns:
-        A kernel of the largest height and width.
-    """
-    height, width = (max(kernel.shape[axis] for kernel in kernels) for axis in (2, 3))
-    # the first of full size takes the others, so that none is copied or padded
-    full = next((i for i, kernel in enumerate(kernels) if kernel.shape[2:] == (height, width)), None)
-    total = centred_kernel(kernels[0], height, width) if full is None else kernels[full]
-    for index, kernel in enumerate(kernels):
-        if index != (full or 0):
-            rows, columns = (height - kernel.shape[2]) // 2, (width - kernel.shape[3]) // 2
-            centre = total[:, :, rows : rows + kernel.shape[2], columns : columns + kernel.shape[3]]
-            centre += kernel
-    return total
+    scale, _ = ConvBN(like, None, norm).scale_shift(like.dtype)
+    return like.new_ones(()) if scale is None else scale.view(-1, 1, 1, 1)
 
 
 def centred_kernel(kernel: Tensor, height: int, width: int) -> Tensor:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .fold import BNStats, fuse_conv_bn, identity_kernel, sum_kernels
-from .geometry import Geometry, agreed, build_conv, check_is_plain_conv, fold_dtype, geometry_of
+from .fold import BNStats, ConvBN, fold_exactly, identity_kernel
+from .geometry import Geometry, agreed, build_conv, check_is_plain_conv, geometry_of
 from .kernel_hooks import refresh_kernels
 
 __all__ = [
@@ -98,17 +98,15 @@ class ForeignBlock:
 
     @torch.no_grad()
     def folded_conv(self) -> nn.Conv2d:
-        branches = self._convolutions()
-        conv = branches[0][1]
-        like = conv.weight
-        dtype = fold_dtype(like)
-        kernels, biases = zip(*(fuse_conv_bn(c.weight, c.bias, norm, dtype) for _, c, norm in branches), strict=True)
+        branches = [ConvBN(conv.weight, conv.bias, norm) for _, conv, norm in self._convolutions()]
+        geometry, like = self.geometry(), branches[0].kernel
         if (identity := self._identity()) is not None:
-            eye = identity_kernel(len(like), like.shape[1] * conv.groups, conv.groups, dtype, like.device)
-            kernel, bias = fuse_conv_bn(eye, None, identity, dtype)
-            kernels, biases = (*kernels, kernel), (*biases, bias)
-        kernel, bias = sum_kernels(kernels).to(like.dtype), sum(biases).to(like.dtype)
-        return build_conv(kernel, bias, self.geometry(), like=self.module)
+            in_chs, groups = like.shape[1] * (geometry.groups or 1), geometry.groups or 1
+            branches.append(
+                ConvBN(identity_kernel(len(like), in_chs, groups, torch.float32, like.device), None, identity)
+            )
+        kernel, bias = fold_exactly(branches)
+        return build_conv(kernel.to(like.dtype), bias.to(like.dtype), geometry, like=self.module)
 
     def _convolutions(self) -> list[tuple[str, nn.Conv2d, nn.Module]]:
         branches = [(name, getattr(self.module, name)) for name in self.branch_names[:2]]

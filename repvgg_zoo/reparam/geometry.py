@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from .fold import FoldError
 
-__all__ = ['Geometry', 'agreed', 'build_conv', 'check_is_plain_conv', 'fold_dtype', 'geometry_of']
+__all__ = ['Geometry', 'agreed', 'build_conv', 'check_is_plain_conv', 'geometry_of']
 
 
 class Geometry(NamedTuple):
@@ -130,8 +129,3 @@ def build_conv(kernel: Tensor, bias: Tensor, geometry: Geometry, *, like: nn.Mod
     conv.weight = nn.Parameter(kernel, requires_grad=requires_grad)
     conv.bias = nn.Parameter(bias, requires_grad=requires_grad)
     return conv.train(like.training)
-
-
-def fold_dtype(kernel: Tensor) -> torch.dtype:
-    """Return the dtype of a lasting fold: float64, except on MPS float32, because MPS has no float64."""
-    return torch.float32 if kernel.device.type == 'mps' else torch.float64

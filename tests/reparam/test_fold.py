@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from repvgg_zoo.reparam.fold import BNStats, FoldError, fuse_conv_bn, identity_kernel, sum_kernels
+from repvgg_zoo.reparam.fold import BNStats, ConvBN, FoldError, fold_branches, fold_exactly, identity_kernel
 
 EPS = {torch.float64: 2.3e-16, torch.float32: 1.2e-7, torch.float16: 9.8e-4, torch.bfloat16: 7.9e-3}
 
@@ -27,15 +27,14 @@ def norm_of(bn: BNStats) -> nn.BatchNorm2d:
 
 
 def fold_block(kxk, bn_kxk, point, bn_point, bn_identity=None, *, bias_kxk=None, bias_1x1=None):
-    """The three branches of RepVGG, folded in float64 and rounded last."""
-    f64 = torch.float64
-    fused = [fuse_conv_bn(kxk, bias_kxk, norm_of(bn_kxk), f64), fuse_conv_bn(point, bias_1x1, norm_of(bn_point), f64)]
+    """The three branches of RepVGG, folded for good."""
+    branches = [ConvBN(kxk, bias_kxk, norm_of(bn_kxk)), ConvBN(point, bias_1x1, norm_of(bn_point))]
     if bn_identity is not None:
         groups = kxk.shape[0] // kxk.shape[1]
-        eye = identity_kernel(kxk.shape[0], kxk.shape[0], groups, f64, kxk.device)
-        fused.append(fuse_conv_bn(eye, None, norm_of(bn_identity), f64))
-    kernels, biases = zip(*fused, strict=True)
-    return sum_kernels(kernels).to(kxk.dtype), sum(biases).to(kxk.dtype)
+        eye = identity_kernel(kxk.shape[0], kxk.shape[0], groups, torch.float64, kxk.device)
+        branches.append(ConvBN(eye, None, norm_of(bn_identity)))
+    kernel, bias = fold_exactly(branches)
+    return kernel.to(kxk.dtype), bias.to(kxk.dtype)
 
 
 def apply(bn: BNStats, x: torch.Tensor) -> torch.Tensor:
@@ -85,7 +84,7 @@ def test_fold_uses_the_eps_of_each_branch():
 
 @pytest.mark.parametrize('dtype', EPS, ids=str)
 def test_every_tap_is_right_to_two_roundings(dtype):
-    """What is narrower than float64 is rounded once, at the end."""
+    """Half precision is rounded once, at the end; in float32 the scale is rounded, and then its product."""
     g = torch.Generator().manual_seed(0)
     kxk, point = (torch.randn(8, 4, k, k, generator=g).to(dtype) for k in (3, 1))
     bns = [random_bn(8, seed, dtype=dtype) for seed in (1, 2, 3)]
@@ -99,7 +98,7 @@ def test_every_tap_is_right_to_two_roundings(dtype):
     for channel in range(8):
         terms[2, channel, channel % 4, 1, 1] = scale_identity[channel]
     # float64 has no wider type to sum in: fold and reference both round three times, relative to terms that may cancel
-    roundings = {torch.float64: 3}.get(dtype, 0.501)
+    roundings = {torch.float64: 3, torch.float32: 1}.get(dtype, 0.501)
     size = terms.abs().sum(0) if dtype == torch.float64 else terms.sum(0).abs()
     assert ((kernel.double() - terms.sum(0)).abs() <= roundings * EPS[dtype] * size).all()
     exact_bias = shift + shift_1x1 + shift_identity
@@ -116,28 +115,43 @@ def test_convolution_biases_are_folded():
     torch.testing.assert_close(nn.functional.conv2d(x, kernel, bias, padding=1), expected)
 
 
-def test_sum_takes_the_memory_of_the_largest_kernel():
+@pytest.mark.parametrize('sum_dtype', [torch.float32, torch.float64])
+def test_smaller_kernels_act_on_the_centre(sum_dtype):
     large, small = torch.ones(4, 2, 3, 3), torch.full((4, 2, 1, 1), 2.0)
-    for kernels in ([large.clone(), small], [small, large.clone()]):
-        largest = max(kernels, key=torch.numel)
-        total = sum_kernels(kernels)
-        assert total.data_ptr() == largest.data_ptr()
+    for kernels in ([large, small], [small, large]):
+        total, bias = fold_branches([ConvBN(k) for k in kernels], torch.float32, sum_dtype=sum_dtype)
+        assert total.dtype == torch.float32
         assert total[:, :, 1, 1].unique().tolist() == [3]
         assert total.sum() == 4 * 2 * (9 + 2)
+        assert not bias.any()
+    assert large.unique().tolist() == [1]
     assert small.unique().tolist() == [2]
 
 
-def test_sum_of_kernels_without_a_full_one():
+@pytest.mark.parametrize('sum_dtype', [torch.float32, torch.float64])
+def test_sum_of_kernels_without_a_full_one(sum_dtype):
     """3x1 and 1x3: each tap is one kernel's, the centre that of both."""
-    total = sum_kernels([torch.ones(1, 1, 3, 1), torch.full((1, 1, 1, 3), 2.0)])
+    branches = [ConvBN(torch.ones(1, 1, 3, 1)), ConvBN(torch.full((1, 1, 1, 3), 2.0))]
+    total, _ = fold_branches(branches, torch.float32, sum_dtype=sum_dtype)
     assert total[0, 0].tolist() == [[0, 1, 0], [2, 3, 2], [0, 1, 0]]
+
+
+def test_taps_that_cancel_are_summed_wide():
+    large, small = torch.full((1, 1, 3, 3), 1 + 2**-20), torch.full((1, 1, 1, 1), -1.0)
+    third = BNStats(torch.zeros(1), torch.ones(1), torch.full((1,), 1 / 3), torch.zeros(1), 0.0)
+    branches = [ConvBN(large, None, norm_of(third)), ConvBN(small, None, norm_of(third))]
+    exact = (large[0, 0, 1, 1].double() - 1) * third.weight.double()
+    wide, _ = fold_branches(branches, torch.float32, sum_dtype=torch.float64)
+    narrow, _ = fold_branches(branches, torch.float32)
+    assert abs(wide[0, 0, 1, 1].double() - exact) <= EPS[torch.float32] * exact
+    assert abs(narrow[0, 0, 1, 1].double() - exact) > 100 * EPS[torch.float32] * exact
 
 
 def test_fused_kernel_is_new():
     """Or the sum would change the parameters."""
     kernel = torch.ones(4, 2, 3, 3)
     for norm in (None, nn.Identity(), norm_of(random_bn(4, 0, dtype=torch.float32))):
-        fused, _ = fuse_conv_bn(kernel, None, norm, torch.float32)
+        fused, _ = fold_branches([ConvBN(kernel, None, norm)], torch.float32)
         assert fused.data_ptr() != kernel.data_ptr()
 
 
