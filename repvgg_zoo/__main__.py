@@ -1,4 +1,4 @@
-"""`python -m repvgg_zoo …`"""
+"""Run the command line by `python -m repvgg_zoo`."""
 
 import sys
 

@@ -37,7 +37,7 @@ _PATCHABLE = ('forward', '_conv_forward')
 
 
 def has_hooks(module: nn.Module, *, ignore: Callable[[Any], bool] | None = None) -> bool:
-    """Whether a module has hooks, or a `forward` of its own in place of its class's.
+    """Tell whether a module has hooks, or a `forward` that was set on the instance.
 
     torch has no public way to ask. Test: `test_hooks_on_branches_fire`.
 
@@ -62,7 +62,7 @@ def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
 
 
 def copy_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Give a module the hooks of the one whose place it takes, except those on state dicts.
+    """Copy the hooks of a module to the module that replaces it, except hooks on state dicts.
 
     torch has no public way to move them. Test: `test_hooks_of_the_block_stay`.
     """
@@ -71,9 +71,10 @@ def copy_hooks(source: nn.Module, target: nn.Module) -> None:
 
 
 def is_plain_eager() -> bool:
-    """Whether operators run as they are called: no tracing, no transform, no mode that watches them, no global hook.
+    """Tell whether operators run as they are called.
 
-    A default device is a function mode too, but changes nothing here. torch has no public way to ask any of this except
+    They do not in compilation and tracing, inside functional transforms, under modes that watch operators, and with
+    global hooks. A default device is a function mode too, but changes nothing here. torch has a public way to ask only
     for compilation and tracing. Tests: `test_graphs_hold_the_branches`, `test_modes_see_the_branches`,
     `test_transforms_of_functions_take_the_branches`, `test_hooks_on_all_modules_fire`.
     """
@@ -90,7 +91,7 @@ def is_plain_eager() -> bool:
 
 
 def has_saved_tensor_hooks() -> bool:
-    """Whether hooks on saved tensors are in force: activation checkpointing, offloading to the CPU.
+    """Tell whether hooks on saved tensors are in force, as in activation checkpointing and offloading.
 
     Only the innermost hooks see a tensor. torch has no public way to ask. Test: `test_gradient_checkpointing`.
     """
@@ -98,7 +99,7 @@ def has_saved_tensor_hooks() -> bool:
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often a tensor was changed in place, by which autograd tells that a saved tensor is out of date.
+    """Return how often a tensor was changed in place. By this number autograd finds saved tensors out of date.
 
     torch has no public way to ask. Test: `test_what_changes_before_the_backward_pass_is_an_error`.
     """
@@ -110,6 +111,6 @@ def raised_recompile_limit(limit: int) -> AbstractContextManager[None]:
 
     torch has no public way to raise the limit. Test: `test_run_benchmark_inference_rows_agree`.
     """
-    import torch._dynamo  # a second, which only compiling needs
+    import torch._dynamo  # takes a second, and only compiling needs it
 
     return torch._dynamo.config.patch(cache_size_limit=limit)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from timm.layers import ClassifierHead, SEModule, calculate_drop_path_rates, get_act_layer, get_norm_layer
@@ -61,6 +61,8 @@ class RepVGG(nn.Module):
         'head_hidden_size',
         '_model_args',
     ]
+    if TYPE_CHECKING:  # TorchScript takes no annotation of what the model may lack
+        pretrained_cfg: dict[str, Any]
 
     def __init__(
         self,
@@ -114,7 +116,7 @@ class RepVGG(nn.Module):
         if aux_heads and not variant.aux_heads:
             having = ', '.join(v.name for v in VARIANTS.values() if v.aux_heads)
             raise ValueError(f'{variant.name} has no auxiliary heads; these have: {having}')
-        act_layer, norm_layer = get_act_layer(act_layer), get_norm_layer(norm_layer)
+        make_norm: Callable[..., nn.Module] = get_norm_layer(norm_layer)
         dd = {'device': device, 'dtype': dtype}
         self.variant = variant
         self.num_classes = num_classes
@@ -129,14 +131,16 @@ class RepVGG(nn.Module):
             deploy=deploy,
             attn_layer=_attn_layer(variant),
             attn_last=variant.se is not None and variant.se.position == 'after_act',
-            act_layer=act_layer,
-            norm_layer=norm_layer,
+            act_layer=get_act_layer(act_layer),
+            norm_layer=make_norm,
             **dd,
         )
         chs, total_stride, dilation = variant.stem_channels, variant.strides[0], 1
         self.stem = make_block(in_chans, chs, stride=total_stride)
-        self.feature_info = [dict(num_chs=chs, reduction=total_stride, module='stem', stage=0)]
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(variant.depths), stagewise=True)
+        self.feature_info: list[dict[str, Any]] = [dict(num_chs=chs, reduction=total_stride, module='stem', stage=0)]
+        drop_path_rates = cast(
+            'list[list[float]]', calculate_drop_path_rates(drop_path_rate, list(variant.depths), stagewise=True)
+        )
         stage_drop_blocks = drop_blocks(drop_block_rate, drop_block_size, len(variant.depths))
         stages, block_index = [], 1
         for stage, (depth, out_chs) in enumerate(zip(variant.depths, variant.stage_channels, strict=True)):
@@ -173,7 +177,7 @@ class RepVGG(nn.Module):
         self.global_pool = global_pool
         self.aux_heads = (
             nn.ModuleList(
-                AuxHead(variant.stage_channels[stage], num_classes, norm_layer=norm_layer, **dd)
+                AuxHead(variant.stage_channels[stage], num_classes, norm_layer=make_norm, **dd)
                 for stage, _ in variant.aux_blocks
             )
             if aux_heads and not deploy
@@ -199,7 +203,7 @@ class RepVGG(nn.Module):
     @property
     def head_hidden_size(self) -> int:
         """Number of features that the classifier sees; a replaced head counts as one without a pool of its own."""
-        pool = getattr(self.head, 'global_pool', None)
+        pool: Any = getattr(self.head, 'global_pool', None)
         return self.num_features * (pool.feat_mult() if hasattr(pool, 'feat_mult') else 1)
 
     @property
@@ -329,7 +333,7 @@ class RepVGG(nn.Module):
             self.global_pool = global_pool
         if num_classes == 0:
             self._remove_aux_heads()
-        for aux in self.aux_heads or ():
+        for aux in cast('Sequence[AuxHead]', self.aux_heads or ()):
             aux.fc = nn.Linear(aux.fc.in_features, num_classes, device=self.device, dtype=self.dtype)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -357,10 +361,10 @@ class RepVGG(nn.Module):
     @torch.jit.ignore
     def _forward_with_aux(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         x = self.stem(x)
-        heads = dict(zip(self.variant.aux_blocks, self.aux_heads, strict=True))
+        heads = dict(zip(self.variant.aux_blocks, self.aux_heads or (), strict=True))
         aux_logits = []
         for stage, blocks in enumerate(self.stages):
-            for index, block in enumerate(blocks):
+            for index, block in enumerate(blocks.children()):
                 x = checkpointed(block, x) if self.grad_checkpointing else block(x)
                 if head := heads.get((stage, index + 1)):
                     aux_logits.append(head(x))

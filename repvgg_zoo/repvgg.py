@@ -28,7 +28,8 @@ from .variants import VARIANTS, Variant, get_variant, suggestion
 __all__ = ['RepVGG']  # to which timm adds the entry points
 
 
-def _first_conv(*, deploy: bool) -> str | tuple[str, str]:
+def _first_conv(*, deploy: bool) -> Any:
+    """Name the convolutions that read the images, which timm may be several, though it annotates one."""
     return 'stem.reparam_conv' if deploy else ('stem.conv_kxk.conv', 'stem.conv_1x1.conv')
 
 
@@ -75,7 +76,8 @@ def _create_repvgg(
             'unfold=True unfolds weights that pretrained=True loads; for a file, create the model and call '
             'repvgg_zoo.load_checkpoint(model, path, unfold=True)'
         )
-    cfg = resolve_pretrained_cfg(variant.name, pretrained_cfg, pretrained_cfg_overlay)
+    source: Any = pretrained_cfg  # timm annotates no PretrainedCfg, but takes one
+    cfg = resolve_pretrained_cfg(variant.name, source, pretrained_cfg_overlay)
     if unfold:  # whatever the config.json of a folder of the deploy form says
         deploy = False
     elif deploy is None:
@@ -91,11 +93,12 @@ def _create_repvgg(
         load_pretrained(model, cfg, cache_dir=cache_dir, unfold=unfold)
         return model
 
+    description: Any = dataclasses.replace(cfg, state_dict=None)
     model = build_model_with_cfg(
         build,
         variant.name,
         pretrained=False,
-        pretrained_cfg=dataclasses.replace(cfg, state_dict=None),
+        pretrained_cfg=description,
         feature_cfg=dict(flatten_sequential=True) | kwargs.pop('feature_cfg', {}),
         **kwargs,
     )

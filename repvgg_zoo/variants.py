@@ -1,7 +1,7 @@
 """The variants: one frozen row each, and the only place that holds an architecture number.
 
-Sources: "RepVGG: Making VGG-style ConvNets Great Again", arXiv 2101.03697, section 4.1 and tables 2, 4
-and 5; the README of the official code for D2se and RepVGGplus.
+Sources: "RepVGG: Making VGG-style ConvNets Great Again", arXiv 2101.03697, section 4.1 and tables 2, 4 and 5; the
+README of the official code for D2se and RepVGGplus.
 """
 
 from __future__ import annotations
@@ -29,20 +29,31 @@ class SqueezeExcite:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One RepVGG architecture: a stem block, then four stages, then a linear classifier."""
+    """One RepVGG architecture: a stem block, then four stages, then a linear classifier.
+
+    Attributes:
+        name: Name in timm's registry.
+        depths: Number of blocks in each stage.
+        width: Multiplier of each stage for its base channels, which are 64, 128, 256 and 512.
+        groups: Groups of every second convolution. The stem is number 0 and has one group (section 4.1).
+        se: Squeeze-and-excitation of every block.
+        aux_heads: True if the official recipe trains with auxiliary heads.
+        strides: Strides of the stem and of each stage's first block.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> narrow = replace(VARIANTS['repvgg_a0'], name='repvgg_narrow', width=(0.5, 0.5, 0.5, 1.0))
+        >>> narrow.stage_channels
+        (32, 64, 128, 512)
+    """
 
     name: str
     depths: tuple[int, int, int, int]
-    """Blocks in each stage."""
     width: tuple[float, float, float, float]
-    """Multipliers of the base channels (64, 128, 256, 512)."""
     groups: int = 1
-    """Groups of every second convolution, counted from the stem as number 0 (section 4.1)."""
     se: SqueezeExcite | None = None
     aux_heads: bool = False
-    """True if the official recipe trains with auxiliary heads."""
     strides: tuple[int, int, int, int, int] = (2, 2, 2, 2, 2)
-    """Strides of the stem and of each stage's first block."""
 
     @property
     def stage_channels(self) -> tuple[int, ...]:

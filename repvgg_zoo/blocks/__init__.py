@@ -1,0 +1,1 @@
+"""Modules that fold: the blocks, their branches, and the way back from one convolution to branches."""

@@ -1,9 +1,9 @@
-"""What all blocks share: the constructor, both forms of the forward pass, the fold, loading."""
+"""The base class of all blocks: constructor, both forms of the forward pass, fold, loading."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,7 +47,7 @@ __all__ = ['ReparamBlock']
 class ReparamBlock(nn.Module):
     """act(attn(sum of branches)) to train, act(attn(3x3 · x + b)) to deploy.
 
-    `(N, C_in, H, W)` to `(N, C_out, H / stride, W / stride)`, rounded up. A block is of the deploy form if its
+    It maps `(N, C_in, H, W)` to `(N, C_out, H / stride, W / stride)`, rounded up. A block is of the deploy form if its
     `reparam_conv` is a convolution, and of the training form if that is None.
     """
 
@@ -81,12 +81,28 @@ class ReparamBlock(nn.Module):
         """Make the branches, or for `deploy` the convolution.
 
         Args:
-            identity: Whether there is an identity branch, if the block type has one; by default where input and output
+            in_chs: Number of input channels.
+            out_chs: Number of output channels.
+            stride: Stride of the convolution.
+            dilation: Dilation of the convolution.
+            groups: Groups of the convolution.
+            padding_mode: Padding mode of `nn.Conv2d`.
+            identity: Make the identity branch, if the block type has one. By default it is made if input and output
                 have one shape. A dilated first block of a stage has none.
+            deploy: Make the deploy form.
+            attn_layer: Makes the attention for a number of channels, such as timm's `SEModule`.
             attn_last: Put the attention behind the activation, as RepVGGplus has it.
-            drop_path_rate: Stochastic depth of the branches except the identity, if there is one.
+            act_layer: Makes the activation.
+            norm_layer: Makes batch normalisation for a number of channels.
+            drop_path_rate: Rate of stochastic depth. It drops all branches except the identity, and has no effect
+                without an identity.
             drop_block: Makes the DropBlock.
-            block_options: What a subclass takes.
+            device: Device of the tensors.
+            dtype: Dtype of the parameters.
+            block_options: Options of the subclass.
+
+        Raises:
+            ValueError: An identity branch is asked for, and input and output differ in shape.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -100,7 +116,8 @@ class ReparamBlock(nn.Module):
             dd=dd,
             **conv_options,
         )
-        self.norm_eps: float = norm_layer(out_chs, device='meta').eps
+        norm: Any = norm_layer(out_chs, device='meta')
+        self.norm_eps: float = norm.eps
         self._training_form = functools.partial(
             type(self), in_chs, out_chs, norm_layer=norm_layer, **conv_options, **block_options
         )
@@ -114,25 +131,26 @@ class ReparamBlock(nn.Module):
         self.register_load_state_dict_pre_hook(_fold_what_is_loaded)
 
     @torch.jit.unused
-    def _make_branches(self, spec: ConvSpec | None, **block_options: Any) -> bool:
-        """Set the attributes of `branch_names`, to None where `spec` is; returns whether there is an identity."""
+    def _make_branches(self, spec: ConvSpec | None, *args: Any, **block_options: Any) -> bool:
+        """Set the attributes of `branch_names`, to None if `spec` is None; return True if there is an identity."""
         raise NotImplementedError
 
     def run_branches(self, x: Tensor) -> Tensor:
-        """Run the branches one by one, and normalise their sum if the block does."""
+        """Run the branches one by one, add their outputs, and normalise the sum if the block type does."""
         raise NotImplementedError
 
     @torch.jit.unused
     def named_branches(self) -> dict[str, Branch]:
-        """The branches of the training form by name; the first one can have any kernel."""
+        """Return the branches of the training form by name. The first one can have any kernel."""
         raise NotImplementedError
 
     @torch.jit.unused
     def branch_norms(self) -> list[nn.Module]:
-        """The normalisation layers inside the branches."""
+        """Return the normalisation layers inside the branches."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        """Run the block in its present form."""
         y: Tensor | None = None
         if self.reparam_conv is not None:
             y = self.reparam_conv(x)
@@ -147,7 +165,7 @@ class ReparamBlock(nn.Module):
 
     @torch.jit.unused
     def _run_folded(self, x: Tensor) -> Tensor | None:
-        """The sum of the branches by one convolution, or None where they have to be run one by one."""
+        """Compute the sum of the branches by one convolution; return None if they must run one by one."""
         if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
         if x.dim() != 4 or x.shape[0] * x.shape[2] * x.shape[3] < MIN_OUTPUT_PIXELS:
@@ -158,7 +176,8 @@ class ReparamBlock(nn.Module):
             geometry = self.geometry()
         except (FoldError, AttributeError):  # changed by hand
             return None
-        pixels = x.shape[0] * -(-x.shape[2] // geometry.stride[0]) * -(-x.shape[3] // geometry.stride[1])
+        rows, columns = geometry.stride or (1, 1)
+        pixels = x.shape[0] * -(-x.shape[2] // rows) * -(-x.shape[3] // columns)
         branches, drops = self.named_branches().values(), (self.drop_path, self.drop_block)
         if pixels < MIN_OUTPUT_PIXELS or not can_fold(branches, _PLAIN) or any(map(is_stochastic, drops)):
             return None
@@ -184,13 +203,13 @@ class ReparamBlock(nn.Module):
 
     @torch.jit.ignore
     def equivalent_kernel_bias(self, dtype: torch.dtype | None = None) -> KernelBias:
-        """The convolution that the block is in eval mode, as a function of its parameters and running statistics.
+        """Compute the convolution that the block is in eval mode from its parameters and running statistics.
 
-        It is differentiable: for regularisation, pruning, quantization. Of a block of the deploy form it is that of its
-        convolution.
+        The result is differentiable, for regularisation, pruning and quantization. In the deploy form it is the
+        kernel and the bias of the convolution.
 
         Args:
-            dtype: What it is computed in; by default the dtype of the parameters, float32 at least.
+            dtype: Dtype of the computation. By default it is that of the parameters, and at least float32.
 
         Returns:
             The kernel `(C_out, C_in / groups, 3, 3)` and the bias `(C_out,)`.
@@ -206,6 +225,8 @@ class ReparamBlock(nn.Module):
         """
         if self.reparam_conv is not None:
             weight, bias = self.reparam_conv.weight, self.reparam_conv.bias
+            if bias is None:
+                bias = weight.new_zeros(len(weight))
             return (weight, bias) if dtype is None else (weight.to(dtype), bias.to(dtype))
         refresh_kernels(self)
         if dtype is None:
@@ -216,17 +237,21 @@ class ReparamBlock(nn.Module):
 
     @torch.jit.unused
     def sum_of_branches(self, dtype: torch.dtype) -> KernelBias:
-        """The convolution that the branches are in eval mode, before `norm`."""
-        kernels, biases = [], []
+        """Compute the convolution that the branches are in eval mode, before `norm`."""
+        kernels: list[Tensor] = []
+        biases: list[Tensor] = []
         for branch in self.named_branches().values():
             kernel, bias = branch.equivalent_kernel_bias(dtype, kernels[0] if kernels else None)
             kernels.append(kernel)
             biases.append(bias)
-        return sum_kernels(kernels), sum(biases)
+        return sum_kernels(kernels), sum(biases[1:], biases[0])
 
     @torch.jit.ignore
     def input_convs(self) -> list[str]:
-        """Paths of the convolutions that read the block's input and hold their kernel as it is, in either form."""
+        """Return paths of the convolutions that read the block's input and hold their kernel, in either form.
+
+        Convolutions that compute their kernel from parameters are left out.
+        """
         if self.reparam_conv is not None:
             return [self.conv_name]
         paths = {module: path for path, module in self.named_modules()}
@@ -237,14 +262,15 @@ class ReparamBlock(nn.Module):
 
     @torch.jit.unused
     def is_deploy(self) -> bool:
+        """Tell whether the block is of the deploy form."""
         return isinstance(self.reparam_conv, nn.Conv2d)
 
     @torch.jit.unused
     def needs_proof(self) -> bool:
-        """Whether a hook, or a class that the fold does not know, may change what a branch computes."""
+        """Tell whether a hook or an unknown class may change what a branch computes."""
         for branch in self.named_branches().values():
             for path, module in branch.named_modules():
-                if 'parametrizations' in path.split('.'):  # which compute a kernel, whatever they are
+                if 'parametrizations' in path.split('.'):  # they only compute a kernel, which the fold reads
                     continue
                 is_known = isinstance(module, (*BATCH_NORMS, *_PLAIN)) and (
                     not isinstance(module, nn.Conv2d) or type_before_parametrizations(module) in CONVOLUTIONS
@@ -256,6 +282,7 @@ class ReparamBlock(nn.Module):
     @torch.jit.unused
     @torch.no_grad()
     def check_foldable(self) -> None:
+        """Raise `FoldError` if the branches are no convolution, do not fit together, or hold values out of range."""
         refresh_kernels(self)
         self.geometry()
         for norm in (*self.branch_norms(), self.norm):
@@ -264,12 +291,12 @@ class ReparamBlock(nn.Module):
 
     @torch.jit.unused
     def geometry(self) -> Geometry:
-        """What the block's convolution computes apart from its kernel."""
+        """Return the geometry that all branches share; raise `FoldError` if they do not fit together."""
         geometries = {}
         for name, branch in self.named_branches().items():
             if not isinstance(branch, Branch):
                 raise FoldError(
-                    f'its {name} is a {type(branch).__name__}, which is no branch; put the one back that it replaces'
+                    f'its {name} is a {type(branch).__name__}, which is no branch; put back the branch that it replaced'
                 )
             try:
                 geometries[name] = branch.geometry()
@@ -280,7 +307,7 @@ class ReparamBlock(nn.Module):
     @torch.jit.unused
     @torch.no_grad()
     def folded_conv(self) -> nn.Conv2d:
-        """The convolution that the branches are in eval mode: computed in float64, rounded to the block's dtype."""
+        """Make the convolution that the branches are in eval mode: computed in float64, rounded to their dtype."""
         kernels = [p for branch in self.named_branches().values() for p in branch.parameters() if p.ndim == 4]
         kernel, bias = self.equivalent_kernel_bias(fold_dtype(kernels[0]))
         dtype = kernels[0].dtype
@@ -290,13 +317,15 @@ class ReparamBlock(nn.Module):
 
     @torch.jit.unused
     def fold_state_dict(self, state_dict: dict[str, Any], prefix: str = '') -> None:
-        """Replace the block's training-form weights in a state dict, if they are there, by their fold.
+        """Replace the block's training-form weights in a state dict by their fold.
 
-        The branches are those of this block's type or of the default one.
+        The branches may be those of this block's type or of the default type. A state dict without branches of the
+        block stays as it is.
 
         Args:
-            state_dict: Is changed in place. Branches are let go block by block, so the memory needed is that of a block.
-            prefix: Path of the block in it, with a dot at its end.
+            state_dict: Weights of a model, changed in place. The branches are released, so the fold needs memory only
+                for one block.
+            prefix: Path of the block in the state dict, with a dot at its end.
 
         Raises:
             CheckpointError: The weights are of another block type, or incomplete.
@@ -314,7 +343,7 @@ class ReparamBlock(nn.Module):
         except FoldError as error:
             raise FoldError(f'cannot fold block {path!r}: {error}') from None
         except RuntimeError as error:
-            raise CheckpointError(f'block {path!r}: no {form.block} block, which this one is: {error}') from error
+            raise CheckpointError(f'block {path!r}: no {form.block} block in the weights: {error}') from error
         conv = form.folded_conv()
         del own
         for key in held:
@@ -323,12 +352,12 @@ class ReparamBlock(nn.Module):
 
     @torch.jit.unused
     def _training_form_of(self, own: Mapping[str, Tensor]) -> ReparamBlock | None:
-        """A block on the meta device that takes the branches of a state dict, or None if it holds none."""
+        """Make a block on the meta device for the branches of a state dict; return None if it holds none."""
         raise NotImplementedError
 
 
 SPLIT_BN = '.aux_bn.'
-"""In the keys of the further parts of timm's split normalisation, which only training uses."""
+"""Part of the keys of timm's split normalisation that only training uses."""
 
 _PLAIN = (
     *CONVOLUTIONS,
@@ -344,7 +373,7 @@ _PLAIN = (
 
 
 def _fold_what_is_loaded(block: ReparamBlock, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Fold training weights that are loaded into the deploy form, wherever the block stands."""
+    """Fold training-form weights that are loaded into the deploy form, wherever the block stands in a model."""
     if block.reparam_conv is not None:
         block.fold_state_dict(state_dict, prefix)
     elif f'{prefix}{block.conv_name}.weight' in state_dict:
@@ -355,12 +384,12 @@ def _fold_what_is_loaded(block: ReparamBlock, state_dict: dict[str, Any], prefix
 
 
 def _has_identity(in_chs: int, out_chs: int, stride: int, *, asked: bool | None) -> bool:
-    """Whether a block has an identity branch: where input and output have one shape, unless it is asked for none."""
+    """Tell whether a block may have an identity branch: `asked` decides, and by default the shapes do."""
     fits = in_chs == out_chs and stride == 1
     if asked and not fits:
         raise ValueError(
-            f'an identity branch takes as many channels as it gives, and stride 1; here are {in_chs} to {out_chs} '
-            f'channels and stride {stride}'
+            f'an identity branch needs as many output as input channels and stride 1; here are {in_chs} to {out_chs} '
+            f'channels and stride {stride}; leave identity out'
         )
     return fits if asked is None else asked
 
@@ -371,9 +400,9 @@ def _convolve(x: Tensor, kernel: Tensor, bias: Tensor, geometry: Geometry) -> Te
     if geometry.padding_mode not in (None, 'zeros'):
         x = F.pad(x, [padding[1], padding[1], padding[0], padding[0]], geometry.padding_mode)
         padding = (0, 0)
-    return F.conv2d(x, kernel, bias, geometry.stride, padding, dilation, geometry.groups)
+    return F.conv2d(x, kernel, bias, geometry.stride or 1, padding, dilation, geometry.groups or 1)
 
 
-def _is_channels_last(kernels: list[Tensor]) -> bool:
+def _is_channels_last(kernels: Iterable[Tensor]) -> bool:
     large = [k for k in kernels if k.shape[2:] == (3, 3) and k.shape[1] > 1]
     return bool(large) and all(k.is_contiguous(memory_format=torch.channels_last) for k in large)

@@ -1,4 +1,4 @@
-"""The block types as a table: which branches a block is the sum of, and whether the sum is normalised."""
+"""The table of block types: the branches of a block, and the normalisation of their sum."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ __all__ = ['BLOCK_TYPES', 'BlockType']
 
 @dataclass(frozen=True, kw_only=True)
 class BlockType:
-    """A training-time block."""
+    """One type of training-time block."""
 
     summary: str
     source: str
-    """The paper."""
+    """Paper that the block is from."""
     branches: Callable[[ConvSpec], Mapping[str, Branch | None]]
-    """Makes the branches by name; None where the convolution does not admit one. The first can have any kernel."""
+    """Makes the branches by name. The first can have any kernel. A branch that does not fit the spec is None."""
     norm_after: bool = False
-    """Whether the sum of the branches is normalised, in place of or beside the branches."""
+    """True if the sum of the branches is normalised."""
 
 
 def _identity(spec: ConvSpec, *, norm: bool = True) -> IdentityBranch | None:
@@ -43,9 +43,9 @@ def _identity(spec: ConvSpec, *, norm: bool = True) -> IdentityBranch | None:
 
 
 def _delta_orthogonal(spec: ConvSpec) -> ConvBranch:
-    """Orthogonal at the centre tap, zero elsewhere (arXiv 1806.05393, section 3.3).
+    """Make a convolution that is orthogonal at the centre tap and zero elsewhere (arXiv 1806.05393, section 3.3).
 
-    The norm of any input is kept where there are as many output channels or more.
+    It keeps the norm of its input if there are at least as many output channels.
     """
     conv = ConvBranch.of(spec)
     with torch.no_grad():
@@ -97,7 +97,7 @@ BLOCK_TYPES: Mapping[str, BlockType] = MappingProxyType(
         ),
         'doconv': BlockType(
             summary='depthwise over-parameterised 3x3',
-            source='DO-ConvBranch, arXiv 2006.12030',
+            source='DO-Conv, arXiv 2006.12030',
             branches=lambda s: {'doconv': DOConvBranch(s)},
         ),
         'expand': BlockType(
@@ -165,4 +165,4 @@ BLOCK_TYPES: Mapping[str, BlockType] = MappingProxyType(
         ),
     }
 )
-"""By name. The default, `repvgg`, is `repvgg_zoo.RepVGGBlock`, whose keys are timm's."""
+"""The block types by name, except the default `repvgg`, which is `repvgg_zoo.RepVGGBlock`."""

@@ -1,7 +1,7 @@
-"""What the training-time blocks are sums of: branches that are linear in eval mode, each equal to one convolution.
+"""The branches whose sum is a training-time block. In eval mode each is linear and equal to one convolution.
 
 A branch maps `(N, C_in, H, W)` to `(N, C_out, H / stride, W / stride)`, rounded up. Stride and dilation are read off
-the modules that are there, so that they can be changed by hand, as segmentation recipes do.
+its modules, so users can change them by hand, as segmentation recipes do.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 _SAFE_CHS = 16
-"""Input channels from which on strided 1x1 convolutions are safe; see `SubsampledConv2d`."""
+"""Smallest number of input channels for which strided 1x1 convolutions are safe; see `SubsampledConv2d`."""
 
 
 class SubsampledConv2d(nn.Conv2d):
@@ -58,8 +58,8 @@ class SubsampledConv2d(nn.Conv2d):
                 rows, columns = self.stride
                 x = x[:, :, ::rows, ::columns]  # a view, so that autograd keeps nothing more
                 return F.conv2d(x, self.weight, self.bias, groups=self.groups)
-        # a pool of one pixel, unlike a slice, gets its size from the convolution's formula, by which torch.export can
-        # tell that the branches fit together
+        # A pool of one pixel gets its size from the convolution's formula, and a slice does not. torch.export needs the
+        # formula to see that the branches fit together.
         return F.conv2d(F.avg_pool2d(x, 1, self.stride), self.weight, self.bias, groups=self.groups)
 
 
@@ -69,7 +69,7 @@ CONVOLUTIONS = (nn.Conv2d, SubsampledConv2d)
 
 @dataclass(frozen=True, kw_only=True)
 class ConvSpec:
-    """The convolution that a block stands for, and what its branches are made with."""
+    """The convolution that a block stands for, and the options that its branches are made with."""
 
     in_chs: int
     out_chs: int
@@ -78,7 +78,7 @@ class ConvSpec:
     groups: int = 1
     padding_mode: str = 'zeros'
     has_identity: bool = False
-    """Whether the block may have an identity branch."""
+    """True if the block may have an identity branch."""
     norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d
     dd: dict[str, Any] = field(default_factory=dict)
     """Device and dtype."""
@@ -88,7 +88,7 @@ class ConvSpec:
         return self.norm_layer(self.out_chs if chs is None else chs, **self.dd)
 
     def conv(self, kernel_size: int | tuple[int, int] = 3, **kwargs: Any) -> nn.Conv2d:
-        """Make a convolution without bias, padded so that the centre tap lies on the pixels that stride leaves."""
+        """Make a convolution without bias; its padding puts the centre tap on the pixels that stride leaves."""
         height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
         options: dict[str, Any] = dict(
             stride=self.stride,
@@ -110,7 +110,7 @@ class ConvSpec:
         return nn.Parameter(torch.zeros(*size, **self.dd))
 
     def geometry(self) -> Geometry:
-        """What a branch computes that has no convolution module of its own."""
+        """Return the geometry of a branch that has no convolution module of its own."""
         stride = (self.stride, self.stride)
         return Geometry(self.in_chs, self.out_chs, self.groups, stride, self.dilation, self.dilation, self.padding_mode)
 
@@ -122,27 +122,32 @@ class Branch(nn.Module):
         bn: nn.Module | None
 
     def geometry(self) -> Geometry:
-        """What the branch computes apart from its kernel; raise `FoldError` if it is no convolution."""
+        """Return the geometry of the branch; raise `FoldError` if it is no convolution."""
         raise NotImplementedError
 
     def equivalent_kernel_bias(self, dtype: torch.dtype, like: Tensor | None = None) -> KernelBias:
-        """The kernel and the bias that the branch is in eval mode, computed in `dtype`.
+        """Compute the convolution that the branch is in eval mode.
 
-        The kernel is new, `(C_out, C_in / groups, k_h, k_w)` of at most 3x3; the bias is `(C_out,)`. `like` is the kernel
-        of another branch: an identity without normalisation knows neither its device nor, after pruning, its width.
+        Args:
+            dtype: Dtype of the computation.
+            like: Kernel of another branch. Without normalisation an identity has no device of its own, and pruning
+                changes its width, so it takes both from this kernel.
+
+        Returns:
+            A new kernel `(C_out, C_in / groups, k_h, k_w)` of at most 3x3, and a bias `(C_out,)`.
         """
         raise NotImplementedError
 
     def set_kernel(self, kernel: Tensor) -> None:
-        """Set parameters so that the equivalent kernel is `kernel`, or as near to it as the structure allows."""
+        """Set the parameters so that the equivalent kernel is `kernel`, or as near as the structure allows."""
         raise NotImplementedError
 
     def norms(self) -> list[nn.Module]:
-        """The normalisation layers of the branch."""
+        """Return the normalisation layers of the branch."""
         return [] if self.bn is None else [self.bn]
 
     def input_convs(self) -> list[str]:
-        """Paths of the convolution modules that read the input and hold their kernel as it is."""
+        """Return paths of the convolution modules that read the input and hold their kernel."""
         return []
 
 
@@ -162,7 +167,7 @@ class ConvBranch(Branch):
         y = self.conv(x)
         if self.bn is None:
             return y
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript takes this condition only by itself
             if self._is_point() and recomputes(self.bn, x, y):
                 return normalise_and_recompute(self.bn, y, self._convolve, x, self.conv.weight)
         return self.bn(y)
@@ -173,7 +178,7 @@ class ConvBranch(Branch):
 
     @torch.jit.unused
     def _is_point(self) -> bool:
-        """Whether the convolution is 1x1 and nothing more."""
+        """Tell whether the convolution is 1x1 and nothing more."""
         conv = self.conv
         return is_plain(conv, CONVOLUTIONS) and conv.kernel_size == (1, 1) and type(conv.weight) is nn.Parameter
 
@@ -231,16 +236,19 @@ class IdentityBranch(Branch):
 
     @torch.jit.unused
     def set_kernel(self, kernel: Tensor) -> None:
-        if self.bn is not None and self.bn.weight is not None:
+        if self.bn is None:
+            return
+        stats = BNStats.of(self.bn)
+        if stats.weight is not None:
             diagonal = _diagonal(kernel, self.groups)
-            self.bn.weight.copy_(diagonal * (self.bn.running_var.to(diagonal) + self.bn.eps).sqrt())
+            stats.weight.copy_(diagonal * (stats.var.to(diagonal) + stats.eps).sqrt())
 
 
 class ScaledBranch(Branch):
-    """A convolution without normalisation, or with `kernel_size` 0 the identity, times a scale for each channel.
+    """A convolution without normalisation, times a scale for each channel; with `kernel_size` 0, the identity.
 
-    The operator of the constant-scale blocks of RepOptimizer (arXiv 2205.15242, section 3.1). The scale requires no
-    gradient; to search for scales, let it.
+    This is the operator of the constant-scale blocks of RepOptimizer (arXiv 2205.15242, section 3.1). The scale
+    requires no gradient. To search for scales, let it require one.
     """
 
     bn = None
@@ -277,8 +285,11 @@ class ScaledBranch(Branch):
 class _OverparameterisedBranch(Branch):
     """A 3x3 convolution whose kernel is a function of the parameters, then normalisation.
 
-    `conv` holds one of the parameters, and stride, dilation and groups; it is not called.
+    `conv` is not called. It holds one of the parameters, and stride, dilation and groups.
     """
+
+    if TYPE_CHECKING:
+        bn: nn.Module
 
     def __init__(self, spec: ConvSpec, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -286,7 +297,7 @@ class _OverparameterisedBranch(Branch):
         self.bn = spec.norm()
 
     def kernel(self, dtype: torch.dtype) -> Tensor:
-        """The kernel `(C_out, C_in / groups, 3, 3)`, computed in `dtype`."""
+        """Compute the kernel `(C_out, C_in / groups, 3, 3)` in `dtype`."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -315,7 +326,7 @@ class _OverparameterisedBranch(Branch):
 
     @torch.jit.unused
     def set_kernel_before_bn(self, kernel: Tensor) -> None:
-        """Set parameters so that `kernel(…)` is `kernel`."""
+        """Set the parameters so that `kernel(…)` is `kernel`."""
         raise NotImplementedError
 
 
@@ -353,8 +364,8 @@ class DiracBranch(_OverparameterisedBranch):
 class DOConvBranch(_OverparameterisedBranch):
     """W' = W ∘ (I + D), depthwise over-parameterised convolution (arXiv 2006.12030, section 3).
 
-    D is a 9x9 matrix for each input channel, initially 0; W is a kernel. `I + D` takes the place of the paper's D, whose
-    initial value is the identity, so that weight decay leads there.
+    W is a kernel, and D is a 9x9 matrix for each input channel. The paper's D is initially I, and here `I + D` takes
+    its place. So D is initially 0, and weight decay leads there.
     """
 
     def __init__(self, spec: ConvSpec) -> None:
@@ -377,9 +388,9 @@ class DOConvBranch(_OverparameterisedBranch):
 class ExpandBranch(_OverparameterisedBranch):
     """The kernel of a linear chain 1x1 · 3x3 · 1x1, wider inside by `rate` (ExpandNets, arXiv 1811.10495, section 3).
 
-    The chain has no biases, so its first 1x1 convolution keeps the zeros of the padding: it equals the convolution by
-    the product of its kernels at the border too. That convolution is what is computed; a chain over feature maps costs
-    `rate`² times as much.
+    The chain has no biases, so its first 1x1 convolution keeps the zeros of the padding. At the border too, the chain
+    equals one convolution by the product of its kernels. `forward` runs this convolution, because a chain over feature
+    maps costs `rate`² times as much.
     """
 
     def __init__(self, spec: ConvSpec, *, rate: int = 4) -> None:
@@ -395,7 +406,10 @@ class ExpandBranch(_OverparameterisedBranch):
         return super().geometry()._replace(in_chs=in_chs, out_chs=self.last.shape[0])
 
     def _matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The 1x1 kernels by group: `(g, rate · C_in / g, C_in / g)` and `(g, C_out / g, rate · C_out / g)`."""
+        """Return both 1x1 kernels by group.
+
+        Their shapes are `(g, rate · C_in / g, C_in / g)` and `(g, C_out / g, rate · C_out / g)`.
+        """
         first, last = self.first.to(dtype).flatten(1), self.last.to(dtype).flatten(1)
         g = self.conv.groups
         return first.view(g, -1, first.shape[1]), last.view(g, -1, last.shape[1])
@@ -419,9 +433,13 @@ class ExpandBranch(_OverparameterisedBranch):
 class _ChainBranch(Branch):
     """A 1x1 convolution with normalisation, an operator over 3x3 pixels, and normalisation again.
 
-    The operator sees the first normalisation's image of zero around the feature map, so that the chain is one
-    convolution at the border too (arXiv 2103.13425, section 3.2, transform III).
+    The feature map is padded with the value that the first normalisation makes of zero. So the chain is one convolution
+    at the border too (arXiv 2103.13425, section 3.2, transform III).
     """
+
+    if TYPE_CHECKING:
+        bn: nn.Module
+        inner_bn: Any  # of any class with running statistics
 
     def __init__(self, spec: ConvSpec, conv: nn.Conv2d, inner_chs: int) -> None:
         """`conv` has the stride and the dilation of the chain."""
@@ -432,13 +450,13 @@ class _ChainBranch(Branch):
         self.inner_bn = spec.norm(inner_chs)
         if getattr(self.inner_bn, 'running_mean', None) is None:
             raise ValueError(
-                'the chains of the Diverse Branch Block pad with what normalisation makes of zero, and so need its '
-                'running statistics; take a norm_layer with track_running_stats=True'
+                'the Diverse Branch Block pads with the value that normalisation makes of zero, and so needs running '
+                'statistics; take a norm_layer with track_running_stats=True'
             )
         self.bn = spec.norm()
 
     def point(self) -> Tensor:
-        """The 1x1 kernel `(C_inner, C_in / groups, 1, 1)`."""
+        """Return the 1x1 kernel `(C_inner, C_in / groups, 1, 1)`."""
         raise NotImplementedError
 
     def spread(self, y: Tensor) -> Tensor:
@@ -459,7 +477,7 @@ class _ChainBranch(Branch):
     def _normalised_point(self, x: Tensor) -> Tensor:
         kernel = self.point()
         y = F.conv2d(x, kernel, groups=self.groups)
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript takes this condition only by itself
             if recomputes(self.inner_bn, x, y):
                 compute = functools.partial(F.conv2d, groups=self.groups)
                 return normalise_and_recompute(self.inner_bn, y, compute, x, kernel)
@@ -486,7 +504,7 @@ class _ChainBranch(Branch):
 class PointConvBranch(_ChainBranch):
     """1x1, then 3x3: the branch 1x1-KxK of the Diverse Branch Block (arXiv 2103.13425, section 3.3).
 
-    The 1x1 kernel is I + `delta`, and `delta` initially 0.
+    The 1x1 kernel is I + `delta`. Initially `delta` is 0.
     """
 
     def __init__(self, spec: ConvSpec) -> None:
@@ -520,9 +538,9 @@ class PointConvBranch(_ChainBranch):
 
 
 class AvgPoolBranch(_ChainBranch):
-    """1x1, then the average over 3x3 pixels: the branch 1x1-AVG of the Diverse Branch Block.
+    """1x1, then the average over 3x3 pixels: the branch 1x1-AVG of the Diverse Branch Block (section 3.3).
 
-    `conv` holds the 1x1 kernel, and the stride and dilation of the average; it is not called.
+    `conv` is not called. It holds the 1x1 kernel, and the stride and dilation of the average.
     """
 
     def __init__(self, spec: ConvSpec) -> None:
@@ -551,11 +569,11 @@ class AvgPoolBranch(_ChainBranch):
 
 
 def _diagonal(kernel: Tensor, groups: int) -> Tensor:
-    """What a 3x3 kernel multiplies each output channel's own input channel by, `(C_out,)`."""
+    """Return the centre tap of each output channel for its own input channel, `(C_out,)`, of a 3x3 kernel."""
     eye = identity_kernel(kernel.shape[0], kernel.shape[1] * groups, groups, kernel.dtype, kernel.device)
     return (kernel[:, :, 1:2, 1:2] * eye).sum((1, 2, 3))
 
 
 def _per_group(kernel: Tensor, groups: int) -> Tensor:
-    """`(C_out, …)` as `(groups, C_out / groups, …)`."""
+    """View `(C_out, …)` as `(groups, C_out / groups, …)`."""
     return kernel.view(groups, kernel.shape[0] // groups, *kernel.shape[1:])

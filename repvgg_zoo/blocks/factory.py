@@ -1,4 +1,4 @@
-"""Blocks by name, and the names of the blocks that a state dict holds."""
+"""Look up block types by name, and by the keys of a state dict."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ BLOCKS = ('repvgg', *BLOCK_TYPES)
 
 
 def block_type(name: str) -> Callable[..., ReparamBlock]:
-    """Look up what makes blocks of a name.
+    """Look up the constructor of a block type.
+
+    Args:
+        name: A name of `BLOCKS`.
+
+    Returns:
+        A callable that takes the arguments of `ReparamBlock`.
 
     Raises:
         ValueError: There is no block type of that name; the message names the nearest one.
@@ -42,7 +48,12 @@ _BLOCK_PATH = re.compile(r'^(?:stem|stages\.\d+\.\d+)\.')
 def blocks_with_keys(keys: Iterable[str]) -> list[str]:
     """Find the block types whose branches have the keys of a training-form state dict in timm's layout.
 
-    More than one where block types differ only in their initial values; none if no known type has these keys.
+    Args:
+        keys: Keys of a whole model.
+
+    Returns:
+        Names of block types. There are several if types differ only in their initial values, and none if no type has
+        these keys.
 
     Example:
         >>> blocks_with_keys(['stem.conv_kxk.conv.weight'])
@@ -61,5 +72,5 @@ def _branch_modules_by_type() -> dict[str, frozenset[str]]:
 
 
 def _branch_modules(keys: Iterable[str]) -> frozenset[str]:
-    """Paths within a block of all modules of its branches that have keys."""
+    """Return the paths within a block of all modules of its branches that have keys."""
     return frozenset(key.rpartition('.')[0] for key in keys if key.startswith(MultiBranchBlock.branch_names))

@@ -6,8 +6,8 @@
 - Recomputed: in training the output of a 1x1 convolution is not kept for its norm's backward pass, but computed again.
 
 In every other case the branches run one by one: if they have hooks or other classes, in tracing, scripting, export and
-compilation, inside functional transforms, under modes that watch operators. Monkey-patches of torch classes (rather than
-of module instances) are not detected.
+compilation, inside functional transforms, and under modes that watch operators. Monkey-patches of torch classes (rather
+than of module instances) are not detected.
 """
 
 from __future__ import annotations
@@ -48,40 +48,40 @@ _TRAINED_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def full_precision(module: nn.Module) -> Any:
-    """No autocast on a module's device meanwhile, so that kernels are as precise as their parameters."""
+    """Turn autocast off on a module's device inside `with`, so that kernels are as precise as their parameters."""
     kind = next(module.parameters()).device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def is_plain(module: nn.Module, classes: Iterable[type[nn.Module]]) -> bool:
-    """Whether a module is exactly of one of some classes, and does what its class says."""
+    """Tell whether a module is exactly of one of these classes and has no hooks."""
     return type(module) in classes and not has_hooks(module)
 
 
 def is_fixed_norm(norm: nn.Module) -> bool:
-    """Whether a norm is linear now: it normalises with running statistics that it does not move."""
+    """Tell whether a norm is linear now: it normalises with running statistics that it does not move."""
     if is_plain(norm, _FROZEN_NORMS):
         return isinstance(getattr(norm, 'act', None), (nn.Identity, type(None)))
     return is_plain(norm, _TRAINED_NORMS) and not norm.training and norm.running_mean is not None
 
 
 def moves_statistics(norm: nn.Module) -> bool:
-    """Whether a norm normalises with the statistics of the batch; frozen norms have a train mode too, which is idle."""
+    """Tell whether a norm normalises with the statistics of the batch. Frozen norms never do, even in train mode."""
     return norm.training and type(norm) not in _FROZEN_NORMS
 
 
 def runs_plainly(x: Tensor) -> bool:
-    """Whether operators on a tensor run as they are called, and the fast paths are on."""
+    """Tell whether operators on a tensor run as they are called, and the fast paths are on."""
     is_dense = type(x) is Tensor and x.layout is torch.strided and not x.is_meta
     return is_dense and is_plain_eager() and not fast_path_is_disabled()
 
 
 def can_fold(branches: Iterable[nn.Module], classes: Iterable[type[nn.Module]]) -> bool:
-    """Whether branches are what their classes say, and their norms linear now.
+    """Tell whether branches compute what their classes say, and their norms are linear now.
 
     Args:
         branches: The branches.
-        classes: Classes of modules, apart from norms, that a fold knows.
+        classes: Classes of modules that a fold knows, except norms.
     """
     for module in (m for branch in branches for m in branch.modules()):
         if not (is_plain(module, classes) or is_fixed_norm(module)):
@@ -92,13 +92,13 @@ def can_fold(branches: Iterable[nn.Module], classes: Iterable[type[nn.Module]]) 
 
 
 def is_stochastic(module: nn.Module) -> bool:
-    """Whether stochastic depth or DropBlock does, or may do, anything."""
+    """Tell whether stochastic depth or DropBlock may do anything now."""
     idle = type(module) is nn.Identity or (type(module) in (DropPath, DropBlock2d) and not module.training)
     return not idle or has_hooks(module)
 
 
 def recomputes(norm: nn.Module, x: Tensor, y: Tensor) -> bool:
-    """Whether autograd may keep `x` in place of `y`, a 1x1 convolution of it, for the backward pass of a norm."""
+    """Tell whether autograd may keep `x` in place of its 1x1 convolution `y` for the backward pass of a norm."""
     return (
         norm.training
         and y.requires_grad
@@ -111,11 +111,11 @@ def recomputes(norm: nn.Module, x: Tensor, y: Tensor) -> bool:
 def normalise_and_recompute(
     norm: nn.Module, y: Tensor, compute: Callable[[Tensor, Tensor], Tensor], x: Tensor, kernel: Tensor
 ) -> Tensor:
-    """`norm(y)` for `y = compute(x, kernel)`, for which autograd keeps `x` in place of `y`.
+    """Return `norm(y)` for `y = compute(x, kernel)`, and let autograd keep `x` in place of `y`.
 
     Args:
         norm: A batch normalisation in train mode.
-        y: `(N, C, H, W)`; the caller lets go of it.
+        y: `(N, C, H, W)`. Memory is saved only if the caller releases it.
         compute: A 1x1 convolution, which costs a ninth of the 3x3 convolution beside it.
         x: Its input, which the convolution keeps for its own backward pass anyway.
         kernel: Its kernel.
@@ -123,7 +123,7 @@ def normalise_and_recompute(
     address, shape, kind = y.data_ptr(), y.shape, y.device.type
     has_autocast = torch.amp.is_autocast_available(kind)
     dtype = torch.get_autocast_dtype(kind) if has_autocast and torch.is_autocast_enabled(kind) else None
-    used = [t for t in (x, kernel, norm.weight) if t is not None]
+    used = [t for t in (x, kernel, norm.weight) if isinstance(t, Tensor)]
     versions = [version_of(t) for t in used]
 
     def pack(saved: Tensor) -> Tensor | None:

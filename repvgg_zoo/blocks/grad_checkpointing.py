@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..reparam.fold import BATCH_NORMS
+from ..reparam.fold import BATCH_NORMS, BatchNorm
 
 __all__ = ['checkpointed']
 
 
 def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)`, for which autograd keeps only the input.
+    """Return `module(x)`, and let autograd keep only the input.
 
-    The repeated forward pass finds the running statistics that the first one left, and does not move them. So they are
-    those of training without checkpoints, and so are the gradients of modules that use them in train mode, as the
-    Diverse Branch Block does.
+    The repeated forward pass starts from the running statistics that the first one left, and does not move them. So the
+    statistics are those of training without checkpoints. So are the gradients of modules that use the statistics in
+    train mode, as the Diverse Branch Block does.
     """
     if torch.compiler.is_compiling():  # compiled recomputation moves nothing
         return checkpoint(module, x, use_reentrant=False)
@@ -33,8 +33,8 @@ def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
     return checkpoint(module, x, use_reentrant=False, context_fn=contexts)
 
 
-_Statistics: TypeAlias = dict[nn.Module, dict[str, Tensor]]
-"""Buffers of each normalisation, by name."""
+_Statistics: TypeAlias = dict[BatchNorm, dict[str, Tensor]]
+"""Buffers of each normalisation layer by name."""
 
 
 @contextmanager
@@ -42,14 +42,14 @@ def _record_stats(statistics: _Statistics) -> Iterator[None]:
     """Record the statistics that a forward pass leaves."""
     yield
     for norm, buffers in statistics.items():
-        buffers.update(running_mean=norm.running_mean.clone(), running_var=norm.running_var.clone())
+        buffers.update({name: norm.get_buffer(name).clone() for name in ('running_mean', 'running_var')})
         if norm.num_batches_tracked is not None:
             # momentum=None averages over num_batches_tracked; a huge count makes the update a no-op
             buffers['num_batches_tracked'] = torch.full_like(norm.num_batches_tracked, 2**62)
 
 
 class _RestoreStats(AbstractContextManager[None]):
-    """A forward pass with the recorded statistics, once for each backward pass, that moves nothing."""
+    """Run a forward pass with the recorded statistics, and move none of them. Each backward pass enters it once."""
 
     def __init__(self, statistics: _Statistics) -> None:
         self.statistics = statistics

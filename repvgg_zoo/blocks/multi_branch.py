@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,10 @@ __all__ = ['MultiBranchBlock']
 class MultiBranchBlock(ReparamBlock):
     """act(attn(BN(sum of branches))) to train, act(attn(3x3 · x + b)) to deploy.
 
-    `block` names the branches, and whether their sum is normalised; see `BLOCK_TYPES`. Shapes and the other arguments
-    are those of `ReparamBlock`; stochastic depth has an effect where there is an identity branch, which it leaves.
+    The option `block` is a name of `BLOCK_TYPES`. That table has the branches, and tells if their sum is normalised.
+    Shapes and all other arguments are those of `ReparamBlock`.
 
     Example:
-        >>> import torch
         >>> block = MultiBranchBlock(8, 8, block='acb')
         >>> list(block.branches)
         ['kxk', 'kx1', '1xk']
@@ -31,6 +31,9 @@ class MultiBranchBlock(ReparamBlock):
     """
 
     branch_names = ('branches', 'identity', 'norm')
+    if TYPE_CHECKING:
+        branches: Any  # an `nn.ModuleDict` of branches; in the deploy form None
+        identity: Branch | None
 
     @torch.jit.unused
     def _make_branches(self, spec: ConvSpec | None, *, block: str) -> bool:

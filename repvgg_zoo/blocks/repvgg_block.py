@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +28,17 @@ class RepVGGBlock(ReparamBlock):
 
     block = 'repvgg'
     branch_names = ('conv_kxk', 'conv_1x1', 'identity')
+    if TYPE_CHECKING:  # in the deploy form all three are None
+        conv_kxk: ConvBranch
+        conv_1x1: ConvBranch
+        identity: nn.Module | None
 
     @torch.jit.unused
     def _make_branches(self, spec: ConvSpec | None) -> bool:
         self.norm = None
         self.identity = spec.norm() if spec and spec.has_identity else None
-        self.conv_kxk = ConvBranch.of(spec) if spec else None
-        self.conv_1x1 = ConvBranch.of(spec, 1) if spec else None
+        for name, kernel_size in (('conv_kxk', 3), ('conv_1x1', 1)):
+            setattr(self, name, ConvBranch.of(spec, kernel_size) if spec else None)
         return self.identity is not None
 
     def run_branches(self, x: Tensor) -> Tensor:
@@ -45,7 +49,7 @@ class RepVGGBlock(ReparamBlock):
 
     @torch.jit.unused
     def named_branches(self) -> dict[str, Branch]:
-        branches = {'conv_kxk': self.conv_kxk, 'conv_1x1': self.conv_1x1}
+        branches: dict[str, Branch] = {'conv_kxk': self.conv_kxk, 'conv_1x1': self.conv_1x1}
         if self.identity is not None:  # as in timm, a norm of its own
             conv = self.conv_kxk.conv
             branches['identity'] = IdentityBranch(conv.in_channels, conv.groups, self.identity)
@@ -62,11 +66,11 @@ class RepVGGBlock(ReparamBlock):
 
 
 def repvgg_form_of(own: Mapping[str, Tensor], options: Mapping[str, Any]) -> RepVGGBlock | None:
-    """A RepVGG block on the meta device that takes the branches of a state dict, or None if it holds none.
+    """Make a RepVGG block on the meta device for the branches of a state dict; return None if it holds none.
 
     Args:
-        own: A block's state dict. Its shapes count, not those of a model that it is loaded into.
-        options: Of the block that it is for: groups and norm_layer count.
+        own: State dict of a block. It decides the number of channels.
+        options: Options of the block that the weights are for. Only `groups` and `norm_layer` count.
     """
     kernel = own.get('conv_kxk.conv.weight')
     if kernel is None:

@@ -27,7 +27,7 @@ _NOISE = 0.1
 """Size of the random part of each branch, relative to the kernel that the branches share."""
 
 _GAIN = 3.0
-"""How much larger kernels are than what normalisation makes of them.
+"""Size of a kernel in front of its normalisation, relative to its size behind.
 
 The larger a normalised kernel, the less a step of training turns it: by 1 / gain². With a gain of 1, fine-tuning the
 bundled weights for four epochs ended a point below the same from their training form; with 3 and with 10 it was on a
@@ -35,7 +35,7 @@ par.
 """
 
 
-@torch.inference_mode(False)  # in which parameters would be made that can never be trained
+@torch.inference_mode(False)  # parameters that are made in inference mode can never be trained
 def unfold(
     module: nn.Module,
     *,
@@ -48,15 +48,15 @@ def unfold(
 
     In eval mode the module computes what it computed. The branches share the kernel; a tenth of their size is random,
     so that branches of one kind learn different things. Without `batches`, the normalisation layers have mean 0 and
-    variance 1, so the outputs in train mode are others at first. Stochastic depth and DropBlock, which the deploy form
-    does not have, stay away. Make optimizers anew: the `step()` of one that holds the old parameters raises
-    `RuntimeError`.
+    variance 1, so the outputs in train mode are others at first. The branches have no stochastic depth and no
+    DropBlock, because the deploy form does not keep them. Make optimizers anew: the `step()` of one that holds the old
+    parameters raises `RuntimeError`.
 
     Args:
         module: Any module with deploy-form blocks of this package.
         block: The block type, a name of `repvgg_zoo.BLOCKS`.
         batches: A few batches of the training data, as tensors or as tuples that begin with one, for
-            `match_bn_statistics`. All are held in memory, so of a loader take some, as `itertools.islice` does.
+            `match_bn_statistics`. All are held in memory, so take only a few of a loader, by `itertools.islice`.
         norm_layer: Batch normalisation of the branches, a layer or timm's name of it; by default `nn.BatchNorm2d` with
             the eps that the blocks were made with.
         generator: Draws the random part, on the CPU; by default torch's own generator does.
@@ -83,7 +83,7 @@ def unfold(
         ['kxk', 'kx1', '1xk']
     """
     make = block_type(block)
-    norm_layer = get_norm_layer(norm_layer)
+    make_norm: Callable[..., nn.Module] | None = get_norm_layer(norm_layer)
     found = {path: m for path, m in module.named_modules() if isinstance(m, ReparamBlock)}
     if not found:
         raise ValueError(f'no block of this package in {type(module).__name__}')
@@ -91,11 +91,14 @@ def unfold(
         raise ValueError(f'{training[0]} is of the training form; switch_to_deploy() comes first')
     if compiled := [path for path in found if path.rpartition('.')[2] == '_orig_mod']:
         raise ValueError(
-            f'{compiled[0].rpartition(".")[0] or "the module"} is a block that was compiled by itself, which goes on '
-            'with the block that it was made of; unfold first, then compile'
+            f'{compiled[0].rpartition(".")[0] or "the module"} is a block that was compiled by itself, and its '
+            'compiled code would go on with the old block; unfold first, then compile'
         )
     images = None if batches is None else _images(batches)
-    unfolded = {folded: _training_form(folded, make, norm_layer, generator) for folded in found.values()}
+    convs = {folded: conv for folded in found.values() if (conv := folded.reparam_conv) is not None}
+    unfolded: dict[nn.Module, nn.Module] = {
+        folded: _training_form(folded, conv, make, make_norm, generator) for folded, conv in convs.items()
+    }
     whole = unfolded.get(module, module)
     _replace(module, unfolded)
     if images is not None:
@@ -104,7 +107,7 @@ def unfold(
         except BaseException:
             _replace(module, {made: folded for folded, made in unfolded.items()})
             raise
-    remember_replaced(parameter for folded in unfolded for parameter in folded.reparam_conv.parameters())
+    remember_replaced(parameter for conv in convs.values() for parameter in conv.parameters())
     for submodule in whole.modules():
         if callable(finish := getattr(submodule, '_on_unfold', None)):
             finish(block)
@@ -112,7 +115,7 @@ def unfold(
 
 
 def _replace(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put other modules in the places of some inside a module."""
+    """Replace modules inside a module, wherever they stand."""
     for path, old in list(module.named_modules(remove_duplicate=False)):
         if old in replacements and path:
             parent, _, name = path.rpartition('.')
@@ -120,9 +123,9 @@ def _replace(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> 
 
 
 def _images(batches: Iterable[Any]) -> list[Tensor]:
-    """The tensors of batches; raises before anything else is done."""
+    """Return the tensors of batches, and raise if there is anything else."""
     given = [batches] if isinstance(batches, Tensor) else list(batches)
-    images = [batch[0] if isinstance(batch, (tuple, list)) and batch else batch for batch in given]
+    images: list[Any] = [batch[0] if isinstance(batch, (tuple, list)) and batch else batch for batch in given]
     strangers = [type(batch).__name__ for batch in images if batch is batches or not isinstance(batch, Tensor)]
     if strangers:
         raise TypeError(f'batches is an iterable of tensors or of tuples that begin with one; here is a {strangers[0]}')
@@ -137,9 +140,12 @@ def _images(batches: Iterable[Any]) -> list[Tensor]:
 
 
 def _training_form(
-    folded: ReparamBlock, make: Any, norm_layer: Callable[..., nn.Module] | None, generator: torch.Generator | None
+    folded: ReparamBlock,
+    conv: nn.Conv2d,
+    make: Callable[..., ReparamBlock],
+    norm_layer: Callable[..., nn.Module] | None,
+    generator: torch.Generator | None,
 ) -> ReparamBlock:
-    conv = folded.reparam_conv
     unfolded = make(
         conv.in_channels,
         conv.out_channels,
@@ -153,7 +159,7 @@ def _training_form(
         device=conv.weight.device,
         dtype=conv.weight.dtype,
     )
-    set_equivalent_kernel_bias(unfolded, conv.weight, conv.bias, generator=generator)
+    set_equivalent_kernel_bias(unfolded, *folded.equivalent_kernel_bias(), generator=generator)
     if not conv.weight.requires_grad:
         unfolded.requires_grad_(False)
     if conv.weight.shape[1] > 1 and conv.weight.is_contiguous(memory_format=torch.channels_last):
@@ -167,10 +173,10 @@ def _training_form(
 def set_equivalent_kernel_bias(
     block: ReparamBlock, kernel: Tensor, bias: Tensor, *, generator: torch.Generator | None = None
 ) -> None:
-    """Give the branches of a block parameters by which `equivalent_kernel_bias()` is as given: the inverse of the fold.
+    """Set the parameters of the branches so that `equivalent_kernel_bias()` is as given: the inverse of the fold.
 
-    The normalisation layers are reset. The branches share the kernel in equal parts, as far as their structure goes;
-    the first one, which can have any kernel, has what is left.
+    The normalisation layers are reset. The branches share the kernel in equal parts, as far as their structure allows.
+    The first branch can have any kernel, and so takes the rest.
 
     Args:
         block: A block of the training form.
@@ -179,7 +185,8 @@ def set_equivalent_kernel_bias(
         generator: See `unfold`.
     """
     main, *others = block.named_branches().values()
-    bias_holder = main.bn if block.norm is None else block.norm
+    last_norms: list[Any] = [block.norm] if block.norm is not None else [branch.bn for branch in (main, *others)]
+    bias_holder = last_norms[0]
     if bias_holder.bias is None:
         raise ValueError(
             f'the bias of a folded block goes into {bias_holder}, which has none; take one with affine=True'
@@ -187,17 +194,16 @@ def set_equivalent_kernel_bias(
     for module in block.modules():
         if isinstance(module, BATCH_NORMS):
             module.reset_parameters()
-    for last in [branch.bn for branch in (main, *others)] if block.norm is None else [block.norm]:
-        if last is not None:
-            last.weight /= _GAIN
+    for norm in last_norms:
+        if norm is not None:
+            norm.weight /= _GAIN
     dtype = fold_dtype(kernel)
     kernel, bias = kernel.to(dtype), bias.to(dtype)
     with full_precision(block):
         rest = safe_divide(kernel, norm_scale(block.norm, kernel))
         share = rest / (1 + len(others))
-        size = (
-            share.square().mean((2, 3), keepdim=True).sqrt()
-        )  # of each pair of channels: their ranges may differ much
+        # of each pair of channels, because their ranges may differ much
+        size = share.square().mean((2, 3), keepdim=True).sqrt()
         for branch in others:
             noise = torch.randn(share.shape, dtype=dtype, generator=generator).to(share.device)
             branch.set_kernel(share + _NOISE * size * noise)
@@ -213,13 +219,30 @@ def _padded(kernel: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def match_bn_statistics(module: nn.Module, batches: Iterable[Any]) -> None:
-    """Set the statistics of every block's normalisation to those of data, and keep what the module computes.
+    """Set the running statistics of every block to those of data, and keep the outputs of eval mode.
 
-    Scale and shift take up what the statistics change: γ' = s · sqrt(σ'² + ε), β' = t + μ' · s with the scale s and
-    the shift t that a layer had. In train mode the outputs on such data are then near those of eval mode.
+    γ' = s · sqrt(σ'² + ε) and β' = t + μ' · s make up for the new mean μ' and variance σ'². The layer had the scale s
+    and the shift t. In train mode the outputs on such data are then near those of eval mode.
 
     Args:
+        module: Any module with training-form blocks of this package.
         batches: Batches of input, as tensors `(N, C, H, W)` or as tuples that begin with one.
+
+    Raises:
+        TypeError: `batches` holds something else than tensors.
+        ValueError: One of four cases, each of which leaves the module as it was:
+
+            - the module has no block of the training form,
+            - `batches` holds no images, or tensors that are not `(N, C, H, W)`,
+            - a normalisation layer sees fewer than two pixels,
+            - the statistics are not finite.
+
+    Example:
+        >>> import timm, torch, repvgg_zoo
+        >>> model = timm.create_model('test_repvgg')
+        >>> repvgg_zoo.match_bn_statistics(model, [torch.randn(2, 3, 32, 32) for _ in range(2)])
+        >>> bool(model.stem.conv_1x1.bn.running_mean.any())
+        True
     """
     blocks = [m for m in module.modules() if isinstance(m, ReparamBlock) and m.reparam_conv is None]
     if not blocks:
@@ -243,18 +266,19 @@ def match_bn_statistics(module: nn.Module, batches: Iterable[Any]) -> None:
             handle.remove()
     if unseen := sum(moments.count < 2 for moments in seen.values()):
         raise ValueError(f'{unseen} of {len(seen)} normalisation layers saw no more than one pixel of the batches')
-    statistics = {norm: moments.mean_and_var(norm.running_var.dtype) for norm, moments in seen.items()}
+    statistics = {norm: moments.mean_and_var(BNStats.of(norm).var.dtype) for norm, moments in seen.items()}
     if infinite := sum(not bool(var.isfinite().all()) for _, var in statistics.values()):
         raise ValueError(
             f'{infinite} of {len(seen)} normalisation layers have statistics of the batches that are not finite; look '
             'for NaN and infinite pixels, and for images that are not prepared as in training'
         )
     for norm, (mean, var) in statistics.items():
-        scale, shift = BNStats.of(norm).scale_shift()
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(var)
-        norm.weight.copy_(scale * (norm.running_var.to(scale) + norm.eps).sqrt())
-        norm.bias.copy_(shift + norm.running_mean.to(scale) * scale)
+        stats = BNStats.of(norm)
+        scale, shift = stats.scale_shift()
+        stats.mean.copy_(mean)
+        stats.var.copy_(var)
+        norm.weight.copy_(scale * (stats.var.to(scale) + norm.eps).sqrt())
+        norm.bias.copy_(shift + stats.mean.to(scale) * scale)
 
 
 class _Moments:
@@ -277,16 +301,24 @@ class _Moments:
         self.count = total
 
     def mean_and_var(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self.mean.to(dtype), (self.sum_of_squares / (self.count - 1)).to(dtype)
+        mean, var = self.mean, self.sum_of_squares / (self.count - 1)
+        return torch.as_tensor(mean, dtype=dtype), torch.as_tensor(var, dtype=dtype)
 
 
 def unfold_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], *, what: str) -> StateDict:
-    """A deploy-form state dict in timm's layout as one of a training-form model, which computes the same.
+    """Turn deploy-form weights in timm's layout into weights of a training-form model that computes the same.
 
-    Raises `CheckpointError` if it does not fit; `what` names the model. The model itself is left as it is.
+    Args:
+        model: The training-form model. It is left as it is.
+        state_dict: Weights of the deploy form.
+        what: Name of the model's variant, for errors.
+
+    Raises:
+        CheckpointError: The weights do not fit the model.
+        ValueError: The model is on the meta device.
     """
     if any(tensor.is_meta for tensor in model.state_dict().values()):
-        raise ValueError("branches are made at random, which a model on device 'meta' cannot be; create it elsewhere")
+        raise ValueError("branches have random parts, and the model is on device 'meta'; create it on another device")
     unfolded = copy.deepcopy(model)
     blocks = {path: block for path, block in unfolded.named_modules() if isinstance(block, ReparamBlock)}
     expected = dict(unfolded.state_dict())

@@ -1,4 +1,4 @@
-"""The error that loading raises."""
+"""The error of loading, and lists of keys in messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ __all__ = ['CheckpointError', 'abbreviate']
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read, or does not fit the model that it is loaded into."""
+    """A checkpoint cannot be read, or does not fit the model that it is loaded into.
+
+    Example:
+        >>> import timm, repvgg_zoo
+        >>> model, deployed = (timm.create_model('test_repvgg', deploy=deploy) for deploy in (False, True))
+        >>> try:
+        ...     model.load_state_dict(deployed.state_dict())
+        ... except repvgg_zoo.CheckpointError as error:
+        ...     print(error)  # doctest: +ELLIPSIS
+        deploy-form weights do not go into a training-form model ...
+    """
 
 
 def abbreviate(items: Iterable[str], limit: int = 5) -> str:

@@ -99,9 +99,10 @@ def weights_in(folder: Path) -> Path:
     raise CheckpointError(f'no weights in {str(folder)!r}: neither {" nor ".join(WEIGHT_FILES)}')
 
 
-def _from_url(url: str, cache_dir: str | Path | None) -> Path:
+def _from_url(source: str | tuple[str, str], cache_dir: str | Path | None) -> Path:
+    url, name = source if isinstance(source, tuple) else (source, Path(urlparse(source).path).name)  # as in timm
     folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / 'checkpoints'
-    path = folder / Path(urlparse(url).path).name
+    path = folder / name
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), progress=False)

@@ -1,0 +1,1 @@
+"""The algebra of re-parameterization, and the switch to the deploy form; imports torch only."""

@@ -17,7 +17,7 @@ _disabled = ContextVar('fast_path_is_disabled', default=False)
 
 @contextmanager
 def disable_fast_path() -> Iterator[None]:
-    """Run the branches one by one meanwhile, in this thread: for comparisons of both forms.
+    """Run branches one by one inside the `with` block, in this thread. Comparisons of both forms need it.
 
     Example:
         >>> import timm, repvgg_zoo
@@ -33,13 +33,16 @@ def disable_fast_path() -> Iterator[None]:
 
 
 def fast_path_is_disabled() -> bool:
-    """Whether the branches are to be run one by one."""
+    """Tell whether `disable_fast_path` is in force."""
     return _disabled.get()
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode meanwhile, branches one by one and no gradients; the mode of every submodule is kept."""
+    """Put a module into eval mode inside the `with` block, with branches one by one and without gradients.
+
+    The mode of every submodule is restored at the end.
+    """
     modes = {submodule: submodule.training for submodule in module.modules()}
     module.eval()
     try:
@@ -51,7 +54,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def eval_outputs(module: nn.Module, batch: Any) -> list[Tensor]:
-    """Run a module in eval mode; returns all tensors among its outputs."""
+    """Run a module in eval mode; return all tensors among its outputs."""
     with evaluating(module):
         return [output.detach().clone() for output in _tensors(module(batch))]
 

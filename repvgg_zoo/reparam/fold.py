@@ -8,7 +8,7 @@ function opens with its equation, and every function is differentiable. Kernels 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 __all__ = [
     'BATCH_NORMS',
     'BNStats',
+    'BatchNorm',
     'FoldError',
     'KernelBias',
     'centred_kernel',
@@ -30,8 +31,9 @@ __all__ = [
 KernelBias: TypeAlias = tuple[Tensor, Tensor]
 """A kernel `(C_out, C_in / groups, k, k)` and a bias `(C_out,)`."""
 
+BatchNorm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-"""The classes of batch normalisation, timm's included, which derive from them."""
+"""The classes of batch normalisation. timm's classes derive from them."""
 
 
 class FoldError(ValueError):
@@ -46,7 +48,7 @@ class FoldError(ValueError):
 
 
 class BNStats(NamedTuple):
-    """What batch normalisation over C channels computes in eval mode; each tensor is `(C,)`."""
+    """Statistics and affine parameters of batch normalisation over C channels; each tensor is `(C,)`."""
 
     mean: Tensor
     var: Tensor
@@ -58,6 +60,7 @@ class BNStats(NamedTuple):
     def of(cls, norm: nn.Module) -> BNStats:
         """Read a normalisation layer; raise `FoldError` if its eval mode is not linear and fixed."""
         name = type(norm).__name__
+        layer: Any = norm  # of any class that has the attributes
         if not isinstance(getattr(norm, 'running_mean', None), Tensor):
             raise FoldError(
                 f'{norm} keeps no running statistics; only layers with running_mean, running_var and eps are folded'
@@ -67,9 +70,8 @@ class BNStats(NamedTuple):
         act = getattr(norm, 'act', None)
         if act is not None and not isinstance(act, nn.Identity):
             raise FoldError(f'{norm} has an activation, which is not linear')
-        return cls(
-            norm.running_mean, norm.running_var, getattr(norm, 'weight', None), getattr(norm, 'bias', None), norm.eps
-        )
+        weight, bias = getattr(norm, 'weight', None), getattr(norm, 'bias', None)
+        return cls(layer.running_mean, layer.running_var, weight, bias, layer.eps)
 
     def scale_shift(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """BN(y) = y · scale + shift, both `(C,)`: scale = γ / sqrt(σ² + ε), shift = β - μ · scale."""
@@ -104,7 +106,7 @@ def fuse_conv_bn(kernel: Tensor, bias: Tensor | None, norm: nn.Module | None, dt
         kernel: `(C_out, C_in / groups, k, k)`.
         bias: `(C_out,)`, or None for zeros.
         norm: The normalisation behind the convolution; None or `nn.Identity` for none.
-        dtype: What the kernel and the bias are computed in.
+        dtype: Dtype of the computation and of the result.
 
     Returns:
         A new kernel, which the caller may change in place, and a bias.
@@ -158,7 +160,7 @@ def sum_kernels(kernels: Sequence[Tensor]) -> Tensor:
 
 
 def centred_kernel(kernel: Tensor, height: int, width: int) -> Tensor:
-    """A kernel with zeros around it, `(C_out, C_in / groups, height, width)`."""
+    """Pad a kernel with zeros to `(C_out, C_in / groups, height, width)`."""
     rows, columns = (height - kernel.shape[2]) // 2, (width - kernel.shape[3]) // 2
     return F.pad(kernel, [columns, columns, rows, rows])
 
@@ -173,5 +175,5 @@ def identity_kernel(out_chs: int, in_chs: int, groups: int, dtype: torch.dtype, 
 
 
 def safe_divide(kernel: Tensor, divisor: Tensor) -> Tensor:
-    """W / d, and 0 where d is 0: what a scale of zero multiplies has no effect."""
+    """W / d, and 0 where d is 0, because a kernel has no effect behind a scale of 0."""
     return torch.where(divisor == 0, torch.zeros_like(kernel), kernel / torch.where(divisor == 0, 1, divisor))

@@ -1,4 +1,4 @@
-"""What blocks call their parts, and an adapter of other code bases' blocks to the fold protocol."""
+"""The names that code bases give to the parts of a RepVGG block, and an adapter to the fold protocol."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 
 
 class BlockNames(NamedTuple):
-    """What one code base calls the parts of a RepVGG block; the branches hold `conv` and `norm`."""
+    """The names that one code base gives to the parts of a RepVGG block. A branch holds `conv` and `norm`."""
 
     conv_kxk: str
     conv_1x1: str
@@ -51,17 +51,17 @@ BLOCK_NAMES = (TIMM, OFFICIAL, MMPRETRAIN)
 
 
 class ForeignBlock:
-    """A RepVGG block of timm, of the official code or of mmpretrain under the fold protocol; see `switch.Foldable`."""
+    """Adapts a RepVGG block of timm, of the official code or of mmpretrain to the protocol `switch.Foldable`."""
 
     def __init__(self, block: nn.Module, names: BlockNames) -> None:
         self.module = block
         self.names = names
-        self.branch_names = (names.conv_kxk, names.conv_1x1, names.identity)
+        self.branch_names: tuple[str, ...] = (names.conv_kxk, names.conv_1x1, names.identity)
         self.conv_name = names.reparam_conv
 
     @classmethod
     def of(cls, module: nn.Module) -> ForeignBlock | None:
-        """Adapt a module that has the parts of a block, in either form; None for any other module.
+        """Adapt a module that has the parts of a block, in either form; return None for any other module.
 
         Only its own children count: a wrapper that passes attributes on is not the block inside it.
         """
@@ -77,7 +77,7 @@ class ForeignBlock:
         return isinstance(dict(self.module.named_children()).get(self.conv_name), nn.Conv2d)
 
     def needs_proof(self) -> bool:
-        """What its `forward` does with the parts is up to other code."""
+        """Return True, because code of others decides what `forward` does with the parts."""
         return True
 
     def check_foldable(self) -> None:
@@ -99,16 +99,16 @@ class ForeignBlock:
     @torch.no_grad()
     def folded_conv(self) -> nn.Conv2d:
         branches = self._convolutions()
-        like = branches[0][1].weight
+        conv = branches[0][1]
+        like = conv.weight
         dtype = fold_dtype(like)
         kernels, biases = zip(*(fuse_conv_bn(c.weight, c.bias, norm, dtype) for _, c, norm in branches), strict=True)
-        geometry = self.geometry()
         if (identity := self._identity()) is not None:
-            eye = identity_kernel(geometry.out_chs, geometry.in_chs, geometry.groups, dtype, like.device)
+            eye = identity_kernel(len(like), like.shape[1] * conv.groups, conv.groups, dtype, like.device)
             kernel, bias = fuse_conv_bn(eye, None, identity, dtype)
             kernels, biases = (*kernels, kernel), (*biases, bias)
         kernel, bias = sum_kernels(kernels).to(like.dtype), sum(biases).to(like.dtype)
-        return build_conv(kernel, bias, geometry, like=self.module)
+        return build_conv(kernel, bias, self.geometry(), like=self.module)
 
     def _convolutions(self) -> list[tuple[str, nn.Conv2d, nn.Module]]:
         branches = [(name, getattr(self.module, name)) for name in self.branch_names[:2]]

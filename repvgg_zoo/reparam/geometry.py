@@ -1,9 +1,9 @@
-"""What a convolution computes apart from its kernel, and which convolutions fold together."""
+"""The geometry of a convolution: everything that it computes by, except its kernel and bias."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ __all__ = ['Geometry', 'agreed', 'build_conv', 'check_is_plain_conv', 'fold_dtyp
 
 
 class Geometry(NamedTuple):
-    """Of a convolution whose padding centres its kernel; None where the value has no effect on what it computes."""
+    """Geometry of a convolution whose padding centres its kernel. A value that has no effect is None."""
 
     in_chs: int | None = None
     out_chs: int | None = None
@@ -30,7 +30,8 @@ def geometry_of(conv: nn.Conv2d) -> Geometry:
     """Read a convolution; raise `FoldError` if its padding does not centre its kernel."""
     size, dilation = conv.kernel_size, conv.dilation
     centred = tuple(d * (k // 2) for d, k in zip(dilation, size, strict=True))
-    padding = {'same': centred, 'valid': (0,) * len(size)}.get(conv.padding, conv.padding)
+    named = {'same': centred, 'valid': (0,) * len(size)}
+    padding = named.get(conv.padding) if isinstance(conv.padding, str) else conv.padding
     if padding != centred or not all(k % 2 for k in size):
         raise FoldError(f'its padding {conv.padding} does not centre a {size} kernel of dilation {dilation}')
     return Geometry(
@@ -45,12 +46,12 @@ def geometry_of(conv: nn.Conv2d) -> Geometry:
 
 
 def agreed(geometries: Mapping[str, Geometry]) -> Geometry:
-    """The one geometry that all branches have; raise `FoldError` that names two branches which differ.
+    """Return the geometry that all branches share; raise `FoldError` that names two branches if they differ.
 
     Args:
-        geometries: Of each branch, by the branch's name.
+        geometries: Geometry of each branch, by the branch's name.
     """
-    common: dict[str, object] = {}
+    common: dict[str, Any] = {}
     for field in Geometry._fields:
         told = {name: value for name, geometry in geometries.items() if (value := getattr(geometry, field)) is not None}
         if len(set(told.values())) > 1:
@@ -65,27 +66,27 @@ def agreed(geometries: Mapping[str, Geometry]) -> Geometry:
 
 
 def check_is_plain_conv(conv: nn.Module, name: str, *, known: tuple[type[nn.Module], ...] = (nn.Conv2d,)) -> None:
-    """Raise `FoldError` unless a module is a convolution and nothing more, and its kernel is at hand.
+    """Raise `FoldError` if a module is more than a convolution, or if its kernel has no values here.
 
     Args:
         conv: The module.
         name: What the error calls it.
         known: Classes that compute exactly a convolution. A subclass is accepted too if it has no modules, parameters
-            or buffers of its own; whoever accepts one has to prove what it computes.
+            or buffers of its own. The caller then has to prove what it computes.
     """
     kind = type_before_parametrizations(conv)
-    if not issubclass(kind, nn.Conv2d):
+    if not isinstance(conv, nn.Conv2d):
         raise FoldError(
-            f'its {name} is a {kind.__module__}.{kind.__qualname__}, which is no convolution; merge or remove adapters, quantizers and '
-            'other wrappers first'
+            f'its {name} is a {kind.__module__}.{kind.__qualname__}, which is no convolution; merge or remove '
+            'adapters, quantizers and other wrappers first'
         )
     extra = [] if is_parametrized(conv) else [n for n, _ in conv.named_children()]
     own = {n for n, _ in conv.named_parameters(recurse=False)} | {n for n, _ in conv.named_buffers(recurse=False)}
     extra += sorted(n for n in own if n not in ('weight', 'bias') and not n.startswith(('weight_', 'bias_')))
     if kind not in known and extra:
         raise FoldError(
-            f'its {name} is a {kind.__module__}.{kind.__qualname__}, which has {", ".join(extra)} beside a kernel; merge or remove adapters '
-            'and fake quantizers first'
+            f'its {name} is a {kind.__module__}.{kind.__qualname__}, which has {", ".join(extra)} beside a kernel; '
+            'merge or remove adapters and fake quantizers first'
         )
     check_has_values(conv.weight, name)
 
@@ -110,24 +111,21 @@ def build_conv(kernel: Tensor, bias: Tensor, geometry: Geometry, *, like: nn.Mod
     Args:
         kernel: `(C_out, C_in / groups, k, k)`.
         bias: `(C_out,)`.
-        geometry: What it computes apart from its kernel.
-        like: The branches that it takes the place of. The convolution is as trainable as their kernels, and in their
-            mode.
+        geometry: Geometry of the convolution.
+        like: Block whose branches it replaces. The convolution requires gradients if one of their kernels does, and is
+            in the mode of the block.
     """
     dilation = (geometry.dilation_rows or 1, geometry.dilation_columns or 1)
     size = kernel.shape[2], kernel.shape[3]
     groups = geometry.groups or 1
-    conv = nn.Conv2d(
-        kernel.shape[1] * groups,
-        kernel.shape[0],
-        size,
+    options: dict[str, Any] = dict(
         stride=geometry.stride or 1,
         padding=tuple(d * (k // 2) for d, k in zip(dilation, size, strict=True)),
         dilation=dilation,
         groups=groups,
         padding_mode=geometry.padding_mode or 'zeros',
-        device='meta',
     )
+    conv = nn.Conv2d(kernel.shape[1] * groups, kernel.shape[0], size, device='meta', **options)
     requires_grad = any(p.requires_grad for p in like.parameters() if p.ndim > 2)
     conv.weight = nn.Parameter(kernel, requires_grad=requires_grad)
     conv.bias = nn.Parameter(bias, requires_grad=requires_grad)
@@ -135,5 +133,5 @@ def build_conv(kernel: Tensor, bias: Tensor, geometry: Geometry, *, like: nn.Mod
 
 
 def fold_dtype(kernel: Tensor) -> torch.dtype:
-    """What a kernel is folded in for good: float64, or float32 on MPS, which has no float64."""
+    """Return the dtype of a lasting fold: float64, except on MPS float32, because MPS has no float64."""
     return torch.float32 if kernel.device.type == 'mps' else torch.float64

@@ -15,23 +15,23 @@ __all__ = ['computes_kernel', 'refresh_kernels']
 
 
 def computes_kernel(hook: Callable[..., Any]) -> bool:
-    """Whether a hook computes a kernel: torch's pruning, `weight_norm` and `spectral_norm`."""
+    """Tell whether a hook computes a kernel, as torch's pruning, `weight_norm` and `spectral_norm` do."""
     if isinstance(hook, (SpectralNorm, WeightNorm)):
         return True
-    from torch.nn.utils.prune import BasePruningMethod  # 20 ms, which only pruned models need
+    from torch.nn.utils.prune import BasePruningMethod  # takes 20 ms, and only modules with hooks need it
 
     return isinstance(hook, BasePruningMethod)
 
 
 def refresh_kernels(module: nn.Module) -> None:
-    """Compute the kernels inside a module anew, as eval mode has them.
+    """Compute the kernels inside a module anew, as eval mode does.
 
-    An optimizer step since the last forward pass has changed what they are computed from.
+    An optimizer step after the last forward pass changes the parameters that they are computed from.
     """
     for submodule in module.modules():
         for hook in forward_pre_hooks(submodule):
             if computes_kernel(hook):
-                training, submodule.training = submodule.training, False  # where spectral_norm moves its vectors
+                training, submodule.training = submodule.training, False  # or spectral_norm moves its vectors
                 try:
                     hook(submodule, ())
                 finally:

@@ -18,17 +18,17 @@ _replaced = WeakIdKeyDictionary()
 
 
 def remember_replaced(parameters: Iterable[Tensor]) -> None:
-    """Make the next step of an optimizer that holds one of these replaced parameters an error.
+    """Make `step()` of an optimizer that holds one of these replaced parameters raise an error.
 
-    Frozen parameters do not count: an optimizer would not train them anyway. Nor do parameters that get a new gradient
-    after they were replaced: another model still uses them.
+    Frozen parameters do not count, because an optimizer does not train them anyway. Parameters that get a new gradient
+    after they were replaced do not count, because another model still uses them.
     """
     _register()
     _replaced.update((p, id(p.grad)) for p in parameters if p.requires_grad)
 
 
 def forget_replaced(parameters: Iterable[Tensor]) -> None:
-    """Take it back, for parameters that are in use again."""
+    """Undo `remember_replaced` for parameters that are in use again."""
     for parameter in parameters:
         _replaced.pop(parameter, None)
 

@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -35,19 +35,19 @@ class Foldable(Protocol):
     """The attribute that holds the folded convolution."""
 
     def is_deploy(self) -> bool:
-        """Whether the branches are folded already."""
+        """Tell whether the branches are folded already."""
 
     def needs_proof(self) -> bool:
-        """Whether the block may compute something else than the sum of its branches."""
+        """Tell whether the block may compute something else than the sum of its branches."""
 
     def check_foldable(self) -> None:
         """Raise `FoldError` if the fold would fail or be wrong."""
 
     def geometry(self) -> Geometry:
-        """What the folded convolution computes apart from its kernel."""
+        """Return the geometry of the folded convolution."""
 
     def folded_conv(self) -> nn.Conv2d:
-        """The convolution that the branches are in eval mode."""
+        """Make the convolution that the branches are in eval mode."""
 
 
 @torch.inference_mode(False)  # parameters that are made in inference mode can never be trained
@@ -71,8 +71,8 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
 
     Raises:
         FoldError: A block cannot be folded, or `verify` found a difference that rounding does not explain. The module
-            is then as it was. Any other error leaves it as it was too if `verify` is given; without it, running out of
-            memory can leave it half switched, since the branches are released block by block.
+            is then as it was. With `verify`, any other error leaves it as it was too. Without, running out of memory
+            can leave it half switched, because the branches are released block by block.
         ValueError: There is no RepVGG block in the module, or one in a traced, scripted or exported graph.
 
     Example:
@@ -141,16 +141,17 @@ def _refuse_graphs_and_shards(module: nn.Module) -> None:
 
 
 def _has_branches(graph: nn.Module) -> bool:
-    """Whether a graph holds blocks of the training form; those of multi-branch blocks are told by their paths."""
+    """Tell whether a graph contains training-form blocks. Multi-branch blocks are recognised by parameter paths."""
     if any(MULTI_BRANCH_KEY.search(path) for path in graph.state_dict()):
         return True
     return not all(foldable.is_deploy() for _, _, foldable in _find_blocks(graph))
 
 
 def _find_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module, Foldable]]:
-    """Path, block and fold protocol of every block. Classes are asked, since wrappers pass attributes on."""
+    """Yield path, block and fold protocol of every block. The class decides, because wrappers pass attributes on."""
     for path, submodule in module.named_modules():
-        foldable = submodule if hasattr(type(submodule), 'folded_conv') else ForeignBlock.of(submodule)
+        is_ours = hasattr(type(submodule), 'folded_conv')
+        foldable = cast('Foldable', submodule) if is_ours else ForeignBlock.of(submodule)
         if foldable is not None:
             yield path or type(submodule).__name__, submodule, foldable
 
@@ -168,42 +169,43 @@ def _prove(block: nn.Module, foldable: Foldable) -> None:
     """Fold a copy in float64, and compare both forms on a few pixels."""
     geometry = foldable.geometry()
     px = 3 + 2 * max(geometry.dilation_rows or 1, geometry.dilation_columns or 1)
-    x = torch.randn(2, geometry.in_chs, px, px, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, geometry.in_chs or 1, px, px, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     name = type(block).__name__
     try:
         trial = copy.deepcopy(block).to('cpu', torch.float64)
         expected = eval_outputs(trial, x)
-        _fold(trial, trial if foldable is block else ForeignBlock(trial, foldable.names))
+        if isinstance(foldable, ForeignBlock):
+            _fold(trial, ForeignBlock(trial, foldable.names))
+        else:
+            _fold(trial, cast('Foldable', trial))
         actual = eval_outputs(trial, x)
     except Exception as error:  # whatever code of others raises
         raise FoldError(
-            f'whether its {name} computes the sum of its branches could not be tried on {tuple(x.shape)} random pixels '
-            f'({type(error).__name__}: {error}); remove hooks and wrappers first'
+            f'its {name} fails on {tuple(x.shape)} random pixels ({type(error).__name__}: {error}), so the fold cannot '
+            'prove that it computes the sum of its branches; remove hooks and wrappers first'
         ) from error
     diff, largest = _difference(expected, actual)
     if not diff <= MAX_REL_DIFF[torch.float64] * largest:
         raise FoldError(
             f'its {name} computes something else than the sum of its branches: a fold would change outputs of up to '
-            f'{largest:.3g} by {diff:.3g}. A norm, scale, activation, hook, adapter or quantizer may be in the way; '
-            'merge or remove it first'
+            f'{largest:.3g} by {diff:.3g}. Merge or remove the norm, scale, activation, hook, adapter or quantizer '
+            'that may be the cause'
         )
 
 
 def _fold(block: nn.Module, foldable: Foldable) -> Callable[[], None]:
-    """Put the folded convolution in the place of the branches; returns what undoes it."""
+    """Replace the branches by the folded convolution; return a function that undoes it."""
     conv = foldable.folded_conv()
     attributes = {name: getattr(block, name, _MISSING) for name in (*foldable.branch_names, foldable.conv_name)}
     children = list(block.named_children())
-    was_flagged = getattr(block, 'deploy', None)
+    was_flagged = getattr(block, _FLAG, None)
     for name in foldable.branch_names:
         _clear(block, name)
-        setattr(
-            block, name, None
-        )  # after delattr this leaves no child that is None, which walks over children trip over
+        setattr(block, name, None)  # after delattr this is no child; a child of None breaks walks over children
     _clear(block, foldable.conv_name)
     setattr(block, foldable.conv_name, conv)
-    if isinstance(was_flagged, bool):  # the official blocks keep their form in a flag
-        block.deploy = True
+    if isinstance(was_flagged, bool):
+        setattr(block, _FLAG, True)
     replaced = [p for name, child in children if name in foldable.branch_names for p in child.parameters()]
     remember_replaced(replaced)
 
@@ -211,18 +213,20 @@ def _fold(block: nn.Module, foldable: Foldable) -> Callable[[], None]:
         forget_replaced(replaced)
         for name in (*attributes, *(name for name, _ in children)):
             _clear(block, name)
-        for name, child in children:  # in their order, which is that of the parameters
+        for name, child in children:  # in the old order, which is also the order of the parameters
             setattr(block, name, child)
         for name, value in attributes.items():
             if value is None:
                 setattr(block, name, None)
         if isinstance(was_flagged, bool):
-            block.deploy = was_flagged
+            setattr(block, _FLAG, was_flagged)
 
     return restore
 
 
 _MISSING = object()
+_FLAG = 'deploy'
+"""The attribute in which the official blocks keep their form."""
 
 
 def _clear(block: nn.Module, name: str) -> None:
@@ -243,7 +247,7 @@ def _verify(reference: list[Tensor], outputs: list[Tensor]) -> None:
 
 
 def _difference(reference: list[Tensor], outputs: list[Tensor]) -> tuple[float, float]:
-    """The largest difference, and the largest output."""
+    """Return the largest difference and the largest output."""
     pairs = list(zip(reference, outputs, strict=True))
     diffs = [(after.double() - before.double()).abs().max().item() for before, after in pairs]
     return max(diffs), max(before.double().abs().max().item() for before, _ in pairs)

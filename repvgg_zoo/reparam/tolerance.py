@@ -1,4 +1,4 @@
-"""How far two outputs are apart, and how far rounding may take them."""
+"""The difference of two outputs, and the largest difference that rounding explains."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def reproduction_lines(*, imagenet: str, cifar10: str) -> Iterator[str]:
-    """Write shell lines that evaluate all training-form weights by timm's `validate.py`.
+    r"""Write shell lines that evaluate all training-form weights by timm's `validate.py`.
 
     Args:
         imagenet: Folder of ImageNet-1k.
@@ -36,7 +36,7 @@ def reproduction_lines(*, imagenet: str, cifar10: str) -> Iterator[str]:
         Comments that tell which accuracy to expect, and commands.
 
     Example:
-        >>> print('\\n'.join(list(reproduction_lines(imagenet='imagenet', cifar10='cifar10'))[:2]))
+        >>> print('\n'.join(list(reproduction_lines(imagenet='imagenet', cifar10='cifar10'))[:2]))
         # repvgg_a0.rvgg_in1k: top-1 % 72.41 (arXiv 2101.03697, table 4), 72.426 (timm, results-imagenet.csv)
         repvgg-zoo run validate.py --data-dir imagenet --model repvgg_a0.rvgg_in1k --pretrained
     """

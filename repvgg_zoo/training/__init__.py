@@ -1,0 +1,1 @@
+"""Extras to train with: the paper's weight decay, and RepOptimizer."""

@@ -17,48 +17,76 @@ __all__ = ['rep_optimizer']
 
 
 class _Equivalent(NamedTuple):
-    """How a plain kernel moves with the parameters of a constant-scale block; each `(C_out, C_in / groups, 3, 3)`."""
+    """Multipliers and constant part of a plain kernel, each `(C_out, C_in / groups, 3, 3)`.
+
+    By them the kernel takes the steps of a constant-scale block with scales s (3x3) and t (1x1).
+    """
 
     sgd: Tensor
     """s² + t² at the centre tap, s² elsewhere."""
     adamw: Tensor
     """|s| + |t| at the centre tap, |s| elsewhere."""
     constant: Tensor
-    """The kernel of the identity branch, which no weight decay acts on."""
+    """The kernel of the identity branch. Weight decay does not act on it."""
 
 
 @torch.no_grad()
 def rep_optimizer(
     optimizer: torch.optim.Optimizer, model: nn.Module, like: nn.Module, *, load: bool = True
 ) -> torch.optim.Optimizer:
-    """Make an optimizer train a plain model step for step as it would train a constant-scale one; returns it.
+    """Make an optimizer train a plain model step for step as it would train a constant-scale one (RepOptimizer).
 
-    A constant-scale block computes BN(s · 3x3(x) + t · 1x1(x) + u · x) with fixed scales s, t, u of each channel. Its
-    kernel W = s · W3 + t · W1 + u · I moves as that of a plain block does under SGD if gradients are multiplied by
-    s² (s² + t² at the centre tap), and under AdamW if updates are by |s| (|s| + |t|) (section 3.2 and appendix A).
-    Weight decay does not act on u · I. Equality is up to rounding; with AdamW also up to its `eps`, which the branches
-    see relative to gradients of other sizes. Clipping, and whatever else looks at the size of gradients, sees other
-    sizes than those of the branches. Gradients are multiplied in place at each step. The optimizer's state is saved and
-    loaded as ever, and schedules work; hooks are not part of it, so call this again, with `load=False`, after making
-    the optimizer anew or copying it. Wrappers of either model (compiled, DDP) are looked through.
+    A constant-scale block computes BN(s · 3x3(x) + t · 1x1(x) + u · x) with fixed scales s, t, u of each channel
+    (arXiv 2205.15242, section 3.1). Its kernel is W = s · W3 + t · W1 + u · I. The kernel of a plain block takes the
+    same steps under these conditions (section 3.2 and appendix A):
 
-    The identity is constant, as in `csla`; the authors' code has 1 + s² + t² on its diagonal, as if it were trained.
+    - With SGD, gradients are multiplied by s² + t² at the centre tap, and by s² elsewhere.
+    - With AdamW, updates are multiplied by |s| + |t| at the centre tap, and by |s| elsewhere.
+    - Weight decay does not act on u · I, because the identity branch of `csla` is constant. The authors' code has
+      1 + s² + t² on the diagonal instead, as if that branch were trained.
+
+    The steps are equal up to rounding. With AdamW they are also equal only up to its `eps`, which the branches compare
+    to gradients of other sizes. Gradients are multiplied in place in `step()`. Clipping comes before it, and so sees
+    gradients of other sizes than those of the branches.
+
+    Schedules work, and the optimizer's state is saved and loaded as usual. The state does not hold the multipliers.
+    Call this again, with `load=False`, after you make the optimizer anew or copy it.
 
     Args:
         optimizer: `torch.optim.SGD` or `torch.optim.AdamW` over the parameters of `model`.
-        model: Created with `block='plain'`.
-        like: The same variant with `block="csla"`, whose scales count. To find some (the hyper-search of section 3.3),
-            let those of another such model require gradients, train it on anything, and copy them to a fresh one.
-        load: Give the model the kernels, normalisation and classifier of `like`, to start from; not when resuming.
+        model: A model with `block='plain'`, which may be compiled or wrapped in DDP.
+        like: The same variant with `block='csla'`. Its scales make the multipliers. To search for scales
+            (section 3.3), let those of another such model require gradients, train it on any data set, and copy them.
+        load: Give the model the kernels, normalisation and classifier of `like` to start from. Pass False to resume.
+
+    Returns:
+        The optimizer.
 
     Raises:
-        TypeError: The optimizer is another one.
-        ValueError: The models are not of these blocks, not of one variant or eps, or the optimizer is fused, maximizes
-            or lacks a kernel of the model that requires gradients; while stepping, a closure was given.
+        TypeError: The optimizer is of another class.
+        ValueError: One of five cases:
+
+            - `model` has no `plain` blocks, or `like` no `csla` blocks,
+            - the models differ in variant, input channels or eps,
+            - the optimizer is fused or maximizes,
+            - the optimizer lacks a kernel of the model that requires gradients,
+            - `step()` is given a closure.
+
+    Example:
+        >>> import timm, torch, repvgg_zoo
+        >>> model = timm.create_model('test_repvgg', block='plain')
+        >>> like = timm.create_model('test_repvgg', block='csla')
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> optimizer = repvgg_zoo.rep_optimizer(optimizer, model, like)
+        >>> logits = model(torch.ones(2, 3, 32, 32))
+        >>> logits.sum().backward()
+        >>> optimizer.step()
     """
     for option in ('fused', 'maximize'):
         if any(group.get(option) for group in optimizer.param_groups):
-            raise ValueError(f'the optimizer was made with {option}=True, which its multipliers do not go with')
+            raise ValueError(
+                f'the optimizer was made with {option}=True, which rep_optimizer cannot correct; leave the option out'
+            )
     if type(optimizer) not in (torch.optim.SGD, torch.optim.AdamW):
         raise TypeError(
             f'the optimizer is a {type(optimizer).__name__}; it can be torch.optim.SGD or torch.optim.AdamW'
@@ -74,7 +102,7 @@ def rep_optimizer(
     kernels = {path: block.branches.kxk.conv.weight for path, block in plain.items()}
     for path, block in plain.items():
         ours = tuple(kernels[path].shape), block.branches.kxk.bn.eps
-        theirs = tuple(scaled[path].branches.kxk.branch.conv.weight.shape), scaled[path].norm.eps
+        theirs = tuple(scaled[path].branches.kxk.branch.conv.weight.shape), scaled[path].get_submodule('norm').eps
         if ours != theirs:
             raise ValueError(
                 'the models must be of one variant, take the same images and normalise alike; the kernel and eps of '
@@ -103,11 +131,11 @@ def rep_optimizer(
 
 
 _hooks: WeakKeyDictionary[torch.optim.Optimizer, list[Any]] = WeakKeyDictionary()
-"""Of each optimizer, so that a second call replaces them."""
+"""The hooks of each optimizer, which a second call replaces."""
 
 
 def _load(model: nn.Module, like: nn.Module, scaled: dict[str, MultiBranchBlock]) -> None:
-    """All that `like` computes, but for heads of another size or that it does not have."""
+    """Load all of `like` into the model, except heads of another size and heads that `like` lacks."""
     state_dict = {
         key: value
         for key, value in like.state_dict().items()
@@ -116,13 +144,13 @@ def _load(model: nn.Module, like: nn.Module, scaled: dict[str, MultiBranchBlock]
     for path, block in scaled.items():
         prefix = f'{path}.' if path else ''
         state_dict[f'{prefix}branches.kxk.conv.weight'] = block.sum_of_branches(torch.float64)[0]
-        for name in block.norm.state_dict():
+        for name in block.get_submodule('norm').state_dict():
             state_dict[f'{prefix}branches.kxk.bn.{name}'] = state_dict.pop(f'{prefix}norm.{name}')
     own = model.state_dict()
     misfits = [key for key in own if key not in state_dict or state_dict[key].shape != own[key].shape]
     if others := [key for key in misfits if not _HEAD.search(key)]:
         raise ValueError(
-            f'the models must be of one variant; they differ in {others[0]} (load=False leaves all but the multipliers)'
+            f'the models must be of one variant; they differ in {others[0]} (load=False takes only the multipliers)'
         )
     model.load_state_dict({key: own[key] if key in misfits else state_dict[key] for key in own})
 
@@ -133,7 +161,7 @@ _HEAD = re.compile(r'(?:^|\.)(?:head|aux_heads\.\d+)\.')
 def _refuse_closure(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if any(argument is not None for argument in (*args[1:], kwargs.get('closure'))):
         raise ValueError(
-            'rep_optimizer multiplies the gradients that are there before step(); call it without a closure'
+            'rep_optimizer multiplies the gradients that are there before step(); call step() without a closure'
         )
 
 
@@ -155,7 +183,7 @@ def _equivalent(block: MultiBranchBlock, like: Tensor) -> _Equivalent:
 
 
 def _held(optimizer: torch.optim.Optimizer, equivalents: dict[Tensor, _Equivalent]) -> Any:
-    """The kernels that an optimizer is about to move, with their group."""
+    """Yield the group, the kernel and its multipliers for each kernel that the step moves."""
     for group in optimizer.param_groups:
         for kernel in group['params']:
             if kernel in equivalents and kernel.grad is not None:
@@ -169,7 +197,7 @@ def _multiply_gradients(equivalents: dict[Tensor, _Equivalent], optimizer: torch
 
 
 _Before: TypeAlias = dict[Tensor, tuple[Tensor, Any]]
-"""Of each kernel that is about to be moved: its value, and lr · weight decay."""
+"""For each kernel that a step moves: its value before the step, and lr · weight decay."""
 
 
 @torch.no_grad()

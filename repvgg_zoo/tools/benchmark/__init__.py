@@ -1,0 +1,1 @@
+"""The command `repvgg-zoo benchmark`: cases, measurements, tables and plots."""

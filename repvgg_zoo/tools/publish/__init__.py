@@ -1,0 +1,1 @@
+"""The command `repvgg-zoo publish`: model folders, cards and uploads."""

@@ -170,7 +170,8 @@ def _fold(deploy_record: WeightsRecord, folders: Sequence[Path], images: str | P
     if not (float64 <= MAX_REL_DIFF[torch.float64] and float32 <= MAX_REL_DIFF[torch.float32]):
         raise CheckpointError(
             f'the two forms of {name} differ by {float64:.1e} of the largest logit in float64 and {float32:.1e} in '
-            f'float32, more than {MAX_REL_DIFF[torch.float64]:.0e} and {MAX_REL_DIFF[torch.float32]:.0e}, so nothing is written'
+            f'float32, more than {MAX_REL_DIFF[torch.float64]:.0e} and {MAX_REL_DIFF[torch.float32]:.0e}, so nothing '
+            'is written'
         )
     same_class = (training.argmax(1) == deploy.argmax(1)).double().mean().item()
     return FoldCheck(
