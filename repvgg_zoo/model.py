@@ -26,7 +26,7 @@ __all__ = ['AuxHead', 'RepVGG']
 class AuxHead(nn.Module):
     """An auxiliary classifier on a feature map, as in the official RepVGGplus: `(N, C, H, W)` to `(N, num_classes)`.
 
-    A 3x3 convolution of stride 2 with batch normalisation and ReLU, a global average, a linear layer.
+    It is a 3x3 convolution of stride 2 with batch normalisation and ReLU, a global average, and a linear layer.
     """
 
     def __init__(self, chs: int, num_classes: int, *, norm_layer: Callable[..., nn.Module], **dd: Any) -> None:
@@ -44,7 +44,7 @@ class RepVGG(nn.Module):
     """RepVGG (arXiv 2101.03697) and RepVGGplus: `(N, in_chans, H, W)` to `(N, num_classes)`.
 
     A block of the training form is a sum of branches; `switch_to_deploy()` folds them into one 3x3 convolution.
-    `load_state_dict` takes every known layout, and folds training-form weights for the deploy form.
+    `load_state_dict` takes every known layout, and folds training-form weights for a model of the deploy form.
 
     Example:
         >>> import timm, torch, repvgg_zoo
@@ -92,15 +92,17 @@ class RepVGG(nn.Module):
             num_classes: 0 leaves the classifier out.
             in_chans: Channels of the images.
             global_pool: timm's name of the pooling in front of the classifier.
-            output_stride: 32, or 16 or 8 to keep resolution by dilation instead of stride.
-            img_size: No effect, as in timm's RepVGG: images of any size are taken.
-            drop_rate: Dropout before the classifier.
-            drop_path_rate: Stochastic depth of the convolution branches, growing by stage.
-            drop_block_rate: DropBlock (arXiv 1810.12890) of the 3x3 branches in the last two stages, as in timm.
+            output_stride: 32, 16 or 8. Below 32, dilation replaces stride and keeps the resolution.
+            img_size: No effect, as in timm's RepVGG. The model takes images of any size.
+            drop_rate: Rate of dropout before the classifier.
+            drop_path_rate: Rate of stochastic depth of the convolution branches in the last block. It grows from 0
+                block by block.
+            drop_block_rate: Rate of DropBlock (arXiv 1810.12890) of the 3x3 branches in the last two stages, as in
+                timm.
             drop_block_size: Side of the dropped squares in the last stage, in pixels of the feature map.
             act_layer: Activation, by timm's name or as a class.
             norm_layer: Batch normalisation, by timm's name or as a class.
-            block: Training-time block, a name of `repvgg_zoo.BLOCKS`; the deploy form is the same for all.
+            block: Training-time block, a name of `repvgg_zoo.BLOCKS`. The deploy form is the same for all.
             deploy: Build the deploy form.
             aux_heads: Add the auxiliary heads of RepVGGplus. In train mode the model then returns
                 `(logits, [logits of each head])`; in eval mode and in the deploy form it returns only the logits.
@@ -187,7 +189,7 @@ class RepVGG(nn.Module):
 
     @property
     def deploy(self) -> bool:
-        """Whether the model is of the deploy form."""
+        """True if the model is of the deploy form."""
         return all(m.reparam_conv is not None for m in self.modules() if isinstance(m, ReparamBlock))
 
     @property
@@ -202,21 +204,21 @@ class RepVGG(nn.Module):
 
     @property
     def head_hidden_size(self) -> int:
-        """Number of features that the classifier sees; a replaced head counts as one without a pool of its own."""
+        """Number of features that the classifier sees; `num_features` if a head without a pool replaced timm's."""
         pool: Any = getattr(self.head, 'global_pool', None)
         return self.num_features * (pool.feat_mult() if hasattr(pool, 'feat_mult') else 1)
 
     @property
     def classifier_names(self) -> tuple[str, ...]:
-        """Paths of the linear layers whose size is the number of classes; none of a head that was replaced."""
+        """Paths of the linear layers whose size is the number of classes. Heads without `fc` have none."""
         heads = ('head', *(f'aux_heads.{index}' for index in range(len(self.aux_heads or ()))))
         return tuple(f'{head}.fc' for head in heads if hasattr(self.get_submodule(head), 'fc'))
 
     @property
     def _model_args(self) -> dict[str, Any]:
-        """Arguments to build the model again, its form among them; timm writes them into `config.json`."""
+        """Arguments to build the model again in its form. timm writes them into `config.json`."""
         args = dict(self.__dict__.get('_creation_args', {}))
-        # Not every timm tells a model what it was created with.
+        # some versions of timm do not tell a model its arguments
         own = {'deploy': (self.deploy, False), 'block': (self.block, 'repvgg'), 'in_chans': (self.in_chans, 3)}
         return args | {name: value for name, (value, default) in own.items() if value != default}
 
@@ -225,7 +227,7 @@ class RepVGG(nn.Module):
         self._creation_args = {
             name: value
             for name, value in args.items()
-            if name not in ('deploy', 'block')  # which the model knows, and timm's own RepVGG does not take
+            if name not in ('deploy', 'block')  # the model knows them, and timm's own RepVGG does not take them
         }
 
     @torch.jit.ignore
@@ -252,8 +254,9 @@ class RepVGG(nn.Module):
             if isinstance(block, ReparamBlock)
             for conv in block.input_convs()
         ]
-        first_conv = tuple(parts) if len(parts) > 1 else next(iter(parts), None)  # some compute their kernel
-        for description in ('pretrained_cfg', '_traits'):  # timm's, of the model and of its inputs
+        # some block types compute the kernel of a branch, so there may be one convolution or none
+        first_conv = tuple(parts) if len(parts) > 1 else next(iter(parts), None)
+        for description in ('pretrained_cfg', '_traits'):  # where timm looks it up
             if hasattr(self, description):
                 getattr(self, description)['first_conv'] = first_conv
 
@@ -266,8 +269,11 @@ class RepVGG(nn.Module):
     def fold_state_dict(self, state_dict: StateDict) -> None:
         """Fold the branches in a training-form state dict in timm's layout, in place.
 
-        They are those of this model's blocks or of the default block. Each block's branches are released before the
-        next block is folded.
+        The branches may be those of this model's blocks or of the default block. Each block's branches are released
+        before the next block is folded.
+
+        Args:
+            state_dict: Weights in timm's layout, changed in place.
 
         Raises:
             CheckpointError: A block is incomplete, or has other branches.
@@ -287,17 +293,17 @@ class RepVGG(nn.Module):
     @torch.jit.ignore
     def _remove_aux_heads(self) -> None:
         if self.aux_heads is not None:
-            del self.aux_heads  # or None would stay among the modules
+            del self.aux_heads  # or a child that is None would stay
             self.aux_heads = None
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Name the parameters that timm's optimizers spare beside biases and normalisation: none."""
+        """Return the names of further parameters that timm's optimizers do not decay: none."""
         return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that put parameters into layer groups: the stem, then stages or blocks."""
+        """Return patterns that put parameters into layer groups: the stem, then stages or blocks."""
         return dict(
             stem=r'^stem',
             blocks=[
@@ -317,11 +323,11 @@ class RepVGG(nn.Module):
         return getattr(self.head, 'fc', self.head)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifiers by fresh ones; a head that has no `reset` of its own is replaced as a whole.
+        """Replace the classifiers by fresh ones. A head without `reset` is replaced as a whole.
 
         Args:
             num_classes: 0 removes the classifier.
-            global_pool: timm's name of the pooling; the present one if None.
+            global_pool: timm's name of the pooling. None keeps the present one.
         """
         self.num_classes = num_classes
         like = next(self.head.parameters(), next(self.parameters()))  # a head without a classifier has no dtype
@@ -337,7 +343,7 @@ class RepVGG(nn.Module):
             aux.fc = nn.Linear(aux.fc.in_features, num_classes, device=self.device, dtype=self.dtype)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """`(N, in_chans, H, W)` to `(N, num_features, H / output_stride, W / output_stride)`."""
+        """Map `(N, in_chans, H, W)` to `(N, num_features, H / output_stride, W / output_stride)`."""
         x = self.stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             for stage in self.stages:
@@ -346,13 +352,13 @@ class RepVGG(nn.Module):
         return self.stages(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Feature map to logits, or to the pooled features that the classifier sees."""
+        """Map the feature map to logits, or for `pre_logits` to the pooled features that the classifier sees."""
         if pre_logits:
             return self.head(x, pre_logits=True)
         return self.head(x)  # a head that users put in takes the feature map only
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images to logits; with auxiliary heads in train mode, to `(logits, [logits of each head])`."""
+        """Map images to logits; with auxiliary heads in train mode, to `(logits, [logits of each head])`."""
         has_aux = self.aux_heads is not None and self.stem.reparam_conv is None
         if not torch.jit.is_scripting() and has_aux and self.training:
             return self._forward_with_aux(x)
@@ -383,14 +389,18 @@ class RepVGG(nn.Module):
 
         Args:
             x: Images, `(N, in_chans, H, W)`.
-            indices: Of the maps to return; the last n if an int, all if None.
-            norm: No effect; there is no norm layer outside the blocks.
+            indices: Indices of the maps to return. A number n means the last n, and None means all.
+            norm: No effect, because there is no norm layer outside the blocks.
             stop_early: Stop behind the last map of `indices`.
             output_fmt: 'NCHW'.
             intermediates_only: Return only the list of maps.
 
+        Returns:
+            The output of `forward_features` and the maps, or only the maps. With `stop_early`, the last map takes the
+            place of the output.
+
         Raises:
-            ValueError: `output_fmt` is another one.
+            ValueError: `output_fmt` is not 'NCHW'.
         """
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt is '{output_fmt}'; it can be 'NCHW'")
@@ -421,11 +431,11 @@ class RepVGG(nn.Module):
 
         Args:
             indices: As in `forward_intermediates`.
-            prune_norm: No effect; there is no norm layer outside the blocks.
+            prune_norm: No effect, because there is no norm layer outside the blocks.
             prune_head: Drop the classifier even if no stage is dropped.
 
         Returns:
-            The indices of the feature maps that are left to take.
+            The indices of the feature maps.
         """
         take_indices, max_index = feature_take_indices(len(self.stage_ends), indices)
         pruned = max_index < len(self.stages)
@@ -440,7 +450,7 @@ class RepVGG(nn.Module):
 
 
 def _rename_foreign_keys(model: RepVGG, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Rename the keys of foreign layouts, wherever the model stands, before the blocks look for theirs."""
+    """Rename the keys of foreign layouts before the blocks look for theirs. The model may be part of another one."""
     own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
     renamed = to_timm_layout(own, strict=False)
     if model.aux_heads is None:

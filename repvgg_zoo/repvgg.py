@@ -1,9 +1,9 @@
 """timm's registry: default configurations and entry points.
 
-Every entry point takes the arguments of `timm.create_model` and of `repvgg_zoo.RepVGG`, and:
+Every entry point takes the arguments of `timm.create_model` and of `repvgg_zoo.RepVGG`, and these:
 
-deploy: Build the deploy form; by default as the tag of the weights says. Training-form weights are folded.
-unfold: Make branches, of the default or any other `block=`, from deploy-form weights. Needs `pretrained=True`.
+deploy: Build the deploy form. By default the tag of the weights decides. Training-form weights are folded.
+unfold: Make the branches of `block=` from deploy-form weights. This needs `pretrained=True`.
 cache_dir: Folder for downloads.
 """
 
@@ -25,20 +25,20 @@ from .pretrained.load import load_pretrained
 from .pretrained.manifest import DEPLOY_SUFFIX, WeightsRecord, read_manifest
 from .variants import VARIANTS, Variant, get_variant, suggestion
 
-__all__ = ['RepVGG']  # to which timm adds the entry points
+__all__ = ['RepVGG']  # timm adds the entry points
 
 
 def _first_conv(*, deploy: bool) -> Any:
-    """Name the convolutions that read the images, which timm may be several, though it annotates one."""
+    """Return the path of the convolution that reads the images, or several, which timm takes but does not annotate."""
     return 'stem.reparam_conv' if deploy else ('stem.conv_kxk.conv', 'stem.conv_1x1.conv')
 
 
 def _pretrained_cfg(record: WeightsRecord) -> PretrainedCfg:
-    """Describe a file of weights to timm; the training-form file if nobody published the fold."""
+    """Describe a file of weights to timm. If nobody published the fold, the file is that of the training form."""
     variant, preprocessing = VARIANTS[record.arch], record.preprocessing
     pool = preprocessing.input_px // variant.total_stride
     return PretrainedCfg(
-        url='',  # as in timm
+        url='',  # as timm has it for weights on the Hub
         hf_hub_id=record.available.hub_ref,
         file=str(record.path) if record.path else None,
         input_size=(3, preprocessing.input_px, preprocessing.input_px),
@@ -78,7 +78,7 @@ def _create_repvgg(
         )
     source: Any = pretrained_cfg  # timm annotates no PretrainedCfg, but takes one
     cfg = resolve_pretrained_cfg(variant.name, source, pretrained_cfg_overlay)
-    if unfold:  # whatever the config.json of a folder of the deploy form says
+    if unfold:  # even if the config.json of a model folder says deploy
         deploy = False
     elif deploy is None:
         deploy = (cfg.tag or '').endswith(DEPLOY_SUFFIX)
@@ -87,7 +87,7 @@ def _create_repvgg(
     def build(**model_kwargs: Any) -> RepVGG:
         if not pretrained:
             return RepVGG(variant, deploy=deploy, **model_kwargs)
-        # Branches are made from their initial values, so these must be there.
+        # unfolding starts from the initial values of the branches
         make = RepVGG if unfold else _build_without_values
         model = make(variant, deploy=deploy, **model_kwargs)
         load_pretrained(model, cfg, cache_dir=cache_dir, unfold=unfold)
@@ -108,7 +108,7 @@ def _create_repvgg(
 
 
 def _build_without_values(variant: Variant, **kwargs: Any) -> RepVGG:
-    """Build a model whose tensors are all loaded next: on the CPU, neither memory nor time is spent on their values."""
+    """Build a model whose tensors are all loaded next. On the CPU it spends no memory or time on initial values."""
     if kwargs.get('device') is None and torch.get_default_device().type == 'cpu':
         model = RepVGG(variant, **(kwargs | {'device': 'meta'}))
         tensors = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
@@ -124,7 +124,7 @@ def _check_tag(variant: Variant, tag: str) -> None:
 
 
 def register_model(entry_point: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """Register an entry point with timm, without its warning: most names are timm's own, taken over on purpose."""
+    """Register an entry point with timm, without timm's warning, because most names replace timm's on purpose."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         return register_with_timm(entry_point)
@@ -222,5 +222,5 @@ def repvggplus_l2pse(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def test_repvgg(pretrained: bool = False, **kwargs: Any) -> nn.Module:  # noqa: PT028
-    """A tiny RepVGG for small images, to test with."""
+    """RepVGG for tests: a tiny network for images of 32 pixels."""
     return _create_repvgg('test_repvgg', pretrained=pretrained, **kwargs)

@@ -343,7 +343,7 @@ class ReparamBlock(nn.Module):
         except FoldError as error:
             raise FoldError(f'cannot fold block {path!r}: {error}') from None
         except RuntimeError as error:
-            raise CheckpointError(f'the weights of block {path!r} are no {form.block} block: {error}') from error
+            raise CheckpointError(f'block {path!r}: no {form.block} block in the weights: {error}') from error
         conv = form.folded_conv()
         del own
         for key in held:

@@ -104,7 +104,7 @@ def recomputes(norm: nn.Module, x: Tensor, y: Tensor) -> bool:
         and y.requires_grad
         and is_plain(norm, _TRAINED_NORMS)
         and runs_plainly(x)
-        and not has_saved_tensor_hooks()  # only the innermost hooks see a tensor: the others could not let go of x
+        and not has_saved_tensor_hooks()  # only the innermost hooks see a tensor, so the others would keep x
     )
 
 

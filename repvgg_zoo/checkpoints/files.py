@@ -1,4 +1,4 @@
-"""Reading checkpoint files."""
+"""Read checkpoint files."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def read_checkpoint(path: str | Path, *, use_ema: bool = True) -> StateDict:
     from the file.
 
     Args:
-        path: A file in either format, by any name.
-        use_ema: Take the average where the file has one.
+        path: A file in either format, with any name.
+        use_ema: Take the average if the file has one.
 
     Returns:
         Tensors on the CPU that own their memory.
@@ -54,24 +54,24 @@ def read_checkpoint(path: str | Path, *, use_ema: bool = True) -> StateDict:
         checkpoint = next((checkpoint[name] for name in containers if checkpoint.get(name) is not None), checkpoint)
     if not isinstance(checkpoint, Mapping) or not checkpoint or not all(map(torch.is_tensor, checkpoint.values())):
         raise CheckpointError(
-            f'{str(path)!r} holds no state dict, neither bare nor under one of: {", ".join(containers)}'
+            f'{str(path)!r} holds no state dict, neither by itself nor under one of: {", ".join(containers)}'
         )
     return dict(checkpoint)
 
 
 _TENSORS_AT_A_TIME = 16
-"""Tensors copied from a mapped file before it is mapped anew, so that few of its pages are in memory at a time."""
+"""Number of tensors copied before the file is mapped anew, so that few of its pages are in memory at a time."""
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Tell by the suffix, or by the format: the length of a header in eight bytes, then the header in JSON."""
+    """Tell by the suffix or by the format, which is the length of a header in eight bytes, then the header in JSON."""
     with path.open('rb') as file:
         header_size, first = int.from_bytes(file.read(8), 'little'), file.read(1)
     return path.suffix == '.safetensors' or (first == b'{' and header_size < path.stat().st_size)
 
 
 def _read_safetensors(path: Path) -> StateDict:
-    """Read tensors that own their memory: those that map the file would change with it."""
+    """Read tensors into memory of their own, because tensors that map the file would change with it."""
     from safetensors import SafetensorError, safe_open
 
     tensors: StateDict = {}
@@ -95,10 +95,10 @@ def _read_torch(path: Path) -> Any:
             return torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f'{str(path)!r} is no torch checkpoint or holds more than tensors, and nothing else is read, since '
-            'unpickling it can run any code; save its state dict alone, or as safetensors'
+            f'{str(path)!r} is no torch checkpoint, or holds more than tensors. Nothing else is read, because '
+            'unpickling can run any code; save only its state dict, or save it as safetensors'
         ) from error
-    except Exception as error:  # the unpickler raises whatever the bytes lead it to
+    except Exception as error:  # bad bytes make the unpickler raise errors of any class
         raise CheckpointError(
-            f'{str(path)!r} is truncated or no torch checkpoint of tensors alone; get it again, or save its state dict'
+            f'{str(path)!r} is truncated, or no torch checkpoint of tensors; get it again, or save only its state dict'
         ) from error

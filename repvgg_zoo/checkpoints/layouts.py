@@ -1,4 +1,4 @@
-"""Key layouts of checkpoints, one row each, and their translation to timm's."""
+"""The key layouts of checkpoints, one row each, and their translation to timm's layout."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class _Layout:
     """Matches a key that only this layout has."""
     stem: str
     stages: re.Pattern[str]
-    """Matches a block's prefix: stage (1 to 4), optionally which half of it, block."""
+    """Matches a block's prefix: stage (1 to 4), half of the stage if it has halves, block."""
     names: BlockNames
     head: str
     aux_heads: tuple[str, ...] = ()
     aux_parts: Mapping[str, str] | None = None
 
     def parts(self) -> dict[str, str]:
-        """Prefixes inside a block, in this layout and in timm's."""
+        """Return the prefixes inside a block in timm's layout, by those in this layout."""
         table = {}
         for branch in ('conv_kxk', 'conv_1x1'):
             ours, theirs = getattr(TIMM, branch), getattr(self.names, branch)
@@ -81,7 +81,7 @@ def to_timm_layout(state_dict: Mapping[str, Tensor], *, strict: bool = True) -> 
 
     Args:
         state_dict: Weights of a whole model.
-        strict: Raise if no layout is recognised, instead of leaving the keys as they are.
+        strict: Raise if no layout is recognised. Otherwise the keys then stay as they are.
 
     Returns:
         A new dict of the same tensors.

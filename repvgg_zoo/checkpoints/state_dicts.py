@@ -1,4 +1,4 @@
-"""State dicts in timm's layout: their form, their variant, and whether they fit a model."""
+"""State dicts in timm's layout: their form, their variant, and the check that they fit a model."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def check_fit(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
         what: Name of the model's variant.
 
     Raises:
-        CheckpointError: They are not. The error lists what is missing, unexpected and of the wrong shape, and names
-            the variant that the shapes tell.
+        CheckpointError: They are not. The error lists the keys that are missing, unexpected and of the wrong shape. It
+            names the variant that has the shapes of the checkpoint.
 
     Example:
         >>> import torch

@@ -39,8 +39,8 @@ _TRANSIENT_STATUS = {408, 409, 412, 429, 500, 502, 503, 504}
 """Answers that may change: the server is busy, or the repository has just changed."""
 _MESSAGES = {
     401: 'the Hub does not know you; log in with `hf auth login`, or set HF_TOKEN',
-    403: 'your token has no right to that',
-    429: 'the Hub has had too many requests from you; wait some minutes',
+    403: 'your token has no right to that; use another one',
+    429: 'you have sent too many requests to the Hub; wait some minutes',
 }
 
 

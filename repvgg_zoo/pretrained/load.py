@@ -38,13 +38,13 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights, and what they are of. The steps of loading change the state dict in place, to hold no tensor twice."""
+    """Weights with their form and block types. Loading changes the state dict in place, to hold no tensor twice."""
 
     state_dict: StateDict
     """In timm's layout."""
     form: Form
     blocks: tuple[str, ...]
-    """Block types whose keys these are: more than one where the keys do not tell, none in the deploy form."""
+    """Block types that have these keys. Types that share all keys are all named. The deploy form has none."""
 
 
 def load_checkpoint(model: RepVGG, path: str | Path, *, use_ema: bool = True, unfold: bool = False) -> RepVGG:
@@ -56,8 +56,8 @@ def load_checkpoint(model: RepVGG, path: str | Path, *, use_ema: bool = True, un
         model: The model to change.
         path: A safetensors or torch file; see `repvgg_zoo.checkpoints.files.read_checkpoint`.
         use_ema: Take the average of the weights where the file has one.
-        unfold: Make branches from deploy-form weights, or from training-form weights of the default block, for a
-            training-form model of any block. In eval mode it then computes the same.
+        unfold: Make the branches of a training-form model, of any block, from deploy-form weights or from
+            training-form weights of the default block. In eval mode the model then computes the same.
 
     Returns:
         The model.
@@ -148,19 +148,22 @@ def read(path: str | Path, *, use_ema: bool = True) -> Checkpoint:
 
 
 def identify(state_dict: StateDict) -> Checkpoint:
-    """Rename the keys of a state dict of any layout, and tell what it is of; see `read`."""
+    """Rename the keys of a state dict of any layout, and find its form and block types; see `read`."""
     state_dict = to_timm_layout(state_dict)
     return Checkpoint(state_dict, form_of(state_dict), tuple(blocks_with_keys(state_dict)))
 
 
 def convert_form(checkpoint: Checkpoint, model: RepVGG, *, unfold: bool = False) -> Checkpoint:
-    """Keep, fold or refuse weights, by the form and the block type of a model.
+    """Keep, fold or refuse weights. The form and the block type of a model decide.
 
     Args:
-        checkpoint: Its state dict is used up.
+        checkpoint: Weights in any form. The state dict may change in place.
         model: The model that the weights are for.
-        unfold: Let deploy-form weights pass for a training-form model, and fold those of the default block for a
-            model of another one; `make_branches` follows.
+        unfold: Prepare for `make_branches`: keep deploy-form weights for a training-form model, and fold those of the
+            default block for a model of another block.
+
+    Returns:
+        Weights in the form of the model, or with `unfold` possibly in the deploy form.
 
     Raises:
         CheckpointError: The weights need branches that they do not have, or are of another block type.
@@ -168,7 +171,7 @@ def convert_form(checkpoint: Checkpoint, model: RepVGG, *, unfold: bool = False)
         ValueError: `unfold` is for a model of the training form, and this one is of the deploy form.
     """
     if unfold and model.deploy:
-        raise ValueError('unfold=True is for a model of the training form, and this one is of the deploy form')
+        raise ValueError('unfold=True needs a model of the training form, and this one is of the deploy form')
     if checkpoint.form == 'deploy' and not model.deploy and not unfold:
         raise CheckpointError(
             f'the checkpoint holds {model.variant.name} in the deploy form, whose branches are summed; create the '
@@ -230,7 +233,7 @@ def assign(model: RepVGG, checkpoint: Checkpoint) -> None:
 
 
 def _keep_classifier_that_fits(model: RepVGG, name: str, state_dict: StateDict) -> None:
-    """Replace weights of another number of classes than the model has by the model's own, initial ones."""
+    """Keep the initial classifier of a model if the weights have another number of classes."""
     linear = model.get_submodule(name)
     weight, bias = f'{name}.weight', f'{name}.bias'
     if isinstance(linear, nn.Linear) and weight in state_dict and state_dict[weight].shape == linear.weight.shape:
@@ -249,7 +252,8 @@ def _adapt_stem(checkpoint: Checkpoint, model: RepVGG, source_chans: int) -> Non
         return
     if source_chans != 3:
         raise CheckpointError(
-            f'weights for {source_chans} channels go into a model of as many, not of {model.in_chans}'
+            f'weights for {source_chans} input channels cannot be adapted to {model.in_chans}, because only weights '
+            f'for 3 can; create the model with in_chans={source_chans}'
         )
     state_dict = checkpoint.state_dict
     convs = ['reparam_conv'] if checkpoint.form == 'deploy' else model.stem.input_convs()
@@ -257,15 +261,15 @@ def _adapt_stem(checkpoint: Checkpoint, model: RepVGG, source_chans: int) -> Non
     kernels = [key for key, value in state_dict.items() if key.startswith('stem.') and value.ndim > 2]
     if others := [key for key in kernels if key not in inputs and '.attn.' not in key]:
         raise CheckpointError(
-            f'{others[0]} has another structure for {model.in_chans} channels than for {source_chans}; unfold '
-            f'deploy-form weights (unfold=True), or take a model of {source_chans} channels'
+            f'{others[0]} has another structure for {model.in_chans} channels than for {source_chans}; load '
+            f'deploy-form weights with unfold=True, or create the model with in_chans={source_chans}'
         )
     for key in state_dict.keys() & inputs:
         state_dict[key] = adapt_input_conv(model.in_chans, state_dict[key])
 
 
 def _detached_copy(value: Tensor, like: Tensor) -> Tensor:
-    """Make a tensor of the model's dtype that is contiguous and alone in its storage; copy only if it is not so yet."""
-    # flat in between, since a 1x1 kernel is contiguous in channels_last too
+    """Return a contiguous tensor in the dtype of `like` with a storage of its own; copy only if necessary."""
+    # flat in between, because a 1x1 kernel is contiguous in channels_last too
     value = value.detach().to(like.dtype).contiguous().view(-1).view(value.shape)
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()

@@ -16,13 +16,17 @@ from .manifest import WeightsRecord, read_manifest
 __all__ = ['WEIGHTS_VARIABLE', 'locate', 'weights_in']
 
 WEIGHTS_VARIABLE = 'REPVGG_ZOO_WEIGHTS'
-"""Environment variable: a folder of model folders, named `arch.tag`, that go before the Hub and the bundled files."""
+"""Environment variable that names a folder of model folders, each named `arch.tag`.
+
+Weights in it take precedence over the Hub and the bundled files.
+"""
 
 
 def locate(cfg: PretrainedCfg, *, cache_dir: str | Path | None = None, use_override_dir: bool = True) -> Path:
-    """Find the weights that a pretrained configuration names, and download them to the cache if need be.
+    """Find the weights that a pretrained configuration names; download them to the cache if necessary.
 
-    A file whose sha256 the manifest knows is checked against it, and a downloaded one against the Hub's.
+    The sha256 of a file is compared with that in the manifest, if the manifest has one. The sha256 of a download is
+    compared with that of the Hub.
 
     Args:
         cfg: Names a file, a folder, a Hub repository or a URL.
@@ -33,7 +37,7 @@ def locate(cfg: PretrainedCfg, *, cache_dir: str | Path | None = None, use_overr
         A local path.
 
     Raises:
-        CheckpointError: The weights cannot be had, or are not those that the manifest knows.
+        CheckpointError: The weights cannot be found or downloaded, or have another sha256 than the manifest.
 
     Example:
         >>> import timm, repvgg_zoo
@@ -67,7 +71,7 @@ def _record_of(cfg: PretrainedCfg) -> WeightsRecord | None:
 
 
 def _in_override_dir(record: WeightsRecord) -> Path | None:
-    """Find the weights of a record, or those that it is the fold of, in the user's folder of model folders."""
+    """Find the weights of a record, or their training form, in the user's folder of model folders."""
     if not (override := os.environ.get(WEIGHTS_VARIABLE)):
         return None
     if not Path(override).is_dir():
@@ -92,7 +96,7 @@ def _how_to_get(cfg: PretrainedCfg, record: WeightsRecord | None) -> str:
 
 
 def weights_in(folder: Path) -> Path:
-    """Find the file of weights in a model folder; raises `CheckpointError` if there is none."""
+    """Find the file of weights in a model folder; raise `CheckpointError` if there is none."""
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return folder / name
@@ -100,7 +104,8 @@ def weights_in(folder: Path) -> Path:
 
 
 def _from_url(source: str | tuple[str, str], cache_dir: str | Path | None) -> Path:
-    url, name = source if isinstance(source, tuple) else (source, Path(urlparse(source).path).name)  # as in timm
+    # a pair of URL and file name, as in timm
+    url, name = (source, Path(urlparse(source).path).name) if isinstance(source, str) else source
     folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / 'checkpoints'
     path = folder / name
     if not path.exists():

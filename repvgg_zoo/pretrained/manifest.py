@@ -29,7 +29,7 @@ DEPLOY_SUFFIX = '_deploy'
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How to prepare an image for the weights, and how many classes they tell apart."""
+    """Preparation of an image for the weights, and the number of classes."""
 
     input_px: int
     crop_pct: float
@@ -81,7 +81,7 @@ class WeightsRecord:
     size_bytes: int | None
     license: str
     origin: str
-    """Where the weights come from."""
+    """Origin of the weights."""
     upstream: str | None
     """The official file, if it is the only source of the training weights."""
     recipe: str | None
@@ -103,12 +103,12 @@ class WeightsRecord:
 
     @property
     def training_name(self) -> str:
-        """The name of the training-form weights: these, or those that these are folded from."""
+        """Name of the training-form weights: this record, or the record whose fold this is."""
         return self.name.removesuffix(DEPLOY_SUFFIX)
 
     @property
     def has_source(self) -> bool:
-        """Whether the file is bundled or on the Hub."""
+        """True if the file is bundled or on the Hub."""
         return bool(self.hub_id or self.file)
 
     @property

@@ -55,8 +55,8 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
     """Fold every RepVGG block inside a module into one convolution, in place.
 
     The blocks may be this package's, timm's, the official code's or mmpretrain's, wherever they are: a bare block, a
-    classifier, a segmentation network, a feature extractor, a DDP or compiled module. Blocks of the deploy form are
-    left alone, so a second call changes nothing. The fold takes the running statistics whatever the mode, so the deploy
+    classifier, a segmentation network, a feature extractor, a DDP or compiled module. Blocks of the deploy form stay
+    as they are, so a second call does nothing. The fold takes the running statistics in either mode, so the deploy
     form computes what `eval()` computed (arXiv 2101.03697, section 3.3).
 
     Optimizers, averages and DDP wrappers that were made before still hold the old parameters: make them anew if
@@ -179,7 +179,7 @@ def _prove(block: nn.Module, foldable: Foldable) -> None:
         else:
             _fold(trial, cast('Foldable', trial))
         actual = eval_outputs(trial, x)
-    except Exception as error:  # whatever code of others raises
+    except Exception as error:  # code of others may raise errors of any class
         raise FoldError(
             f'its {name} fails on {tuple(x.shape)} random pixels ({type(error).__name__}: {error}), so the fold cannot '
             'prove that it computes the sum of its branches; remove hooks and wrappers first'

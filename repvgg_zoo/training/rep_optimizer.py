@@ -49,7 +49,7 @@ def rep_optimizer(
     to gradients of other sizes. Gradients are multiplied in place in `step()`. Clipping comes before it, and so sees
     gradients of other sizes than those of the branches.
 
-    Schedules work, and the state of the optimizer is saved and loaded as ever. The state does not hold the multipliers.
+    Schedules work, and the optimizer's state is saved and loaded as usual. The state does not hold the multipliers.
     Call this again, with `load=False`, after you make the optimizer anew or copy it.
 
     Args:
@@ -150,7 +150,7 @@ def _load(model: nn.Module, like: nn.Module, scaled: dict[str, MultiBranchBlock]
     misfits = [key for key in own if key not in state_dict or state_dict[key].shape != own[key].shape]
     if others := [key for key in misfits if not _HEAD.search(key)]:
         raise ValueError(
-            f'the models must be of one variant; they differ in {others[0]}; load=False takes only the multipliers'
+            f'the models must be of one variant; they differ in {others[0]} (load=False takes only the multipliers)'
         )
     model.load_state_dict({key: own[key] if key in misfits else state_dict[key] for key in own})
 

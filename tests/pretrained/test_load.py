@@ -284,15 +284,17 @@ def test_pretrained_state_dict_overlay_is_copied(x):
     assert not torch.equal(loaded(x), source(x))
 
 
-def test_pretrained_url_is_downloaded(tmp_path, x):
+@pytest.mark.parametrize('name', ['mine.safetensors', 'renamed.safetensors'])
+def test_pretrained_url_is_downloaded(tmp_path, name, x):
     source = randomise(timm.create_model('test_repvgg'), px=32)
     save_file(source.state_dict(), tmp_path / 'mine.safetensors')
-    overlay = dict(url=(tmp_path / 'mine.safetensors').as_uri(), file=None)
+    url = (tmp_path / 'mine.safetensors').as_uri()
+    overlay = dict(url=url if name in url else (url, name), file=None)  # timm takes a pair of URL and file name too
     loaded = timm.create_model(
         'test_repvgg', pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path / 'cache'
     )
     assert torch.equal(loaded.eval()(x), source(x))
-    assert (tmp_path / 'cache' / 'mine.safetensors').exists()
+    assert (tmp_path / 'cache' / name).exists()
 
 
 @pytest.mark.parametrize('deploy', [False, True])
