@@ -453,6 +453,10 @@ def _rename_foreign_keys(model: RepVGG, state_dict: dict[str, Any], prefix: str,
     """Rename the keys of foreign layouts before the blocks look for theirs. The model may be part of another one."""
     own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
     renamed = to_timm_layout(own, strict=False)
+    buffers = {name for name, _ in model.named_buffers()}
+    for key in [key for key in renamed if key.endswith('.num_batches_tracked') and key not in own]:
+        if key not in buffers and key.replace('num_batches_tracked', 'running_var') in buffers:
+            del renamed[key]  # filled in, but this model's norms count no batches
     if model.aux_heads is None:
         drop_aux_heads(renamed)
     if renamed.keys() != own.keys():

@@ -92,6 +92,10 @@ OFFICIAL = [
 ]
 
 
+LAYOUTS = {'timm': [], 'mmpretrain': MMPRETRAIN, 'official': OFFICIAL}
+"""Renamings of timm's keys, by the name of the layout."""
+
+
 def rename(state_dict, table):
     renamed = {}
     for key, value in state_dict.items():

@@ -14,25 +14,15 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .._compat import has_hooks
 from ..checkpoints.errors import CheckpointError
-from ..reparam.fold import BATCH_NORMS, BNStats, ConvBN, FoldError, KernelBias, exact_dtype, fold_branches, fold_exactly
+from ..reparam.fold import BNStats, ConvBN, FoldError, KernelBias, exact_dtype, fold_branches, fold_exactly
 from ..reparam.geometry import Geometry, agreed, build_conv
 from ..reparam.kernel_hooks import computes_kernel, refresh_kernels
 from ..reparam.switch import switch_to_deploy
-from .branches import (
-    CONVOLUTIONS,
-    AvgPoolBranch,
-    Branch,
-    ConvBranch,
-    ConvSpec,
-    DiracBranch,
-    DOConvBranch,
-    ExpandBranch,
-    IdentityBranch,
-    PointConvBranch,
-    ScaledBranch,
-)
+from .branches import BRANCHES, CONVOLUTIONS, Branch, ConvSpec
 from .fast_paths import (
+    DROPS,
     MIN_OUTPUT_PIXELS,
+    NORMS,
     can_fold,
     full_precision,
     is_fixed_norm,
@@ -55,6 +45,7 @@ class ReparamBlock(nn.Module):
     conv_name = 'reparam_conv'
     if TYPE_CHECKING:  # TorchScript does not take the annotations
         norm: nn.Module | None
+        identity: nn.Module | None
         block: str
 
     def __init__(
@@ -118,7 +109,7 @@ class ReparamBlock(nn.Module):
         )
         norm: Any = norm_layer(out_chs, device='meta')
         self.norm_eps: float = norm.eps
-        self._training_form = functools.partial(
+        self.made_with = functools.partial(
             type(self), in_chs, out_chs, norm_layer=norm_layer, **conv_options, **block_options
         )
         self.reparam_conv = spec.conv(bias=True) if deploy else None
@@ -171,10 +162,10 @@ class ReparamBlock(nn.Module):
         if x.dim() != 4 or x.shape[0] * x.shape[2] * x.shape[3] < MIN_OUTPUT_PIXELS:
             return None
         try:
-            if any(map(moves_statistics, self.branch_norms())) or not runs_plainly(x):
+            if any(map(moves_statistics, self.branch_norms())) or not (runs_plainly(x) and self._runs_as_written()):
                 return None
             geometry = self.geometry()
-        except (FoldError, AttributeError):  # changed by hand
+        except (FoldError, AttributeError, TypeError):  # changed by hand
             return None
         rows, columns = geometry.stride or (1, 1)
         pixels = x.shape[0] * -(-x.shape[2] // rows) * -(-x.shape[3] // columns)
@@ -189,6 +180,8 @@ class ReparamBlock(nn.Module):
                 kernel, bias = fold_branches([ConvBN(kernel, bias, norm)], kernel.dtype)
                 norm = None
         y = _convolve(x, kernel.to(like.dtype), bias.to(like.dtype), geometry)
+        if self.identity is not None:  # under autocast the identity keeps the dtype of the input, and so does the sum
+            y = y.to(torch.promote_types(y.dtype, x.dtype))
         return y if norm is None else norm(y)
 
     @torch.jit.ignore
@@ -267,17 +260,22 @@ class ReparamBlock(nn.Module):
 
     @torch.jit.unused
     def needs_proof(self) -> bool:
-        """Tell whether a hook or an unknown class may change what a branch computes."""
-        for branch in self.named_branches().values():
-            for path, module in branch.named_modules():
-                if 'parametrizations' in path.split('.'):  # they only compute a kernel, which the fold reads
-                    continue
-                is_known = isinstance(module, (*BATCH_NORMS, *_PLAIN)) and (
-                    not isinstance(module, nn.Conv2d) or type_before_parametrizations(module) in CONVOLUTIONS
-                )
-                if not is_known or has_hooks(module, ignore=computes_kernel):
-                    return True
+        """Tell whether a hook, a patch or an unknown class may change what the sum of the branches is."""
+        if not self._runs_as_written() or any(type(drop) not in DROPS for drop in (self.drop_path, self.drop_block)):
+            return True
+        parts = [*self.named_branches().values(), *([] if self.norm is None else [self.norm])]
+        for path, module in ((path, module) for part in parts for path, module in part.named_modules()):
+            if 'parametrizations' in path.split('.'):  # they only compute a kernel, which the fold reads
+                continue
+            is_known = type_before_parametrizations(module) in (*_PLAIN, *NORMS)
+            if not is_known or has_hooks(module, ignore=computes_kernel):
+                return True
         return False
+
+    @torch.jit.unused
+    def _runs_as_written(self) -> bool:
+        """Tell whether `run_branches` is that of this package: a subclass or an instance may have another one."""
+        return 'branch_names' in vars(type(self)) and 'run_branches' not in vars(self)
 
     @torch.jit.unused
     @torch.no_grad()
@@ -313,7 +311,9 @@ class ReparamBlock(nn.Module):
             kernel, bias = fold_exactly(self._conv_bns(exact_dtype(kernels[0])), self.norm)
         layout = torch.channels_last if _is_channels_last(kernels) else torch.contiguous_format
         kernel = kernel.to(kernels[0].dtype).contiguous(memory_format=layout)
-        return build_conv(kernel, bias.to(kernels[0].dtype), self.geometry(), like=self)
+        branches = self.named_branches().values()
+        bias = bias.to(kernels[0].dtype)
+        return build_conv(kernel, bias, self.geometry(), replaced=branches, training=self.training)
 
     @torch.jit.unused
     def fold_state_dict(self, state_dict: dict[str, Any], prefix: str = '') -> None:
@@ -332,10 +332,13 @@ class ReparamBlock(nn.Module):
             FoldError: A running variance is negative, or a value is not finite.
         """
         own = {k.removeprefix(prefix): value for k, value in state_dict.items() if k.startswith(prefix)}
-        form = self._training_form_of(own)
+        path = prefix.removesuffix('.')
+        try:
+            form = self._training_form_of(own)
+        except ValueError as error:
+            raise CheckpointError(f'block {path!r}: {error}') from error
         if form is None:
             return
-        path = prefix.removesuffix('.')
         try:
             held = {k: v for k, v in own.items() if k.split('.')[0] in form.branch_names}
             form.load_state_dict({k: self._widened(v) for k, v in held.items() if SPLIT_BN not in k}, assign=True)
@@ -365,17 +368,8 @@ class ReparamBlock(nn.Module):
 SPLIT_BN = '.aux_bn.'
 """Part of the keys of timm's split normalisation that only training uses."""
 
-_PLAIN = (
-    *CONVOLUTIONS,
-    ConvBranch,
-    IdentityBranch,
-    ScaledBranch,
-    DiracBranch,
-    DOConvBranch,
-    ExpandBranch,
-    PointConvBranch,
-    AvgPoolBranch,
-)
+_PLAIN = (*CONVOLUTIONS, *BRANCHES, nn.Identity)
+"""Classes that the fold knows, except norms."""
 
 
 def _fold_what_is_loaded(block: ReparamBlock, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -25,10 +25,12 @@ from ..reparam.fold import (
     norm_scale,
     safe_divide,
 )
-from ..reparam.geometry import Geometry, check_is_plain_conv, geometry_of
+from ..reparam.geometry import Geometry, as_pair, check_is_plain_conv, geometry_of
+from ..reparam.kernel_hooks import compute_kernel
 from .fast_paths import is_plain, normalise_and_recompute, recomputes
 
 __all__ = [
+    'BRANCHES',
     'AvgPoolBranch',
     'Branch',
     'ConvBranch',
@@ -56,12 +58,19 @@ class SubsampledConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript takes this condition only by itself
             if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-                rows, columns = self.stride
-                x = x[:, :, ::rows, ::columns]  # a view, so that autograd keeps nothing more
-                return F.conv2d(x, self.weight, self.bias, groups=self.groups)
-        # A pool of one pixel gets its size from the convolution's formula, and a slice does not. torch.export needs the
-        # formula to see that the branches fit together.
+                return _point_conv(x, self.weight, self.bias, stride=as_pair(self.stride), groups=self.groups)
+        # a pool of one pixel, unlike a slice, gets its size from the convolution's formula, by which torch.export can
+        # tell that the branches fit together
         return F.conv2d(F.avg_pool2d(x, 1, self.stride), self.weight, self.bias, groups=self.groups)
+
+
+def _point_conv(
+    x: Tensor, kernel: Tensor, bias: Tensor | None = None, *, stride: tuple[int, int], groups: int
+) -> Tensor:
+    """A 1x1 convolution. Few strided channels are a view of the pixels that it reads, so autograd keeps no copy."""
+    if stride != (1, 1) and x.shape[1] < _SAFE_CHS:
+        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+    return F.conv2d(x, kernel, bias, stride, groups=groups)
 
 
 CONVOLUTIONS = (nn.Conv2d, SubsampledConv2d)
@@ -175,18 +184,19 @@ class ConvBranch(Branch):
             return y
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript takes this condition only by itself
             if self._is_point() and recomputes(self.bn, x, y):
-                return normalise_and_recompute(self.bn, y, self._convolve, x, self.conv.weight)
+                conv = self.conv  # as it is now, whatever happens to it before the backward pass
+                compute = functools.partial(
+                    _point_conv, bias=conv.bias, stride=as_pair(conv.stride), groups=conv.groups
+                )
+                return normalise_and_recompute(self.bn, y, compute, x, conv.weight)
         return self.bn(y)
-
-    @torch.jit.unused
-    def _convolve(self, x: Tensor, kernel: Tensor) -> Tensor:
-        return self.conv.forward(x)
 
     @torch.jit.unused
     def _is_point(self) -> bool:
         """Tell whether the convolution is 1x1 and nothing more."""
         conv = self.conv
-        return is_plain(conv, CONVOLUTIONS) and conv.kernel_size == (1, 1) and type(conv.weight) is nn.Parameter
+        is_point = conv.kernel_size == (1, 1) and conv.padding in ((0, 0), 0, 'same', 'valid')
+        return is_plain(conv, CONVOLUTIONS) and is_point and type(conv.weight) is nn.Parameter
 
     @torch.jit.unused
     def geometry(self) -> Geometry:
@@ -267,7 +277,8 @@ class ScaledBranch(Branch):
         self.scale = nn.Parameter(torch.ones(spec.out_chs, **spec.dd), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.branch(x) * self.scale.view(-1, 1, 1)
+        y = self.branch(x)
+        return y * self.scale.view(-1, 1, 1).to(y.dtype)  # or autocast would end here
 
     @torch.jit.unused
     def geometry(self) -> Geometry:
@@ -309,6 +320,8 @@ class _OverparameterisedBranch(Branch):
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self.conv
+        if not torch.jit.is_scripting():
+            compute_kernel(conv)
         kernel = self.kernel(conv.weight.dtype)
         if conv.padding_mode == 'zeros':
             y = F.conv2d(x, kernel, None, conv.stride, conv.dilation, conv.dilation, conv.groups)
@@ -482,6 +495,8 @@ class _ChainBranch(Branch):
         return self.bn(self.spread(y))
 
     def _normalised_point(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            compute_kernel(self.conv)
         kernel = self.point()
         y = F.conv2d(x, kernel, groups=self.groups)
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript takes this condition only by itself
@@ -535,6 +550,7 @@ class PointConvBranch(_ChainBranch):
         first, second = (_per_group(kernel, self.groups) for kernel in (first[:, :, 0, 0], self.conv.weight.to(dtype)))
         kernel = torch.einsum('gomhw,gmi->goihw', second, first).flatten(0, 1)
         bias = torch.einsum('gomhw,gm->go', second, _per_group(first_bias, self.groups)).flatten()
+        bias = bias if self.conv.bias is None else bias + self.conv.bias.to(dtype)
         return ConvBN(kernel, bias, self.bn)
 
     @torch.jit.unused
@@ -585,3 +601,16 @@ def _diagonal(kernel: Tensor, groups: int) -> Tensor:
 def _per_group(kernel: Tensor, groups: int) -> Tensor:
     """View `(C_out, …)` as `(groups, C_out / groups, …)`."""
     return kernel.view(groups, kernel.shape[0] // groups, *kernel.shape[1:])
+
+
+BRANCHES = (
+    ConvBranch,
+    IdentityBranch,
+    ScaledBranch,
+    DiracBranch,
+    DOConvBranch,
+    ExpandBranch,
+    PointConvBranch,
+    AvgPoolBranch,
+)
+"""The classes whose word is taken for what they compute; a subclass has to be proven, and has no fast path."""

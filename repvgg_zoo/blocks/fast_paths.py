@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from timm.layers import DropBlock2d, DropPath, FrozenBatchNormAct2d
+from timm.layers import BatchNormAct2d, DropBlock2d, DropPath, FrozenBatchNormAct2d, SplitBatchNorm2d, SyncBatchNormAct
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -25,7 +25,9 @@ from .._compat import has_hooks, has_saved_tensor_hooks, is_plain_eager, version
 from ..reparam.evaluation import fast_path_is_disabled
 
 __all__ = [
+    'DROPS',
     'MIN_OUTPUT_PIXELS',
+    'NORMS',
     'can_fold',
     'full_precision',
     'is_fixed_norm',
@@ -43,8 +45,13 @@ MIN_OUTPUT_PIXELS = 1024
 Both the cost and the gain grow with the product of input and output channels, so one number holds for every block.
 """
 
+DROPS = (nn.Identity, DropPath, DropBlock2d)
+"""Classes of stochastic depth and DropBlock that do nothing in eval mode."""
+
 _FROZEN_NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
 _TRAINED_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+NORMS = (*_FROZEN_NORMS, *_TRAINED_NORMS, BatchNormAct2d, SyncBatchNormAct, SplitBatchNorm2d)
+"""Classes of norms whose eval mode is known; their activation is checked where they are folded."""
 
 
 def full_precision(module: nn.Module) -> Any:
@@ -61,7 +68,7 @@ def is_plain(module: nn.Module, classes: Iterable[type[nn.Module]]) -> bool:
 def is_fixed_norm(norm: nn.Module) -> bool:
     """Tell whether a norm is linear now: it normalises with running statistics that it does not move."""
     if is_plain(norm, _FROZEN_NORMS):
-        return isinstance(getattr(norm, 'act', None), (nn.Identity, type(None)))
+        return all(is_plain(child, (nn.Identity,)) for child in norm.children())  # activation and dropout
     return is_plain(norm, _TRAINED_NORMS) and not norm.training and norm.running_mean is not None
 
 
@@ -93,7 +100,7 @@ def can_fold(branches: Iterable[nn.Module], classes: Iterable[type[nn.Module]]) 
 
 def is_stochastic(module: nn.Module) -> bool:
     """Tell whether stochastic depth or DropBlock may do anything now."""
-    idle = type(module) is nn.Identity or (type(module) in (DropPath, DropBlock2d) and not module.training)
+    idle = type(module) is nn.Identity or (type(module) in DROPS and not module.training)
     return not idle or has_hooks(module)
 
 

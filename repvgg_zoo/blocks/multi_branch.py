@@ -68,11 +68,11 @@ class MultiBranchBlock(ReparamBlock):
     @torch.jit.unused
     def _training_form_of(self, own: Mapping[str, Tensor]) -> ReparamBlock | None:
         if not any(key.startswith('branches.') for key in own):
-            return repvgg_form_of(own, self._training_form.keywords)
-        in_chs, out_chs = self._training_form.args
+            return repvgg_form_of(own, self)
+        in_chs, out_chs = self.made_with.args
         widths = [value.shape[1] for value in own.values() if value.ndim == 4]
         if widths and not self.has_identity:
             # a stem may have been trained with another number of input channels; inner kernels have more
-            in_chs = min(widths) * self._training_form.keywords['groups']
-        form = self._training_form
+            in_chs = min(widths) * self.made_with.keywords['groups']
+        form = self.made_with
         return form.func(in_chs, out_chs, **form.keywords, identity=self.has_identity, device='meta')

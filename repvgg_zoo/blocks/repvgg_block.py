@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -63,24 +63,36 @@ class RepVGGBlock(ReparamBlock):
 
     @torch.jit.unused
     def _training_form_of(self, own: Mapping[str, Tensor]) -> RepVGGBlock | None:
-        return repvgg_form_of(own, self._training_form.keywords)
+        return repvgg_form_of(own, self)
 
 
-def repvgg_form_of(own: Mapping[str, Tensor], options: Mapping[str, Any]) -> RepVGGBlock | None:
+def repvgg_form_of(own: Mapping[str, Tensor], block: ReparamBlock) -> RepVGGBlock | None:
     """Make a RepVGG block on the meta device for the branches of a state dict; return None if it holds none.
 
+    The weights may be of another network, which is told later: their shapes count, not those of the block.
+
     Args:
-        own: State dict of a block. It decides the number of channels.
-        options: Options of the block that the weights are for. Only `groups` and `norm_layer` count.
+        own: State dict of a block.
+        block: The block that they are for.
+
+    Raises:
+        ValueError: An identity branch is missing or too many.
     """
     kernel = own.get('conv_kxk.conv.weight')
     if kernel is None:
         return None
+    (in_chs, out_chs), options = block.made_with.args, block.made_with.keywords
+    shape, has_identity = (kernel.shape[0], kernel.shape[1] * options['groups']), 'identity.running_var' in own
+    if has_identity != block.has_identity and shape == (out_chs, in_chs):
+        raise ValueError(
+            f'the weights have {"an" if has_identity else "no"} identity branch, and the block has '
+            f'{"one" if block.has_identity else "none"}; take weights of the same architecture'
+        )
     return RepVGGBlock(
-        kernel.shape[1] * options['groups'],
-        kernel.shape[0],
+        shape[1],
+        shape[0],
         groups=options['groups'],
         norm_layer=options['norm_layer'],
-        identity='identity.running_var' in own,
+        identity=has_identity,
         device='meta',
     )

@@ -11,10 +11,11 @@ import torch
 from timm.layers import get_norm_layer
 from torch import Tensor, nn
 
-from .._compat import copy_hooks
+from .._compat import copy_hooks, has_hooks
 from ..checkpoints.state_dicts import StateDict, check_fit
 from ..reparam.evaluation import evaluating
-from ..reparam.fold import BATCH_NORMS, BNStats, centred_kernel, exact_dtype, norm_scale, safe_divide
+from ..reparam.fold import BATCH_NORMS, BNStats, FoldError, centred_kernel, exact_dtype, norm_scale, safe_divide
+from ..reparam.geometry import as_pair, geometry_of
 from ..reparam.stale_optimizers import remember_replaced
 from .base import ReparamBlock
 from .factory import block_type
@@ -68,7 +69,7 @@ def unfold(
 
             - the module has no block of this package,
             - it has a block of the training form,
-            - it has a block that was compiled by itself,
+            - it has a block that was compiled by itself, or whose convolution was changed by hand,
             - `block` is unknown,
             - `batches` holds no images, too few pixels, or pixels that are not finite,
             - `batches` holds tensors that are not `(N, C, H, W)`.
@@ -145,14 +146,24 @@ def _training_form(
     norm_layer: Callable[..., nn.Module] | None,
     generator: torch.Generator | None,
 ) -> ReparamBlock:
+    try:
+        geometry = geometry_of(conv)
+    except FoldError as error:
+        raise ValueError(f'a block has no branches that compute what it computes: {error}') from None
+    is_square = geometry.dilation_rows == geometry.dilation_columns and len(set(as_pair(conv.stride))) == 1
+    if not is_square or has_hooks(conv) or type(conv) is not nn.Conv2d:
+        raise ValueError(
+            f'a block has no branches that compute what it computes: its {conv} has hooks, another class, or another '
+            'stride or dilation in one direction; put that back first'
+        )
     unfolded = make(
         conv.in_channels,
         conv.out_channels,
-        stride=conv.stride[0],
-        dilation=conv.dilation[0],
+        stride=as_pair(conv.stride)[0],
+        dilation=as_pair(conv.dilation)[0],
         groups=conv.groups,
         padding_mode=conv.padding_mode,
-        identity=folded.has_identity and conv.stride == (1, 1),
+        identity=folded.has_identity and as_pair(conv.stride) == (1, 1),
         attn_last=folded.attn_last,
         norm_layer=norm_layer or functools.partial(nn.BatchNorm2d, eps=folded.norm_eps),
         device=conv.weight.device,

@@ -80,6 +80,7 @@ class ForeignBlock:
         """Return True, because code of others decides what `forward` does with the parts."""
         return True
 
+    @torch.no_grad()
     def check_foldable(self) -> None:
         refresh_kernels(self.module)
         for name, conv, norm in self._convolutions():
@@ -106,7 +107,9 @@ class ForeignBlock:
                 ConvBN(identity_kernel(len(like), in_chs, groups, torch.float32, like.device), None, identity)
             )
         kernel, bias = fold_exactly(branches)
-        return build_conv(kernel.to(like.dtype), bias.to(like.dtype), geometry, like=self.module)
+        convs = [conv for _, conv, _ in self._convolutions()]
+        kernel, bias = kernel.to(like.dtype), bias.to(like.dtype)
+        return build_conv(kernel, bias, geometry, replaced=convs, training=self.module.training)
 
     def _convolutions(self) -> list[tuple[str, nn.Conv2d, nn.Module]]:
         branches = [(name, getattr(self.module, name)) for name in self.branch_names[:2]]

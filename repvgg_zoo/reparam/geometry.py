@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 
 from .fold import FoldError
 
-__all__ = ['Geometry', 'agreed', 'build_conv', 'check_is_plain_conv', 'geometry_of']
+__all__ = ['Geometry', 'agreed', 'as_pair', 'build_conv', 'check_is_plain_conv', 'geometry_of']
 
 
 class Geometry(NamedTuple):
@@ -27,21 +27,27 @@ class Geometry(NamedTuple):
 
 def geometry_of(conv: nn.Conv2d) -> Geometry:
     """Read a convolution; raise `FoldError` if its padding does not centre its kernel."""
-    size, dilation = conv.kernel_size, conv.dilation
+    size, dilation, stride = (as_pair(value) for value in (conv.kernel_size, conv.dilation, conv.stride))
     centred = tuple(d * (k // 2) for d, k in zip(dilation, size, strict=True))
     named = {'same': centred, 'valid': (0,) * len(size)}
-    padding = named.get(conv.padding) if isinstance(conv.padding, str) else conv.padding
+    padding = named.get(conv.padding) if isinstance(conv.padding, str) else as_pair(conv.padding)
     if padding != centred or not all(k % 2 for k in size):
         raise FoldError(f'its padding {conv.padding} does not centre a {size} kernel of dilation {dilation}')
     return Geometry(
         in_chs=conv.weight.shape[1] * conv.groups,
         out_chs=conv.weight.shape[0],
         groups=conv.groups,
-        stride=conv.stride,
+        stride=stride,
         dilation_rows=dilation[0] if size[0] > 1 else None,
         dilation_columns=dilation[1] if size[1] > 1 else None,
         padding_mode=conv.padding_mode if any(k > 1 for k in size) else None,
     )
+
+
+def as_pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """Two numbers, where a convolution that was changed by hand may have one, or a list."""
+    rows, columns = (value, value) if isinstance(value, int) else value
+    return rows, columns
 
 
 def agreed(geometries: Mapping[str, Geometry]) -> Geometry:
@@ -104,15 +110,17 @@ def check_has_values(kernel: Tensor, name: str) -> None:
         )
 
 
-def build_conv(kernel: Tensor, bias: Tensor, geometry: Geometry, *, like: nn.Module) -> nn.Conv2d:
+def build_conv(
+    kernel: Tensor, bias: Tensor, geometry: Geometry, *, replaced: Iterable[nn.Module], training: bool
+) -> nn.Conv2d:
     """Make the convolution of a kernel, without copying it.
 
     Args:
         kernel: `(C_out, C_in / groups, k, k)`.
         bias: `(C_out,)`.
         geometry: Geometry of the convolution.
-        like: Block whose branches it replaces. The convolution requires gradients if one of their kernels does, and is
-            in the mode of the block.
+        replaced: The branches. The convolution requires gradients if one of their kernels does.
+        training: Mode of the block.
     """
     dilation = (geometry.dilation_rows or 1, geometry.dilation_columns or 1)
     size = kernel.shape[2], kernel.shape[3]
@@ -125,7 +133,7 @@ def build_conv(kernel: Tensor, bias: Tensor, geometry: Geometry, *, like: nn.Mod
         padding_mode=geometry.padding_mode or 'zeros',
     )
     conv = nn.Conv2d(kernel.shape[1] * groups, kernel.shape[0], size, device='meta', **options)
-    requires_grad = any(p.requires_grad for p in like.parameters() if p.ndim > 2)
+    requires_grad = any(p.requires_grad for branch in replaced for p in branch.parameters() if p.ndim > 2)
     conv.weight = nn.Parameter(kernel, requires_grad=requires_grad)
     conv.bias = nn.Parameter(bias, requires_grad=requires_grad)
-    return conv.train(like.training)
+    return conv.train(training)

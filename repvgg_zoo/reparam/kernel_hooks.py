@@ -11,7 +11,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .._compat import forward_pre_hooks
 
-__all__ = ['computes_kernel', 'refresh_kernels']
+__all__ = ['compute_kernel', 'computes_kernel', 'refresh_kernels']
 
 
 def computes_kernel(hook: Callable[..., Any]) -> bool:
@@ -36,3 +36,10 @@ def refresh_kernels(module: nn.Module) -> None:
                     hook(submodule, ())
                 finally:
                     submodule.training = training
+
+
+def compute_kernel(conv: nn.Module) -> None:
+    """Run the hooks that compute a kernel, for a convolution whose kernel is read without a call."""
+    for hook in forward_pre_hooks(conv):
+        if computes_kernel(hook):
+            hook(conv, ())

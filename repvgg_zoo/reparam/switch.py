@@ -73,7 +73,8 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
         FoldError: A block cannot be folded, or `verify` found a difference that rounding does not explain. The module
             is then as it was. With `verify`, any other error leaves it as it was too. Without, running out of memory
             can leave it half switched, because the branches are released block by block.
-        ValueError: There is no RepVGG block in the module, or one in a traced, scripted or exported graph.
+        ValueError: There is no RepVGG block in the module, or one in a traced, scripted or exported graph; or the
+            outputs hold nothing to verify.
 
     Example:
         >>> import timm, repvgg_zoo
@@ -94,6 +95,11 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
     if not training:
         return module
     reference = None if verify is None else eval_outputs(module, verify)
+    if reference == []:
+        raise ValueError(
+            f'verify= compares tensors of floating-point numbers, and {type(module).__name__} returns none, in tuples, '
+            'lists and mappings; leave verify out'
+        )
     undo = []
     try:
         for _, block, foldable in training:
@@ -166,31 +172,34 @@ def _check(path: str, block: nn.Module, foldable: Foldable) -> None:
 
 
 def _prove(block: nn.Module, foldable: Foldable) -> None:
-    """Fold a copy in float64, and compare both forms on a few pixels."""
+    """Fold a copy in float64, and compare both forms on a few pixels of two sizes."""
     geometry = foldable.geometry()
     px = 3 + 2 * max(geometry.dilation_rows or 1, geometry.dilation_columns or 1)
     x = torch.randn(2, geometry.in_chs or 1, px, px, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    name = type(block).__name__
+    inputs, name = [x, 1e3 * x], type(block).__name__  # large ones pass what saturates, and wake what is silent
     try:
         trial = copy.deepcopy(block).to('cpu', torch.float64)
-        expected = eval_outputs(trial, x)
+        expected = [eval_outputs(trial, pixels) for pixels in inputs]
         if isinstance(foldable, ForeignBlock):
             _fold(trial, ForeignBlock(trial, foldable.names))
         else:
             _fold(trial, cast('Foldable', trial))
-        actual = eval_outputs(trial, x)
+        actual = [eval_outputs(trial, pixels) for pixels in inputs]
+        differences = [_difference(before, after) for before, after in zip(expected, actual, strict=True)]
     except Exception as error:  # code of others may raise errors of any class
         raise FoldError(
             f'its {name} fails on {tuple(x.shape)} random pixels ({type(error).__name__}: {error}), so the fold cannot '
             'prove that it computes the sum of its branches; remove hooks and wrappers first'
         ) from error
-    diff, largest = _difference(expected, actual)
-    if not diff <= MAX_REL_DIFF[torch.float64] * largest:
-        raise FoldError(
-            f'its {name} computes something else than the sum of its branches: a fold would change outputs of up to '
-            f'{largest:.3g} by {diff:.3g}. Merge or remove the norm, scale, activation, hook, adapter or quantizer '
-            'that may be the cause'
-        )
+    for diff, largest in differences:
+        if not diff <= MAX_REL_DIFF[torch.float64] * largest:
+            raise FoldError(
+                f'its {name} computes something else than the sum of its branches: a fold would change outputs of up '
+                f'to {largest:.3g} by {diff:.3g}. Merge or remove the norm, scale, activation, hook, adapter or '
+                'quantizer that may be the cause'
+            )
+    if not any(largest for _, largest in differences):
+        raise FoldError(f'its {name} gives only zeros on random pixels, which prove nothing; load its weights')
 
 
 def _fold(block: nn.Module, foldable: Foldable) -> Callable[[], None]:
@@ -235,6 +244,11 @@ def _clear(block: nn.Module, name: str) -> None:
 
 
 def _verify(reference: list[Tensor], outputs: list[Tensor]) -> None:
+    if [t.shape for t in reference] != [t.shape for t in outputs]:
+        raise FoldError(
+            f'the deploy form has outputs of shapes {[tuple(t.shape) for t in outputs]}, the training form of '
+            f'{[tuple(t.shape) for t in reference]}. The module is left in its training form'
+        )
     for before, after in zip(reference, outputs, strict=True):
         diff, largest = _difference([before], [after])
         bound = MAX_REL_DIFF[before.dtype] * largest

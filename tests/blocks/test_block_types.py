@@ -15,12 +15,13 @@ import torch.nn.utils.prune
 from helpers import CONFIGURATIONS, images, randomise, rel_diff
 from hypothesis import given
 from hypothesis import strategies as st
-from timm.layers import LayerNorm2d, convert_splitbn_model
+from timm.layers import LayerNorm2d, SEModule, convert_splitbn_model
 from torch import nn
 from torch.nn.utils import weight_norm
 
 import repvgg_zoo
 from repvgg_zoo import BLOCKS, CheckpointError, FoldError, load_checkpoint
+from repvgg_zoo.blocks import branches
 from repvgg_zoo.blocks.block_types import BLOCK_TYPES
 from repvgg_zoo.blocks.branches import AvgPoolBranch, PointConvBranch
 from repvgg_zoo.blocks.factory import block_type, blocks_with_keys
@@ -716,3 +717,36 @@ def test_stems_that_cannot_be_adapted_say_so(name, tmp_path):
     overlay = dict(file=str(tmp_path / 'file.pth'))
     with pytest.raises(CheckpointError, match='another structure for 1 channels than for 3'):
         timm.create_model('test_repvgg', pretrained=True, block=name, in_chans=1, pretrained_cfg_overlay=overlay)
+
+
+@pytest.mark.parametrize('name', ['dirac', 'doconv', 'expand', 'dbb'])
+@pytest.mark.parametrize('reparametrize', [partial(torch.nn.utils.prune.l1_unstructured, amount=0.5), weight_norm])
+def test_kernels_that_hooks_compute_are_those_of_now(name, reparametrize):
+    """Also of a convolution that holds a parameter of the kernel, and is not called."""
+    made, x = block(name), images(2, 8, in_chans=8, dtype=F64)
+    convs = [m for m in made.modules() if isinstance(m, nn.Conv2d)]
+    for conv in convs:
+        reparametrize(conv, 'weight')
+    before = made(x).detach()
+    with torch.no_grad():
+        for parameter in (p for conv in convs for p in conv.parameters()):
+            parameter += torch.randn_like(parameter)
+    after = made(x)
+    assert rel_diff(after, before) > 1e-3
+    assert rel_diff(made.switch_to_deploy()(x), after) < EXACT
+
+
+def test_every_branch_class_is_known_to_the_fold():
+    """Without that, the fold has to prove it, and it has no fast path."""
+    classes = {v for k, v in vars(branches).items() if isinstance(v, type) and issubclass(v, branches.Branch)}
+    public = {cls for cls in classes if not cls.__name__.startswith('_')} - {branches.Branch}
+    assert set(branches.BRANCHES) == public
+
+
+def test_frozen_kernels_stay_frozen_beside_a_trained_attention():
+    made = repvgg_zoo.RepVGGBlock(16, 16, attn_layer=SEModule)
+    for part in made.branch_names:
+        getattr(made, part).requires_grad_(False)
+    conv = made.eval().switch_to_deploy().reparam_conv
+    assert not conv.weight.requires_grad
+    assert next(made.attn.parameters()).requires_grad

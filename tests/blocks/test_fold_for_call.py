@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from helpers import images, randomise, rel_diff, run_branches
-from timm.layers import DropBlock2d, freeze_batch_norm_2d
+from timm.layers import DropBlock2d, FrozenBatchNormAct2d, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
@@ -158,9 +158,20 @@ def test_mixed_precision_in_evaluation(fast_path_calls):
         expected = made(x)
         with torch.autocast('cpu', torch.bfloat16):
             y = made(x)
-    assert y.dtype == torch.bfloat16
+        branches = run_branches(lambda: made(x))
+    assert y.dtype == branches.dtype == torch.float32  # that of the identity; without one it is bfloat16
     assert rel_diff(y, expected) < 2e-2  # bfloat16 has eight bits
     assert fast_path_calls == [True, True]
+
+
+@pytest.mark.parametrize('name', repvgg_zoo.BLOCKS)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('px', [8, 40])
+def test_mixed_precision_dtype_of_outputs_is_that_of_the_branches(name, dtype, px):
+    made = randomise(block_type(name)(8, 8), px=11, in_chans=8)
+    x = images(2, px, in_chans=8).to(dtype)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert made(x).dtype == run_branches(lambda: made(x)).dtype
 
 
 def test_nothing_is_remembered(fast_path_calls):
@@ -702,6 +713,7 @@ def test_graphs_hold_the_branches(fast_path_calls):
 
 @pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
 def test_compiled_training_takes_the_branches(backend, fast_path_calls):
+    torch.compiler.reset()  # all blocks share the code whose versions are limited
     made, plain = block().train(), block().train()
     x = batch(made)
     assert_close(run(torch.compile(made, backend=backend, fullgraph=True), x), run_branches(lambda: run(plain, x)))
@@ -842,3 +854,98 @@ def test_flop_counters_see_the_branches():
     with FlopCounterMode(display=False) as counter:
         made(x)
     assert counter.get_total_flops() == 2 * x.shape[0] * x.shape[2] * x.shape[3] * 8 * 8 * (9 + 1)
+
+
+# ------------------------------------------------------------------------------------- what is not what it looks like
+
+
+class DoubledNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class DoubledBlock(RepVGGBlock):
+    def run_branches(self, x):
+        return 2 * super().run_branches(x)
+
+
+class Tripled(nn.Module):
+    def forward(self, x):
+        return 3 * x
+
+
+def doubled_norm():
+    return RepVGGBlock(8, 8, norm_layer=DoubledNorm)
+
+
+def doubled_block():
+    return DoubledBlock(8, 8)
+
+
+def patched_block():
+    made = RepVGGBlock(8, 8)
+    original = made.run_branches
+    made.run_branches = lambda x: 2 * original(x)
+    return made
+
+
+def hooked_norm():
+    made = block_type('bn_after')(8, 8)
+    made.norm.register_forward_hook(lambda module, args, y: 3 * y)
+    return made
+
+
+def deterministic_drop():
+    made = RepVGGBlock(8, 8)
+    made.drop_path = Tripled()
+    return made
+
+
+def hooked_activation():
+    made = block_type('bn_after')(8, 8)
+    made.norm = FrozenBatchNormAct2d(8, apply_act=False)
+    made.norm.act.register_forward_hook(lambda module, args, y: 3 * y)
+    return made
+
+
+@pytest.mark.parametrize(
+    'make', [doubled_norm, doubled_block, patched_block, hooked_norm, deterministic_drop, hooked_activation]
+)
+def test_own_block_that_computes_something_else_is_run_and_refused(make):
+    made, x = make().double().eval(), images(2, 33, in_chans=8, dtype=torch.float64)
+    y = made(x)
+    assert rel_diff(y, run_branches(lambda: made(x))) < 1e-12
+    with pytest.raises(FoldError):
+        made.switch_to_deploy()
+    assert torch.equal(made(x), y)
+
+
+def test_dropout_of_a_frozen_norm_drops(fast_path_calls):
+    made = block_type('csla')(8, 8)
+    made.norm = FrozenBatchNormAct2d(8, apply_act=False, drop_layer=nn.Dropout)
+    made.act = nn.Identity()
+    y = made.train()(images(2, 33, in_chans=8))
+    assert (y == 0).float().mean() > 0.4
+
+
+def test_bias_inside_a_chain_is_folded():
+    made, x = block_type('dbb')(8, 8).double().eval(), images(2, 33, in_chans=8, dtype=torch.float64)
+    made.branches['1x1_kxk'].conv.bias = nn.Parameter(torch.ones(8, dtype=torch.float64))
+    expected = run_branches(lambda: made(x))
+    assert rel_diff(made(x), expected) < 1e-12
+    assert rel_diff(made.switch_to_deploy()(x), expected) < 1e-12
+
+
+@pytest.mark.parametrize('make', [lambda: 1, lambda: [1, 1], lambda: (1, 1)], ids=['int', 'list', 'tuple'])
+@pytest.mark.parametrize('in_chs', [8, 16])
+def test_strides_set_by_hand_may_be_numbers_or_lists(make, in_chs):
+    made, x = RepVGGBlock(in_chs, 16, stride=2).double(), images(2, 33, in_chans=in_chs, dtype=torch.float64)
+    for conv in (m for m in made.modules() if isinstance(m, nn.Conv2d)):
+        conv.stride = make()
+    if make() == 1:  # PyTorch itself takes no int with a padding of two numbers
+        for conv in (m for m in made.modules() if isinstance(m, nn.Conv2d)):
+            conv.stride = (1, 1)
+    assert made.train()(x).shape == (2, 16, 33, 33)
+    expected = run_branches(lambda: made.eval()(x))
+    assert rel_diff(made(x), expected) < 1e-12
+    assert rel_diff(made.switch_to_deploy()(x), expected) < 1e-12

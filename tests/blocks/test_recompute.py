@@ -13,8 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from repvgg_zoo import BLOCKS as BLOCKS_OF_ALL_TYPES
 from repvgg_zoo import RepVGGBlock
-from repvgg_zoo.blocks import base
-from repvgg_zoo.blocks.branches import ConvBranch
+from repvgg_zoo.blocks import base, branches
 from repvgg_zoo.blocks.factory import block_type
 
 BLOCKS = {
@@ -498,17 +497,41 @@ def test_every_block_type_recomputes_its_1x1_convolutions(name, layout, fast_pat
 
 def test_recomputation_with_another_stride_is_noticed(monkeypatch):
     """Or this file would not test it."""
-    made = block('groups and stride')
+    made = block('groups and stride', in_chs=16)  # whose forward pass is PyTorch's own
     plain, x = copy.deepcopy(made), batch(made)
 
-    def other_stride(branch, x, kernel):
-        return nn.functional.conv2d(x, kernel, groups=branch.conv.groups)[:, :, : (x.shape[2] + 1) // 2, 4:]
+    def other_pixels(x, kernel, bias=None, *, stride, groups):
+        return nn.functional.conv2d(x, kernel, groups=groups)[:, :, : (x.shape[2] + 1) // 2, 4:]
 
-    monkeypatch.setattr(ConvBranch, '_convolve', other_stride)
+    monkeypatch.setattr(branches, '_point_conv', other_pixels)
     step(made, x)
     run_branches(lambda: step(plain, x))
     with pytest.raises(AssertionError):
         assert_same_training(made, plain)
+
+
+def test_parameters_for_one_call_are_those_of_the_recomputation():
+    """They are back in their places before the backward pass."""
+    made, other = block(), block()
+    for parameter in other.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    plain, x = copy.deepcopy(other), batch(made)
+    loss_of(torch.func.functional_call(made, dict(other.named_parameters()), x)).backward()
+    run_branches(lambda: step(plain, x))
+    for (name, p), q in zip(other.named_parameters(), plain.named_parameters(), strict=True):
+        assert (p.grad - q[1].grad).abs().max() <= 1e-12 * q[1].grad.abs().max() + 1e-12, name  # float64
+
+
+def test_kernel_replaced_before_the_backward_pass_has_no_effect():
+    made = block()
+    plain, x = copy.deepcopy(made), batch(made)
+    loss = loss_of(made(x))
+    kernel = made.conv_1x1.conv.weight
+    made.conv_1x1.conv.weight = nn.Parameter(torch.ones_like(kernel))
+    loss.backward()
+    run_branches(lambda: step(plain, x))
+    assert rel_diff(kernel.grad, plain.conv_1x1.conv.weight.grad) < 1e-11  # float64
+    assert rel_diff(made.conv_1x1.bn.weight.grad, plain.conv_1x1.bn.weight.grad) < 1e-11
 
 
 def test_fold_in_train_mode_is_noticed(monkeypatch):

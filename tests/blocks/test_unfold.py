@@ -461,3 +461,28 @@ def test_compiled_model_shows_its_statistics(folded, photos):
 def test_unfolding_of_nothing_is_refused():
     with pytest.raises(ValueError, match=r'load_checkpoint\(model, path, unfold=True\)'):
         timm.create_model('test_repvgg', unfold=True)
+
+
+def other_stride(conv):
+    conv.stride = (2, 1)
+
+
+def other_dilation(conv):
+    conv.dilation, conv.padding = (1, 2), (1, 2)
+
+
+def no_padding(conv):
+    conv.padding = (0, 0)
+
+
+def hooked(conv):
+    conv.register_forward_hook(lambda module, args, y: 2 * y)
+
+
+@pytest.mark.parametrize('change', [other_stride, other_dilation, no_padding, hooked])
+def test_unfold_convolution_that_was_changed_raises(change):
+    model = timm.create_model('test_repvgg', deploy=True)
+    change(model.stages[3][0].reparam_conv)
+    with pytest.raises(ValueError, match='has no branches that compute what it computes'):
+        unfold(model)
+    assert model.deploy

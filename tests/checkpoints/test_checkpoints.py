@@ -9,12 +9,12 @@ import pytest
 import safetensors
 import timm
 import torch
-from helpers import MMPRETRAIN, OFFICIAL, images, randomise, rel_diff, rename
+from helpers import LAYOUTS, OFFICIAL, images, randomise, rel_diff, rename
 from safetensors.torch import load_file, save_file
 
 import repvgg_zoo
 from repvgg_zoo import CheckpointError, FoldError, load_checkpoint
-from repvgg_zoo.checkpoints import files
+from repvgg_zoo.checkpoints import files, layouts
 from repvgg_zoo.checkpoints.files import read_checkpoint
 from repvgg_zoo.checkpoints.layouts import to_timm_layout
 from repvgg_zoo.checkpoints.state_dicts import check_fit, form_of, identify_variant
@@ -43,7 +43,9 @@ def fold(state_dict, name='test_repvgg'):
 # --------------------------------------------------------------------------------------------- layouts
 
 
-@pytest.mark.parametrize('table', [MMPRETRAIN, OFFICIAL], ids=['mmpretrain', 'official'])
+@pytest.mark.parametrize(
+    'table', [table for table in LAYOUTS.values() if table], ids=[n for n in LAYOUTS if LAYOUTS[n]]
+)
 @pytest.mark.parametrize('name', ['test_repvgg', 'repvgg_d2se'])
 @pytest.mark.parametrize('deploy', [False, True])
 def test_to_timm_layout_foreign_keys_translates(table, name, deploy):
@@ -55,7 +57,7 @@ def test_to_timm_layout_foreign_keys_translates(table, name, deploy):
     assert all(translated[key] is value for key, value in expected.items())
 
 
-@pytest.mark.parametrize('table', [[], MMPRETRAIN, OFFICIAL], ids=['timm', 'mmpretrain', 'official'])
+@pytest.mark.parametrize('table', LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.'])
 def test_load_wrapper_prefixes_are_stripped(state_dict, model, table, prefix):
     foreign = {prefix + key: value for key, value in rename(state_dict, table).items()}
@@ -358,3 +360,34 @@ def test_load_half_precision_file_into_deploy_model_folds_wide(dtype, model, tmp
     training, deploy = (load_checkpoint(fresh(deploy=d), tmp_path / 'half.pth').eval() for d in (False, True))
     x = images(4, 32)
     assert rel_diff(deploy(x), training(x)) < 1e-5  # float32; rounded to half precision, 1e-3 and more
+
+
+def test_load_training_weights_without_an_identity_into_deploy_model_raises(state_dict):
+    for key in [key for key in state_dict if key.startswith('stages.1.1.identity')]:
+        del state_dict[key]
+    with pytest.raises(CheckpointError, match=r"block 'stages\.1\.1': the weights have no identity branch"):
+        fresh(deploy=True).load_state_dict(state_dict)
+
+
+def test_load_training_weights_with_one_identity_too_many_raises(state_dict):
+    for key in [key for key in state_dict if key.startswith('stages.1.1.identity')]:
+        state_dict[key.replace('1.1.identity', '1.0.identity')] = state_dict[key]
+    with pytest.raises(CheckpointError, match=r"block 'stages\.1\.0': the weights have an identity branch"):
+        fresh(deploy=True).load_state_dict(state_dict)
+
+
+def test_load_norm_without_counter_takes_its_own_state_dict():
+    class Norm(torch.nn.BatchNorm2d):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            del self.num_batches_tracked
+
+    model = fresh(norm_layer=Norm)
+    model.load_state_dict(model.state_dict())
+
+
+def test_every_layout_is_tested():
+    names = {layout.name.removesuffix(' RepVGG') for layout in layouts._FOREIGN_LAYOUTS}
+    assert names - {'official RepVGGplus'} == LAYOUTS.keys() - {
+        'timm'
+    }  # whose halves and heads have tests of their own

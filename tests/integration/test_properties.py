@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import MMPRETRAIN, OFFICIAL, rel_diff, rename
+from helpers import LAYOUTS, rel_diff, rename
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -147,7 +147,6 @@ def models(draw):
     return model.eval()
 
 
-LAYOUTS = {'timm': [], 'mmpretrain': MMPRETRAIN, 'official': OFFICIAL}
 PREFIXES = st.lists(st.sampled_from(['module.', '_orig_mod.']), max_size=3).map(''.join)
 
 

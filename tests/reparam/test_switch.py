@@ -2,11 +2,13 @@
 
 import copy
 import logging
+import types
 import warnings
 
 import pytest
 import timm
 import torch
+import torch.nn.utils.prune
 from helpers import images, randomise, rel_diff, run_branches
 from timm.layers import ScaledStdConv2d, StdConv2d
 from timm.models import byobnet
@@ -621,3 +623,73 @@ def test_undone_switch_keeps_the_order_of_parameters(model, x, monkeypatch):
         model.switch_to_deploy(verify=x)
     assert [name for name, _ in model.named_parameters()] == before
     assert list(model.state_dict()) == list(timm.create_model('test_repvgg').state_dict())
+
+
+def prune_half(conv):
+    return nn.utils.prune.l1_unstructured(conv, 'weight', 0.5)
+
+
+class Silent(Lookalike):
+    """All units are below zero on small inputs."""
+
+    def combine(self, x):
+        return 2 * super().combine(x) - 30 + 30 * hasattr(self, 'rbr_reparam')
+
+    def after(self, y):
+        return y.relu()
+
+
+class Saturated(Lookalike):
+    def combine(self, x):
+        return self.rbr_dense(x).clamp(-20, 20) + self.rbr_1x1(x) + self.rbr_identity(x)
+
+
+@pytest.mark.parametrize('kind', [Silent, Saturated])
+def test_switch_lookalike_that_differs_only_on_large_inputs_raises(kind):
+    with pytest.raises(FoldError, match='something else than the sum of its branches'):
+        switch_to_deploy(kind().double().eval())
+
+
+def test_switch_block_of_zeros_raises():
+    block = Lookalike().double().eval()
+    for parameter in block.parameters():
+        nn.init.zeros_(parameter)
+    with pytest.raises(FoldError, match='gives only zeros on random pixels'):
+        switch_to_deploy(block)
+
+
+@pytest.mark.parametrize('reparametrize', [nn.utils.weight_norm, nn.utils.spectral_norm, prune_half])
+def test_switch_foreign_block_with_kernels_that_hooks_compute(reparametrize):
+    block = randomise(Lookalike().double(), px=9, in_chans=8)
+    reparametrize(block.rbr_dense.conv)
+    x = images(2, 9, in_chans=8, dtype=torch.float64)
+    before = block(x)
+    after = switch_to_deploy(block)(x)
+    assert rel_diff(after, before) < 1e-12
+    assert block.rbr_reparam.weight.requires_grad
+
+
+class Labels(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        y = self.block(x)
+        return y.mean((2, 3)), y.mean((2, 3)).argmax(1), y[:0]
+
+
+def test_verify_compares_only_floating_point_outputs():
+    network = Labels(randomise(RepVGGBlock(8, 8), px=9, in_chans=8))
+    assert switch_to_deploy(network, verify=images(2, 9, in_chans=8)).block.is_deploy()
+
+
+def test_verify_nothing_to_compare_raises():
+    class Namespace(Labels):
+        def forward(self, x):
+            return types.SimpleNamespace(y=self.block(x))
+
+    network = Namespace(RepVGGBlock(8, 8))
+    with pytest.raises(ValueError, match='Namespace returns none'):
+        switch_to_deploy(network, verify=images(2, 9, in_chans=8))
+    assert not network.block.is_deploy()
