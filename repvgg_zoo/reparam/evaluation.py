@@ -19,6 +19,9 @@ _disabled = ContextVar('fast_path_is_disabled', default=False)
 def disable_fast_path() -> Iterator[None]:
     """Run branches one by one inside the `with` block, in this thread. Comparisons of both forms need it.
 
+    Returns:
+        A context manager.
+
     Example:
         >>> import timm, repvgg_zoo
         >>> model = timm.create_model('test_repvgg').eval()
