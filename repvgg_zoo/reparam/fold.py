@@ -170,16 +170,16 @@ def fold_branches(
 
 
 def fold_exactly(branches: Sequence[ConvBN], norm: nn.Module | None = None) -> KernelBias:
-    """Fold branches for good: in float64, rounded to the dtype of their kernels at the end.
+    """Fold branches for good: in float64, except taps of float32 kernels that only one branch has.
 
-    In float32, taps that only one branch has are a product in float32: two roundings, and a fraction of the memory.
+    These are a product in float32, which rounds twice and takes a fraction of the memory and the time.
 
     Args:
         branches: As for `fold_branches`; computed kernels are in float64.
         norm: The normalisation of their sum.
 
     Returns:
-        A kernel and a bias in the dtype of the first branch's kernel.
+        A kernel and a bias, which the caller rounds to the dtype of its parameters.
     """
     like = branches[0].kernel
     exact = exact_dtype(like)

@@ -8,23 +8,10 @@ import sys
 import pytest
 import timm
 import torch
-from helpers import images, randomise, rel_diff
+from helpers import images, rel_diff
 
 from repvgg_zoo import CheckpointError
 from repvgg_zoo.tools.convert import convert, open_model, save_model
-
-
-@pytest.fixture
-def model():
-    return randomise(timm.create_model('test_repvgg', num_classes=7, in_chans=4), px=32, in_chans=4)
-
-
-@pytest.fixture
-def checkpoint(model, tmp_path):
-    torch.save(
-        {'state_dict': {f'module.{key}': value for key, value in model.state_dict().items()}}, tmp_path / 'c.pth'
-    )
-    return tmp_path / 'c.pth'
 
 
 @pytest.mark.parametrize('form', [None, 'training', 'deploy'])

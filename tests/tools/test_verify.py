@@ -11,19 +11,6 @@ from repvgg_zoo.tools.convert import convert
 from repvgg_zoo.tools.verify import compare, images_for, verify
 
 
-@pytest.fixture
-def model():
-    return randomise(timm.create_model('test_repvgg', num_classes=7, in_chans=4), px=32, in_chans=4)
-
-
-@pytest.fixture
-def checkpoint(model, tmp_path):
-    torch.save(
-        {'state_dict': {f'module.{key}': value for key, value in model.state_dict().items()}}, tmp_path / 'c.pth'
-    )
-    return tmp_path / 'c.pth'
-
-
 def test_verify_both_forms_are_same():
     results = verify('test_repvgg', images=weights_dir() / 'cifar10' / 'validation' / 'cat')
     assert list(results) == ['float32', 'float64']
