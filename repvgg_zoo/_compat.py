@@ -1,8 +1,9 @@
 """Private state of torch and timm that this package needs, in one place.
 
 Each function says why it is needed and which test notices when it breaks. Two functions of timm are passed on as they
-are: `feature_take_indices`, by which every timm network understands `out_indices` (test: `test_intermediates`), and
-`save_config_for_hf`, which writes the `config.json` that timm reads (test: `test_model_folder_remembers_the_block`).
+are: `feature_take_indices`, by which every timm network understands `out_indices` (test:
+`test_forward_intermediates_any_indices_equal_the_features`), and `save_config_for_hf`, which writes the `config.json`
+that timm reads (test: `test_save_model_each_block_type_loads_as_that_block`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _PATCHABLE = ('forward', '_conv_forward')
 def has_hooks(module: nn.Module, *, ignore: Callable[[Any], bool] | None = None) -> bool:
     """Tell whether a module has hooks, or a `forward` that was set on the instance.
 
-    torch has no public way to ask. Test: `test_hooks_on_branches_fire`.
+    torch has no public way to ask. Test: `test_fold_for_call_hooks_on_branches_fire`.
 
     Args:
         module: The module.
@@ -56,7 +57,7 @@ def has_hooks(module: nn.Module, *, ignore: Callable[[Any], bool] | None = None)
 def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """Hooks before the forward pass, among them those that compute a kernel (pruning, weight and spectral norm).
 
-    torch has no public way to list them. Test: `test_kernels_that_hooks_compute_fold`.
+    torch has no public way to list them. Test: `test_fold_kernels_that_hooks_compute_uses_new_values`.
     """
     return list(module._forward_pre_hooks.values())
 
@@ -64,7 +65,7 @@ def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
 def copy_hooks(source: nn.Module, target: nn.Module) -> None:
     """Copy the hooks of a module to the module that replaces it, except hooks on state dicts.
 
-    torch has no public way to move them. Test: `test_hooks_of_the_block_stay`.
+    torch has no public way to move them. Test: `test_unfold_backward_hook_still_fires`.
     """
     names = [name for name in nn.Identity().__dict__ if 'hook' in name and 'state_dict' not in name]
     target.__dict__.update({name: source.__dict__[name] for name in names})
@@ -75,8 +76,9 @@ def is_plain_eager() -> bool:
 
     They do not in compilation and tracing, inside functional transforms, under modes that watch operators, and with
     global hooks. A default device is a function mode too, but changes nothing here. torch has a public way to ask only
-    for compilation and tracing. Tests: `test_graphs_hold_the_branches`, `test_modes_see_the_branches`,
-    `test_transforms_of_functions_take_the_branches`, `test_hooks_on_all_modules_fire`.
+    for compilation and tracing. Tests: `test_fold_for_call_in_a_graph_runs_the_branches`,
+    `test_fold_for_call_watching_mode_sees_the_branches`, `test_fold_for_call_function_transforms_run_the_branches`,
+    `test_fold_for_call_hooks_on_all_modules_fire`.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
@@ -93,7 +95,8 @@ def is_plain_eager() -> bool:
 def has_saved_tensor_hooks() -> bool:
     """Tell whether hooks on saved tensors are in force, as in activation checkpointing and offloading.
 
-    Only the innermost hooks see a tensor. torch has no public way to ask. Test: `test_gradient_checkpointing`.
+    Only the innermost hooks see a tensor. torch has no public way to ask. Test:
+    `test_recompute_gradient_checkpointing_gives_equal_gradients`.
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
@@ -101,7 +104,7 @@ def has_saved_tensor_hooks() -> bool:
 def version_of(tensor: Tensor) -> int:
     """Return how often a tensor was changed in place. By this number autograd finds saved tensors out of date.
 
-    torch has no public way to ask. Test: `test_what_changes_before_the_backward_pass_is_an_error`.
+    torch has no public way to ask. Test: `test_recompute_tensor_changed_before_backward_raises`.
     """
     return tensor._version
 

@@ -56,7 +56,7 @@ def test_switch_dilated_keeps_the_outputs(name, output_stride):
 
 
 @pytest.mark.parametrize('name', params(TIMM_NAMES))
-def test_state_dicts_and_outputs_are_those_of_timm(name):
+def test_model_state_dict_and_outputs_equal_those_of_timm(name):
     ours, theirs = timm.create_model(name), timm_model(name)
     assert isinstance(ours, RepVGG)
     assert not isinstance(theirs, RepVGG)
@@ -76,7 +76,7 @@ def test_state_dicts_and_outputs_are_those_of_timm(name):
 
 
 @pytest.mark.parametrize('name', params(TIMM_NAMES))
-def test_deploy_state_dicts_are_those_of_timm_and_closer_to_the_truth(name):
+def test_switch_state_dict_fits_timm_and_is_more_exact(name):
     ours = randomise(timm.create_model(name))
     theirs = timm_model(name).eval()
     theirs.load_state_dict(ours.state_dict())
@@ -97,7 +97,7 @@ def test_deploy_state_dicts_are_those_of_timm_and_closer_to_the_truth(name):
 
 
 @pytest.mark.parametrize('name', ['repvgg_a0', 'repvgg_b1g4'])
-def test_gradients_are_those_of_timm(name):
+def test_model_gradients_equal_those_of_timm(name):
     ours, theirs = randomise(timm.create_model(name).double()), timm_model(name).double()
     theirs.load_state_dict(ours.state_dict())
     x = images(2, dtype=torch.float64)
@@ -108,7 +108,7 @@ def test_gradients_are_those_of_timm(name):
         assert rel_diff(parameter.grad, expected[key].grad) < 1e-10, key
 
 
-def test_features_only_is_that_of_timm():
+def test_model_features_only_equals_that_of_timm():
     for kwargs in (dict(), dict(out_indices=(1, 3)), dict(output_stride=8)):
         ours = timm.create_model('repvgg_a0', features_only=True, **kwargs)
         theirs = timm_model('repvgg_a0', features_only=True, **kwargs)
@@ -176,7 +176,7 @@ MUTANTS = [drop_identity, other_eps, swap_statistics, swap_group_index, lose_bia
 
 @pytest.mark.parametrize('mutant', MUTANTS, ids=lambda mutant: mutant.__name__)
 @pytest.mark.parametrize('name', ['test_repvgg', 'repvgg_b1g4'])
-def test_a_wrong_fold_is_noticed(name, mutant, monkeypatch):
+def test_switch_wrong_fold_changes_the_outputs(name, mutant, monkeypatch):
     if mutant is swap_group_index and name == 'test_repvgg':
         pytest.skip('without groups there is one index')
     model = randomise(timm.create_model(name).double())
@@ -207,7 +207,7 @@ def test_model_has_the_interface_of_timm(model):
     assert model.get_classifier() is model.head.fc
 
 
-def test_intermediates(model):
+def test_forward_intermediates_any_indices_equal_the_features(model):
     x = images(2, px=32)
     final, maps = model.forward_intermediates(x)
     assert [t.shape[1] for t in maps] == [info['num_chs'] for info in model.feature_info]
@@ -341,14 +341,14 @@ def test_copied_model_computes_the_same(model):
     assert torch.equal(copy.deepcopy(model).switch_to_deploy()(x), model.switch_to_deploy()(x))
 
 
-def test_scripting_and_tracing(model):
+def test_model_scripted_or_traced_computes_the_same(model):
     x = images(2, px=32)
     for exported in (torch.jit.script(model), torch.jit.trace(model, x)):
         torch.testing.assert_close(exported(x), model(x))
 
 
 @pytest.mark.parametrize('name', ['test_repvgg', 'repvggplus_l2pse'])
-def test_layer_groups_cover_every_parameter(name):
+def test_layer_groups_with_layer_decay_cover_every_parameter(name):
     from timm.optim import create_optimizer_v2
 
     model = timm.create_model(name, device='meta')
@@ -360,7 +360,7 @@ def test_layer_groups_cover_every_parameter(name):
 
 @pytest.mark.parametrize('block', repvgg_zoo.BLOCKS)
 @pytest.mark.parametrize('momentum', [0.1, None])
-def test_grad_checkpointing_changes_neither_gradients_nor_statistics(block, momentum):
+def test_grad_checkpointing_two_batches_gives_equal_training(block, momentum):
     x = images(4, px=32, dtype=torch.float64)
     norm_layer = functools.partial(nn.BatchNorm2d, momentum=momentum)
     plain = timm.create_model('test_repvgg', block=block, norm_layer=norm_layer).double()
@@ -377,7 +377,7 @@ def test_grad_checkpointing_changes_neither_gradients_nor_statistics(block, mome
 
 
 @pytest.mark.parametrize('block', ['repvgg', 'dbb'])
-def test_grad_checkpointing_of_two_forward_passes_and_two_backward_passes(block):
+def test_grad_checkpointing_two_forward_and_backward_passes_gives_equal_training(block):
     """The statistics move between a forward pass and its repetition, which takes place once for each backward pass."""
     plain = timm.create_model('test_repvgg', block=block, num_classes=10).double()
     saving = copy.deepcopy(plain)
@@ -396,7 +396,7 @@ def test_grad_checkpointing_of_two_forward_passes_and_two_backward_passes(block)
         torch.testing.assert_close(a, b)
 
 
-def test_grad_checkpointing_without_statistics():
+def test_grad_checkpointing_without_statistics_gives_gradients():
     norm_layer = functools.partial(nn.BatchNorm2d, momentum=None, track_running_stats=False)
     model = timm.create_model('test_repvgg', norm_layer=norm_layer)
     model.set_grad_checkpointing()
@@ -405,7 +405,7 @@ def test_grad_checkpointing_without_statistics():
 
 
 @pytest.mark.parametrize('run', ['forward_features', 'forward_intermediates', 'forward'])
-def test_grad_checkpointing_runs_the_stages_twice(run):
+def test_grad_checkpointing_backward_runs_the_stages_again(run):
     model = timm.create_model('test_repvgg', num_classes=10)
     model.set_grad_checkpointing()
     runs = []
@@ -417,14 +417,14 @@ def test_grad_checkpointing_runs_the_stages_twice(run):
     assert len(runs) == 2
 
 
-def test_channels_last_training_does_not_crash():
+def test_model_channels_last_training_gives_finite_gradients():
     model = timm.create_model('repvgg_a0').to(memory_format=torch.channels_last)
     x = images(4).contiguous(memory_format=torch.channels_last)
     model(x).sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-def test_drop_path_only_in_the_training_form():
+def test_drop_path_deploy_form_has_none():
     model = timm.create_model('test_repvgg', drop_path_rate=0.9)
     x = images(16, px=32)
     torch.manual_seed(0)
@@ -433,13 +433,13 @@ def test_drop_path_only_in_the_training_form():
     assert not any('DropPath' in type(m).__name__ for m in deployed.modules())
 
 
-def test_layers_by_name():
+def test_model_layers_by_name_are_used():
     model = timm.create_model('test_repvgg', act_layer='silu', norm_layer='batchnorm2d')
     assert isinstance(model.stem.act, nn.SiLU)
     assert isinstance(model.stem.conv_kxk.bn, nn.BatchNorm2d)
 
 
-def test_aux_heads_train_and_fold_away():
+def test_aux_heads_after_training_fold_away():
     model = timm.create_model('repvggplus_l2pse', aux_heads=True, num_classes=7)
     x = images(2)
     logits, aux_logits = model.train()(x)
@@ -480,7 +480,7 @@ def timm_alone():
     return json.loads(subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout)
 
 
-def test_registry_still_tells_what_timm_told(timm_alone):
+def test_registry_entries_of_timm_are_unchanged(timm_alone):
     names, tags, cfgs = timm_alone
     assert names == TIMM_NAMES
     assert set(tags) < set(timm.list_pretrained('repvgg*'))
@@ -489,7 +489,7 @@ def test_registry_still_tells_what_timm_told(timm_alone):
         assert timm.models.is_model_pretrained(name)
 
 
-def test_every_variant_has_an_entry_point_and_every_entry_point_a_variant():
+def test_entry_points_match_the_variants():
     entry_points = {
         name: value
         for name, value in vars(repvgg_zoo.repvgg).items()
@@ -504,7 +504,7 @@ def test_every_variant_has_an_entry_point_and_every_entry_point_a_variant():
     assert len(repvgg_zoo.repvgg.__all__) == 1 + len(VARIANTS)
 
 
-def test_registry_has_the_new_entries():
+def test_registry_new_entries_are_listed():
     assert timm.list_models('*', module='repvgg') == timm.list_models('*repvgg*') == sorted(NAMES)
     assert timm.models.is_model_pretrained('repvgg_b3.rvgg_in1k_deploy')
     assert not timm.models.is_model_pretrained('repvgg_b1g2.rvgg_in1k')
@@ -512,7 +512,7 @@ def test_registry_has_the_new_entries():
     assert timm.get_pretrained_cfg('repvgg_a0.rvgg_in1k_deploy').first_conv == 'stem.reparam_conv'
 
 
-def test_import_warns_of_nothing():
+def test_import_beside_timm_warns_of_nothing():
     code = (
         'import timm, logging, warnings\n'
         'logging.basicConfig(level=0)\n'
@@ -529,7 +529,7 @@ def test_create_unknown_tag_raises_with_the_nearest():
         timm.create_model('repvgg_a0.rvgg_in1', pretrained=True)
 
 
-def test_deploy_follows_from_the_tag_unless_said():
+def test_create_deploy_tag_gives_the_deploy_form_unless_told():
     assert timm.create_model('repvgg_a0.rvgg_in1k_deploy').deploy
     assert not timm.create_model('repvgg_a0.rvgg_in1k_deploy', deploy=False).deploy
     assert timm.create_model('repvgg_a0.rvgg_in1k', deploy=True).deploy

@@ -54,7 +54,7 @@ def scatter(module: nn.Module) -> None:
 
 @BLOCK
 @pytest.mark.parametrize('kwargs', CONFIGURATIONS, ids=str)
-def test_both_forms_compute_the_same(name, kwargs):
+def test_switch_each_block_type_keeps_the_outputs(name, kwargs):
     module, x = block(name, **kwargs), images(px=10, in_chans=8, dtype=F64)
     before = module(x)
     keys = {key for key in module.state_dict() if not key.startswith('attn')}
@@ -68,7 +68,7 @@ def test_both_forms_compute_the_same(name, kwargs):
 
 
 @BLOCK
-def test_more_and_fewer_channels(name):
+def test_switch_more_or_fewer_channels_keeps_the_outputs(name):
     for in_chs, out_chs in ((4, 12), (12, 4), (3, 8)):
         module, x = block(name, in_chs, out_chs, stride=2), images(px=9, in_chans=in_chs, dtype=F64)
         module.act = nn.Identity()
@@ -89,7 +89,7 @@ def test_more_and_fewer_channels(name):
     seed=st.integers(0, 2**32 - 1),
     px=st.integers(4, 9),
 )
-def test_fold_is_exact(name, groups, ins, outs, stride, dilation, padding_mode, affine, layout, seed, px):
+def test_fold_random_shapes_is_exact(name, groups, ins, outs, stride, dilation, padding_mode, affine, layout, seed, px):
     torch.manual_seed(seed)
     module = block_type(name)(
         groups * ins,
@@ -122,7 +122,7 @@ def test_fold_is_exact(name, groups, ins, outs, stride, dilation, padding_mode, 
 
 
 @BLOCK
-def test_half_precision_is_folded_wide_and_rounded_last(name):
+def test_fold_half_precision_is_rounded_once_at_the_end(name):
     module = block(name).to(torch.bfloat16)
     exact = copy.deepcopy(module).double().switch_to_deploy().reparam_conv
     folded = module.switch_to_deploy().reparam_conv
@@ -132,7 +132,7 @@ def test_half_precision_is_folded_wide_and_rounded_last(name):
 
 
 @BLOCK
-def test_fold_keeps_what_it_should(name):
+def test_switch_frozen_channels_last_block_keeps_both(name):
     module = block(name).to(memory_format=torch.channels_last).train()
     module.requires_grad_(False)
     conv = module.switch_to_deploy().reparam_conv
@@ -144,7 +144,7 @@ def test_fold_keeps_what_it_should(name):
 
 
 @BLOCK
-def test_what_hangs_on_a_block_is_neither_copied_nor_in_the_way(name):
+def test_switch_block_with_lock_and_hook_folds_without_copying_them(name):
     """Locks cannot be copied, nor can tensors with a graph."""
     module, x = block(name), images(2, 8, in_chans=8, dtype=F64)
     module.lock, module.seen = threading.Lock(), []
@@ -160,7 +160,7 @@ def test_what_hangs_on_a_block_is_neither_copied_nor_in_the_way(name):
 @pytest.mark.parametrize(
     'norm', [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.parametrizations.spectral_norm]
 )
-def test_parametrized_kernels_fold(norm):
+def test_switch_parametrized_kernel_keeps_the_outputs(norm):
     module, x = block('acb'), images(2, 8, in_chans=8, dtype=F64)
     norm(module.branches['kxk'].conv)
     module.eval()
@@ -179,14 +179,14 @@ class Turned(nn.Module):
         return (self.matrix[0] @ kernel.flatten(1)).view_as(kernel)
 
 
-def test_parametrization_with_tensors_of_its_own():
+def test_switch_parametrization_with_own_tensors_keeps_the_outputs():
     module, x = block('acb'), images(2, 8, in_chans=8, dtype=F64)
     torch.nn.utils.parametrize.register_parametrization(module.branches['kxk'].conv, 'weight', Turned(F64))
     before = module(x)
     assert rel_diff(module.switch_to_deploy()(x), before) < EXACT
 
 
-def test_parametrization_is_computed_in_its_own_dtype():
+def test_switch_float32_parametrization_is_computed_in_float32():
     made = block('acb').float()
     torch.nn.utils.parametrize.register_parametrization(made.branches['kxk'].conv, 'weight', Turned(torch.float32))
     x = images(2, 8, in_chans=8)
@@ -196,7 +196,7 @@ def test_parametrization_is_computed_in_its_own_dtype():
 
 @pytest.mark.parametrize('name', BLOCKS)
 @pytest.mark.parametrize('norm', [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.spectral_norm])
-def test_deploy_form_of_computed_kernels_trains(name, norm):
+def test_switch_computed_kernels_gives_a_trainable_convolution(name, norm):
     made = block_type(name)(4, 4).eval()
     convs = [m for m in made.modules() if isinstance(m, nn.Conv2d)]
     for conv in convs:
@@ -209,7 +209,7 @@ def test_deploy_form_of_computed_kernels_trains(name, norm):
 
 @pytest.mark.parametrize('name', BLOCKS)
 @pytest.mark.parametrize('trainable', ['kernels', 'statistics'])
-def test_folded_kernel_is_frozen_as_the_kernels_are(name, trainable):
+def test_switch_frozen_kernels_gives_a_frozen_convolution(name, trainable):
     module = block_type(name)(4, 4)
     for parameter in module.parameters():
         parameter.requires_grad_((parameter.ndim > 2) == (trainable == 'kernels'))
@@ -217,14 +217,14 @@ def test_folded_kernel_is_frozen_as_the_kernels_are(name, trainable):
     assert conv.weight.requires_grad == conv.bias.requires_grad == (trainable == 'kernels')
 
 
-def test_fold_of_a_partly_frozen_block_trains():
+def test_switch_partly_frozen_block_gives_a_trainable_convolution():
     module = block('acb')
     module.branches['kx1'].requires_grad_(False)
     assert module.switch_to_deploy().reparam_conv.weight.requires_grad
 
 
 @pytest.mark.parametrize('name', BLOCKS)
-def test_split_batch_normalisation_folds_to_its_first_part(name):
+def test_fold_split_batch_norm_uses_its_first_part(name):
     torch.manual_seed(0)
     model = convert_splitbn_model(timm.create_model('test_repvgg', block=name, num_classes=3), 2)
     model(torch.randn(8, 3, 32, 32))
@@ -238,7 +238,7 @@ def test_split_batch_normalisation_folds_to_its_first_part(name):
 
 
 @BLOCK
-def test_branches_in_a_graph_are_fixed(name):
+def test_switch_blocks_in_a_graph_raises(name):
     model, x = timm.create_model('test_repvgg', block=name).eval(), images(1, 32)
     live = timm.create_model('test_repvgg', block=name)
     for graph in (torch.jit.trace(model, x), torch.export.export(model, (x,)).module()):
@@ -248,7 +248,7 @@ def test_branches_in_a_graph_are_fixed(name):
         assert not live.deploy
 
 
-def test_other_branches_in_a_graph_are_none_of_ours():
+def test_switch_foreign_branches_in_a_graph_folds_the_rest():
     class Branches(nn.Module):
         def __init__(self):
             super().__init__()
@@ -262,7 +262,7 @@ def test_other_branches_in_a_graph_are_none_of_ours():
 
 
 @pytest.mark.parametrize('name', BLOCKS)
-def test_autocast_does_not_round_equivalent_kernels(name):
+def test_equivalent_kernel_under_autocast_is_not_rounded(name):
     made = block_type(name)(8, 8).eval()
     exact = copy.deepcopy(made).double().equivalent_kernel_bias()[0]
     with torch.autocast('cpu', torch.bfloat16):
@@ -270,14 +270,14 @@ def test_autocast_does_not_round_equivalent_kernels(name):
     assert rel_diff(kernel, exact) < 1e-6  # a few roundings in float32, where bfloat16 has 4e-3
 
 
-def test_row_of_zeros_in_half_precision():
+def test_dirac_kernel_row_of_zeros_in_half_precision_is_finite():
     made = block_type('dirac')(4, 4).to(torch.float16)
     with torch.no_grad():
         made.branches['dirac'].conv.weight[1] = 0
     assert made.equivalent_kernel_bias()[0].isfinite().all()
 
 
-def test_chains_need_statistics_to_pad_with():
+def test_dbb_norm_without_running_statistics_raises():
     with pytest.raises(ValueError, match='track_running_stats=True'):
         block_type('dbb')(4, 4, norm_layer=partial(nn.BatchNorm2d, track_running_stats=False))
     with pytest.raises(ValueError, match='track_running_stats=True'):
@@ -285,7 +285,7 @@ def test_chains_need_statistics_to_pad_with():
 
 
 @BLOCK
-def test_what_cannot_be_folded_changes_nothing(name):
+def test_switch_negative_variance_raises_and_changes_nothing(name):
     good, bad = block(name), block(name)
     for norm in (m for m in bad.modules() if isinstance(m, nn.BatchNorm2d)):
         variance = norm.running_var[3].item()
@@ -341,7 +341,7 @@ def test_fold_one_convolution_changed_raises(change, message):
     assert bad.reparam_conv is None
 
 
-def test_fold_bias_of_a_convolution():
+def test_fold_convolution_with_bias_keeps_the_outputs():
     made, x = block('acb'), images(2, 8, in_chans=8, dtype=F64)
     made.branches['kx1'].conv.bias = nn.Parameter(torch.arange(8, dtype=F64))
     before = made(x)
@@ -350,7 +350,7 @@ def test_fold_bias_of_a_convolution():
 
 @pytest.mark.parametrize('name', BLOCKS)
 @pytest.mark.parametrize('px', [8, 9])
-def test_strides_set_by_hand(name, px):
+def test_switch_strides_set_by_hand_keeps_the_outputs(name, px):
     """All convolutions alike, as segmentation recipes do it."""
     made, x = block(name, stride=2), images(2, px, in_chans=8, dtype=F64)
     for conv in (m for m in made.modules() if isinstance(m, nn.Conv2d)):
@@ -362,7 +362,7 @@ def test_strides_set_by_hand(name, px):
     assert rel_diff(made.switch_to_deploy()(x), before) < EXACT
 
 
-def test_what_took_the_place_of_a_convolution_is_named():
+def test_switch_replaced_convolution_raises_with_its_class():
     module = block('plain')
     module.branches['kxk'].conv = nn.Sequential(module.branches['kxk'].conv)
     with pytest.raises(FoldError, match=r'in its kxk, its convolution is a torch\.nn\.modules\.container\.Sequential'):
@@ -370,7 +370,7 @@ def test_what_took_the_place_of_a_convolution_is_named():
 
 
 @pytest.mark.parametrize('branch', [PointConvBranch, AvgPoolBranch])
-def test_border_of_a_chain_is_its_image_of_zero(branch):
+def test_chain_padded_border_equals_its_folded_kernel(branch):
     """With a shift between its two convolutions, padding with zeros in the middle is another function."""
     torch.manual_seed(0)
     module = block('dbb')
@@ -381,7 +381,7 @@ def test_border_of_a_chain_is_its_image_of_zero(branch):
     assert rel_diff(torch.nn.functional.conv2d(x, kernel, bias, padding=1), chain(x)) < EXACT
 
 
-def test_expand_is_its_chain():
+def test_expand_kernel_equals_its_chain():
     made = block('expand').branches['expand']
     x = images(px=7, in_chans=8, dtype=F64)
     conv = torch.nn.functional.conv2d
@@ -389,7 +389,7 @@ def test_expand_is_its_chain():
     assert rel_diff(conv(x, made.kernel(F64), padding=1), chain) < EXACT
 
 
-def test_dirac_kernel_is_that_of_its_paper():
+def test_dirac_kernel_equals_the_formula_of_its_paper():
     made = block('dirac', 4, 4).branches['dirac']
     for out in range(4):
         expected = made.b[out] * made.conv.weight[out] / made.conv.weight[out].norm()
@@ -397,14 +397,14 @@ def test_dirac_kernel_is_that_of_its_paper():
         assert rel_diff(made.kernel(F64)[out], expected) < EXACT
 
 
-def test_doconv_kernel_is_that_of_its_paper():
+def test_doconv_kernel_equals_the_formula_of_its_paper():
     made = block('doconv', 4, 6).branches['doconv']
     for out, into in ((0, 0), (5, 3)):
         d = torch.eye(9, dtype=F64) + made.depthwise[into]
         assert rel_diff(made.kernel(F64)[out, into].flatten(), d @ made.conv.weight[out, into].flatten()) < EXACT
 
 
-def test_delta_orthogonal_keeps_norms():
+def test_plain_delta_new_kernel_is_orthogonal_in_its_centre():
     conv = block_type('plain_delta')(8, 8).branches['kxk'].conv
     kernel = conv.weight.detach()
     assert torch.count_nonzero(kernel) == torch.count_nonzero(kernel[:, :, 1, 1])
@@ -415,7 +415,7 @@ def test_delta_orthogonal_keeps_norms():
 
 
 @pytest.mark.parametrize('name', BLOCKS)
-def test_equivalent_kernel_is_differentiable(name):
+def test_equivalent_kernel_each_block_type_passes_gradcheck(name):
     module = block_type(name)(2, 2).double().eval()
     scatter(module)
     parameters = {f'block.{key}': parameter for key, parameter in module.named_parameters()}
@@ -436,7 +436,7 @@ class _Kernel(nn.Module):
 
 
 @pytest.mark.parametrize('name', BLOCKS)
-def test_equivalent_kernel_of_both_forms(name):
+def test_equivalent_kernel_after_switch_is_the_same(name):
     model = randomise(timm.create_model('test_repvgg', block=name).double(), px=32)
     block = model.stages[0][1]
     kernel, bias = block.equivalent_kernel_bias()
@@ -450,7 +450,7 @@ def test_equivalent_kernel_of_both_forms(name):
 
 
 @pytest.mark.parametrize('name', BLOCKS)
-def test_model_of_each_block(name, tmp_path):
+def test_load_checkpoint_each_block_type_fits_both_forms(name, tmp_path):
     model = randomise(timm.create_model('test_repvgg', block=name, num_classes=10).double(), px=32)
     x = images(2, 32, dtype=F64)
     expected = model(x)
@@ -468,7 +468,7 @@ def test_model_of_each_block(name, tmp_path):
 
 
 @BLOCK
-def test_model_folder_remembers_the_block(name, tmp_path):
+def test_save_model_each_block_type_loads_as_that_block(name, tmp_path):
     from repvgg_zoo.tools.convert import save_model
 
     model = randomise(timm.create_model('test_repvgg', block=name, num_classes=10), px=32)
@@ -480,7 +480,7 @@ def test_model_folder_remembers_the_block(name, tmp_path):
 
 
 @BLOCK
-def test_grows_with_the_network(name):
+def test_switch_dilation_drop_path_or_one_channel_keeps_the_outputs(name):
     """Dilation, stochastic depth and other input channels of the whole network fold too."""
     for variant, kwargs in (
         ('test_repvgg', dict(output_stride=8, drop_path_rate=0.1)),
@@ -496,7 +496,7 @@ def test_grows_with_the_network(name):
 
 @BLOCK
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=['contiguous', 'channels_last'])
-def test_trains(name, layout):
+def test_model_each_block_type_lowers_the_loss(name, layout):
     torch.manual_seed(0)
     model = timm.create_model('test_repvgg', block=name, num_classes=4).to(memory_format=layout)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -513,7 +513,7 @@ def test_trains(name, layout):
 
 
 @BLOCK
-def test_scripts_traces_and_exports(name):
+def test_block_scripted_traced_or_exported_keeps_the_outputs(name):
     module, x = block(name).float(), images(2, 12, in_chans=8)
     expected = module(x)
     assert torch.allclose(torch.jit.script(module)(x), expected, atol=1e-5)
@@ -523,17 +523,17 @@ def test_scripts_traces_and_exports(name):
     assert torch.allclose(exported(images(3, 9, in_chans=8)), module(images(3, 9, in_chans=8)), atol=1e-5)
 
 
-def test_unknown_block_names_the_nearest():
+def test_block_type_unknown_name_raises_with_the_nearest():
     with pytest.raises(ValueError, match=r"unknown block 'qarepvg'; did you mean 'qarepvgg'\? it can be: repvgg, "):
         timm.create_model('test_repvgg', block='qarepvg')
 
 
-def test_default_block_is_as_ever():
+def test_block_type_by_default_is_repvgg_block():
     assert type(timm.create_model('test_repvgg', block='repvgg').stem) is repvgg_zoo.RepVGGBlock
     assert type(timm.create_model('test_repvgg').stem) is repvgg_zoo.RepVGGBlock
 
 
-def test_weights_of_another_block_are_an_error():
+def test_load_state_dict_weights_of_another_block_raises():
     state_dict = timm.create_model('test_repvgg', block='acb').state_dict()
     with pytest.raises(CheckpointError, match="block 'stem': no dbb block"):
         timm.create_model('test_repvgg', block='dbb', deploy=True).load_state_dict(state_dict)
@@ -543,7 +543,7 @@ def test_weights_of_another_block_are_an_error():
     'damage', [lambda kernel: None, lambda kernel: kernel[:, :3]], ids=['missing', 'fewer channels']
 )
 @pytest.mark.parametrize('path', ['stem', 'stages.1.1'])
-def test_damaged_branches_are_an_error(path, damage):
+def test_load_state_dict_damaged_branches_raises(path, damage):
     state_dict = timm.create_model('test_repvgg', block='plain').state_dict()
     key = f'{path}.branches.kxk.conv.weight'
     state_dict[key] = damage(state_dict[key])
@@ -555,7 +555,7 @@ def test_damaged_branches_are_an_error(path, damage):
         timm.create_model('test_repvgg', block='plain', deploy=True).load_state_dict(state_dict)
 
 
-def test_timm_is_told_which_convolutions_take_the_images():
+def test_first_conv_after_switch_and_unfold_is_updated():
     model = timm.create_model('test_repvgg', block='acb')
     assert model.pretrained_cfg['first_conv'] == tuple(f'stem.branches.{name}.conv' for name in ('kxk', 'kx1', '1xk'))
     model.switch_to_deploy()
@@ -567,7 +567,7 @@ def test_timm_is_told_which_convolutions_take_the_images():
 
 
 @BLOCK
-def test_stochastic_depth_and_drop_block_drop_the_branches_but_the_identity(name):
+def test_block_drop_path_or_drop_block_spares_the_identity(name):
     class Nothing(nn.Module):
         def forward(self, x):
             return torch.zeros_like(x)
@@ -596,7 +596,7 @@ STRUCTURE = {
 
 
 @pytest.mark.parametrize('name', STRUCTURE)
-def test_branches_are_those_of_the_paper(name):
+def test_block_type_branches_match_the_paper(name):
     module = block_type(name)(4, 4)
     found = [(branch.conv.kernel_size, branch.bn is not None) for branch in module.branches.values()]
     if module.identity is not None:
@@ -608,7 +608,7 @@ def test_branches_are_those_of_the_paper(name):
     assert block_type(name)(4, 8).identity is None
 
 
-def test_parts_and_first_values_of_the_other_blocks():
+def test_block_type_new_parts_have_the_expected_values():
     dbb = block_type('dbb')(4, 4)
     assert list(dbb.branches) == ['kxk', '1x1', '1x1_kxk', '1x1_avg']
     assert not dbb.branches['1x1_kxk'].delta.any()
@@ -628,7 +628,7 @@ def test_parts_and_first_values_of_the_other_blocks():
 
 @pytest.mark.parametrize('name', ['repvgg', 'acb'])
 @pytest.mark.parametrize('reparametrize', [partial(torch.nn.utils.prune.l1_unstructured, amount=0.5), weight_norm])
-def test_kernels_that_hooks_compute_fold(name, reparametrize):
+def test_fold_kernels_that_hooks_compute_uses_new_values(name, reparametrize):
     """After a step, the kernel of the last forward pass is out of date."""
     x = images(2, 8, in_chans=8, dtype=F64)
 
@@ -649,7 +649,7 @@ def test_kernels_that_hooks_compute_fold(name, reparametrize):
     torch.testing.assert_close(module.switch_to_deploy().reparam_conv.weight, kernel)
 
 
-def test_negative_variance_of_a_file_is_an_error():
+def test_load_state_dict_negative_variance_raises():
     state_dict = timm.create_model('test_repvgg', block='acb').state_dict()
     state_dict['stem.branches.kxk.bn.running_var'][1] = -1
     with pytest.raises(FoldError, match=r"block 'stem': .*channel 1"):
@@ -657,7 +657,7 @@ def test_negative_variance_of_a_file_is_an_error():
 
 
 @pytest.mark.parametrize('name', ['acb', 'dirac', 'expand', 'mobileone', 'csla', 'dbb'])
-def test_file_of_a_block_tells_its_channels(name, tmp_path):
+def test_open_model_file_of_a_block_finds_its_channels(name, tmp_path):
     torch.save(timm.create_model('test_repvgg', block=name, in_chans=1).state_dict(), tmp_path / 'file.pth')
     assert open_model(tmp_path / 'file.pth', variant='test_repvgg', block=name).in_chans == 1
     with pytest.raises(ValueError, match="unknown block 'acbb'"):
@@ -665,7 +665,7 @@ def test_file_of_a_block_tells_its_channels(name, tmp_path):
     assert verify(tmp_path / 'file.pth', variant='test_repvgg', block=name)['float64'].same
 
 
-def test_folders_and_names_are_of_the_block_that_they_say(tmp_path):
+def test_convert_folder_of_another_block_or_variant_raises(tmp_path):
     convert('test_repvgg', tmp_path / 'acb', unfold=True, block='acb')
     for source in ('test_repvgg', tmp_path / 'acb'):
         with pytest.raises(CheckpointError, match='not of dbb; to make those, unfold it'):
@@ -678,13 +678,13 @@ def test_folders_and_names_are_of_the_block_that_they_say(tmp_path):
 
 
 @pytest.mark.parametrize('name', BLOCKS)
-def test_keys_tell_the_block(name):
+def test_blocks_with_keys_each_block_type_finds_it(name):
     found = blocks_with_keys(timm.create_model('test_repvgg', block=name, device='meta').state_dict())
     assert found == (['plain', 'plain_delta'] if name in ('plain', 'plain_delta') else [name])
 
 
 @pytest.mark.parametrize('deploy', [False, True], ids=['training', 'deploy'])
-def test_weights_of_another_block_are_named(deploy, tmp_path):
+def test_load_checkpoint_weights_of_another_block_raises_with_both_names(deploy, tmp_path):
     torch.save(timm.create_model('test_repvgg', block='acb').state_dict(), tmp_path / 'acb.pth')
     for other in ('repvgg', 'dbb'):
         model = timm.create_model('test_repvgg', block=other, deploy=deploy)
@@ -694,7 +694,7 @@ def test_weights_of_another_block_are_named(deploy, tmp_path):
 
 
 @BLOCK
-def test_deploy_model_of_other_images(name, tmp_path):
+def test_load_deploy_from_training_weights_adapts_to_one_channel(name, tmp_path):
     """Training weights for three channels, folded and then adapted as timm does it."""
     model = randomise(timm.create_model('test_repvgg', block=name).double(), px=32)
     save_model(model, tmp_path)
@@ -704,7 +704,7 @@ def test_deploy_model_of_other_images(name, tmp_path):
     assert rel_diff(again.eval().forward_features(x), expected) < 1e-5  # weights in float32
 
 
-def test_a_missing_identity_is_told_from_one_without_normalisation(tmp_path):
+def test_load_checkpoint_other_kind_of_identity_raises(tmp_path):
     for saved, loaded in (('no_identity', 'no_identity_bn'), ('no_identity_bn', 'no_identity')):
         torch.save(timm.create_model('test_repvgg', block=saved).state_dict(), tmp_path / 'file.pth')
         with pytest.raises(CheckpointError, match=r'those of block='):
@@ -712,7 +712,7 @@ def test_a_missing_identity_is_told_from_one_without_normalisation(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['dbb', 'dirac', 'doconv', 'expand'])
-def test_stems_that_cannot_be_adapted_say_so(name, tmp_path):
+def test_load_stem_that_cannot_be_adapted_raises(name, tmp_path):
     torch.save(timm.create_model('test_repvgg', block=name, num_classes=10).state_dict(), tmp_path / 'file.pth')
     overlay = dict(file=str(tmp_path / 'file.pth'))
     with pytest.raises(CheckpointError, match='another structure for 1 channels than for 3'):
@@ -721,7 +721,7 @@ def test_stems_that_cannot_be_adapted_say_so(name, tmp_path):
 
 @pytest.mark.parametrize('name', ['dirac', 'doconv', 'expand', 'dbb'])
 @pytest.mark.parametrize('reparametrize', [partial(torch.nn.utils.prune.l1_unstructured, amount=0.5), weight_norm])
-def test_kernels_that_hooks_compute_are_those_of_now(name, reparametrize):
+def test_fold_kernels_that_hooks_compute_follows_each_change(name, reparametrize):
     """Also of a convolution that holds a parameter of the kernel, and is not called."""
     made, x = block(name), images(2, 8, in_chans=8, dtype=F64)
     convs = [m for m in made.modules() if isinstance(m, nn.Conv2d)]
@@ -736,14 +736,14 @@ def test_kernels_that_hooks_compute_are_those_of_now(name, reparametrize):
     assert rel_diff(made.switch_to_deploy()(x), after) < EXACT
 
 
-def test_every_branch_class_is_known_to_the_fold():
+def test_fold_every_branch_class_is_known():
     """Without that, the fold has to prove it, and it has no fast path."""
     classes = {v for k, v in vars(branches).items() if isinstance(v, type) and issubclass(v, branches.Branch)}
     public = {cls for cls in classes if not cls.__name__.startswith('_')} - {branches.Branch}
     assert set(branches.BRANCHES) == public
 
 
-def test_frozen_kernels_stay_frozen_beside_a_trained_attention():
+def test_switch_frozen_kernels_beside_trained_attention_stay_frozen():
     made = repvgg_zoo.RepVGGBlock(16, 16, attn_layer=SEModule)
     for part in made.branch_names:
         getattr(made, part).requires_grad_(False)

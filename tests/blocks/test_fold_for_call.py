@@ -92,7 +92,7 @@ def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=['contiguous', 'channels_last'])
 @pytest.mark.parametrize('kind', BLOCKS)
-def test_folded_for_one_call(kind, layout, fast_path_calls):
+def test_fold_for_call_without_gradients_keeps_the_outputs(kind, layout, fast_path_calls):
     made = block(kind).to(memory_format=layout)
     x = batch(made).to(memory_format=layout)
     for without_gradients in (torch.no_grad, torch.inference_mode):
@@ -104,7 +104,7 @@ def test_folded_for_one_call(kind, layout, fast_path_calls):
 
 
 @pytest.mark.parametrize('kind', BLOCKS)
-def test_folded_for_one_call_in_float32(kind, fast_path_calls):
+def test_fold_for_call_float32_is_near_the_exact_outputs(kind, fast_path_calls):
     made = block(kind, dtype=torch.float32)
     x = batch(made, dtype=torch.float32)
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_folded_for_one_call_in_float32(kind, fast_path_calls):
         assert rel_diff(found, exact) < 1e-6  # some ten roundings of 6e-8
 
 
-def test_folded_for_one_call_in_a_deep_model(fast_path_calls):
+def test_fold_for_call_deep_model_is_as_exact_as_the_branches(fast_path_calls):
     model = randomise(timm.create_model('repvgg_a0'))
     x = images(4, 128)
     fast_path_calls.clear()
@@ -128,7 +128,7 @@ def test_folded_for_one_call_in_a_deep_model(fast_path_calls):
 
 
 @pytest.mark.parametrize('kind', ['identity', 'stride'])
-def test_folded_for_one_call_is_the_papers_formula(kind, fast_path_calls):
+def test_fold_for_call_block_in_eval_equals_the_formula_of_the_paper(kind, fast_path_calls):
     """PyTorch's own fusion of each branch, each kernel padded to 3x3, added up."""
     made = block(kind)
     x = batch(made)
@@ -151,7 +151,7 @@ def test_folded_for_one_call_is_the_papers_formula(kind, fast_path_calls):
     assert fast_path_calls == [True]
 
 
-def test_mixed_precision_in_evaluation(fast_path_calls):
+def test_fold_for_call_under_autocast_is_near_the_float32_outputs(fast_path_calls):
     made = block(dtype=torch.float32)
     x = batch(made, dtype=torch.float32)
     with torch.no_grad():
@@ -167,14 +167,14 @@ def test_mixed_precision_in_evaluation(fast_path_calls):
 @pytest.mark.parametrize('name', repvgg_zoo.BLOCKS)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('px', [8, 40])
-def test_mixed_precision_dtype_of_outputs_is_that_of_the_branches(name, dtype, px):
+def test_fold_for_call_under_autocast_keeps_the_dtype(name, dtype, px):
     made = randomise(block_type(name)(8, 8), px=11, in_chans=8)
     x = images(2, px, in_chans=8).to(dtype)
     with torch.autocast('cpu', torch.bfloat16):
         assert made(x).dtype == run_branches(lambda: made(x)).dtype
 
 
-def test_nothing_is_remembered(fast_path_calls):
+def test_fold_for_call_after_a_change_uses_new_values(fast_path_calls):
     made = block()
     x = batch(made)
 
@@ -215,7 +215,7 @@ def test_nothing_is_remembered(fast_path_calls):
     assert fast_path_calls == [True] * 7 + [False] + [True] * 2  # the training pass
 
 
-def test_evaluation_leaves_the_block_as_it_is(fast_path_calls):
+def test_fold_for_call_in_evaluation_leaves_the_block_unchanged(fast_path_calls):
     made = block()
     before, names = copy.deepcopy(made.state_dict()), set(vars(made))
     versions = [t._version for t in (*made.parameters(), *made.buffers())]
@@ -227,7 +227,7 @@ def test_evaluation_leaves_the_block_as_it_is(fast_path_calls):
     assert all(torch.equal(value, before[key]) for key, value in made.state_dict().items())
 
 
-def test_copies_are_independent():
+def test_fold_for_call_after_copying_keeps_copies_independent():
     made = block()
     x = batch(made)
     other = copy.deepcopy(made)
@@ -257,7 +257,7 @@ def with_frozen_norms(made: nn.Module, wanted: Callable[[str], bool]) -> nn.Modu
 @pytest.mark.parametrize('wanted', FROZEN)
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=['contiguous', 'channels_last'])
 @pytest.mark.parametrize('name', repvgg_zoo.BLOCKS)
-def test_frozen_norms_one_convolution_gives_the_gradients_of_the_branches(name, layout, wanted, fast_path_calls):
+def test_fold_for_call_frozen_norms_gives_equal_gradients(name, layout, wanted, fast_path_calls):
     made = with_frozen_norms(randomise(block_type(name)(8, 8).double(), px=11, in_chans=8), FROZEN[wanted])
     made.to(memory_format=layout)
     plain = copy.deepcopy(made)
@@ -282,7 +282,7 @@ def test_frozen_norms_one_convolution_gives_the_gradients_of_the_branches(name, 
 
 
 @pytest.mark.parametrize('norm', ['torchvision', 'timm'])
-def test_frozen_norms_of_other_libraries_fold_for_a_call(norm, fast_path_calls):
+def test_fold_for_call_frozen_norms_of_other_libraries_is_used(norm, fast_path_calls):
     made = block()
     plain = copy.deepcopy(made)
     if norm == 'timm':
@@ -302,7 +302,7 @@ def test_frozen_norms_of_other_libraries_fold_for_a_call(norm, fast_path_calls):
     assert rel_diff(y, expected) < 1e-12  # float64
 
 
-def test_frozen_norms_keep_fewer_bytes_than_the_branches():
+def test_fold_for_call_frozen_norms_saves_memory():
     model = with_frozen_norms(timm.create_model('repvgg_a0'), lambda _: True)
     x = images(4, 224)
     assert saved_bytes(model, x) < 0.6 * run_branches(lambda: saved_bytes(model, x))
@@ -323,7 +323,7 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
 
 
 @pytest.mark.parametrize('name', ['csla', 'bn_after'])
-def test_blocks_with_one_norm_train_as_one_convolution(name, fast_path_calls):
+def test_fold_for_call_training_with_one_norm_gives_equal_gradients(name, fast_path_calls):
     made = randomise(block_type(name)(8, 8).double(), px=11, in_chans=8).train()
     plain = copy.deepcopy(made)
     x, x_plain = (images(3, 33, in_chans=8, dtype=torch.float64).requires_grad_() for _ in range(2))
@@ -340,7 +340,7 @@ def test_blocks_with_one_norm_train_as_one_convolution(name, fast_path_calls):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13, msg=key)
 
 
-def test_blocks_are_folded_whether_gradients_are_recorded_or_not(fast_path_calls):
+def test_fold_for_call_with_or_without_gradients_is_used(fast_path_calls):
     made = block()
     x = batch(made)
     assert made(x).requires_grad
@@ -349,7 +349,7 @@ def test_blocks_are_folded_whether_gradients_are_recorded_or_not(fast_path_calls
     assert fast_path_calls == [True] * 3
 
 
-def test_one_parameter_that_learns_gets_its_gradient(fast_path_calls):
+def test_fold_for_call_one_trained_parameter_gets_its_gradient(fast_path_calls):
     x = batch(block())
     for name, _ in block().named_parameters():
         made, plain = block().requires_grad_(False), block().requires_grad_(False)
@@ -360,7 +360,7 @@ def test_one_parameter_that_learns_gets_its_gradient(fast_path_calls):
     assert fast_path_calls == [True] * 8
 
 
-def test_few_pixels_are_not_worth_a_fold(fast_path_calls):
+def test_fold_for_call_few_pixels_runs_the_branches(fast_path_calls):
     made = block()
     with torch.no_grad():
         for px in (31, 32):
@@ -371,7 +371,7 @@ def test_few_pixels_are_not_worth_a_fold(fast_path_calls):
 
 
 @MODES
-def test_no_images_are_no_error(training, fast_path_calls):
+def test_block_empty_batch_gives_empty_outputs(training, fast_path_calls):
     assert block().train(training)(torch.empty(0, 8, 41, 41, dtype=torch.float64)).shape == (0, 8, 41, 41)
     assert fast_path_calls == [training]
 
@@ -398,7 +398,7 @@ def counted(hook: Callable[..., Any], fired: list[nn.Module]) -> Callable[..., A
 
 @MODES
 @pytest.mark.parametrize('register', HOOKS)
-def test_hooks_on_branches_fire(register, training, fast_path_calls):
+def test_fold_for_call_hooks_on_branches_fire(register, training, fast_path_calls):
     x = batch(block().train(training))
     for name in HOOKED:
         made, plain, fired = block().train(training), block().train(training), []
@@ -412,7 +412,7 @@ def test_hooks_on_branches_fire(register, training, fast_path_calls):
 
 @MODES
 @pytest.mark.parametrize('register', HOOKS)
-def test_hooks_on_all_modules_fire(register, training, fast_path_calls):
+def test_fold_for_call_hooks_on_all_modules_fire(register, training, fast_path_calls):
     made, fired = block().train(training), []
     made.act = nn.ReLU()  # PyTorch lets no hook on gradients stand before an activation in place
     register_for_all = getattr(nn_module, register.replace('register_', 'register_module_'))
@@ -428,7 +428,7 @@ def test_hooks_on_all_modules_fire(register, training, fast_path_calls):
 
 
 @MODES
-def test_hooks_on_the_block_need_no_branches(training, fast_path_calls):
+def test_fold_for_call_hook_on_the_block_keeps_the_fast_path(training, fast_path_calls):
     made, fired = block().train(training), []
     made.register_forward_hook(counted(lambda *_: None, fired))
     run(made, batch(made))
@@ -538,7 +538,7 @@ POINT_IS_CHANGED = (
         other_mode_of_conv_1x1,
     ],
 )
-def test_changed_branches_are_run_as_they_are(change, training, fast_path_calls):
+def test_fold_for_call_changed_branches_are_run_as_they_are(change, training, fast_path_calls):
     made, plain = block().train(training), block().train(training)
     x = batch(made)
     before = run(block().train(training), x)
@@ -550,7 +550,7 @@ def test_changed_branches_are_run_as_they_are(change, training, fast_path_calls)
 
 
 @MODES
-def test_bias_of_a_convolution_is_folded(training, fast_path_calls):
+def test_fold_for_call_convolution_with_bias_keeps_the_outputs(training, fast_path_calls):
     made, plain = block().train(training), block().train(training)
     x = batch(made)
     before = run(block().train(training), x)
@@ -629,7 +629,7 @@ def one_branch_in_groups(made: RepVGGBlock) -> None:
         (one_branch_in_groups, True),
     ],
 )
-def test_changed_branches_give_what_they_should(change, training):
+def test_fold_for_call_changed_branches_keeps_the_outputs(change, training):
     """Whichever way is taken."""
     made, plain = block().train(training), block().train(training)
     x = batch(made)
@@ -640,7 +640,7 @@ def test_changed_branches_give_what_they_should(change, training):
 @pytest.mark.parametrize(
     'kwargs', [dict(drop_path_rate=0.5), dict(drop_block=lambda: DropBlock2d(0.5, 3))], ids=['path', 'block']
 )
-def test_stochastic_depth_in_evaluation(kwargs, fast_path_calls):
+def test_fold_for_call_active_drop_path_runs_the_branches(kwargs, fast_path_calls):
     """Several outputs of one image, whose spread tells how sure the model is."""
     made = block(**kwargs)
     x = batch(made)
@@ -652,7 +652,7 @@ def test_stochastic_depth_in_evaluation(kwargs, fast_path_calls):
     assert fast_path_calls == [True, False]
 
 
-def test_other_tensors_take_the_branches(fast_path_calls):
+def test_fold_for_call_tensor_subclass_or_meta_runs_the_branches(fast_path_calls):
     class Marked(Tensor):
         pass
 
@@ -665,7 +665,7 @@ def test_other_tensors_take_the_branches(fast_path_calls):
     assert not any(fast_path_calls)
 
 
-def test_wrong_input_is_pytorchs_error():
+def test_block_wrong_input_raises_the_error_of_pytorch():
     for made in (block(), block().train()):
         with torch.no_grad(), pytest.raises(ValueError, match='expected 4D input'):
             made(torch.randn(8, 41, 41, dtype=torch.float64))
@@ -674,7 +674,7 @@ def test_wrong_input_is_pytorchs_error():
 
 
 @MODES
-def test_branches_on_demand(training, fast_path_calls):
+def test_disable_fast_path_nested_or_in_threads_runs_the_branches(training, fast_path_calls):
     made = block().train(training)
     x, in_thread = batch(made), []
     with disable_fast_path():
@@ -693,7 +693,7 @@ def test_branches_on_demand(training, fast_path_calls):
 # ------------------------------------------------------------------------------------ graphs and transforms
 
 
-def test_graphs_hold_the_branches(fast_path_calls):
+def test_fold_for_call_in_a_graph_runs_the_branches(fast_path_calls):
     made = block(dtype=torch.float32)
     x = batch(made, dtype=torch.float32)
     with torch.no_grad():
@@ -712,7 +712,7 @@ def test_graphs_hold_the_branches(fast_path_calls):
 
 
 @pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
-def test_compiled_training_takes_the_branches(backend, fast_path_calls):
+def test_fold_for_call_compiled_training_runs_the_branches(backend, fast_path_calls):
     torch.compiler.reset()  # all blocks share the code whose versions are limited
     made, plain = block().train(), block().train()
     x = batch(made)
@@ -722,7 +722,7 @@ def test_compiled_training_takes_the_branches(backend, fast_path_calls):
     assert not any(fast_path_calls)
 
 
-def test_transforms_of_functions_take_the_branches(fast_path_calls):
+def test_fold_for_call_function_transforms_run_the_branches(fast_path_calls):
     made = block()
     x = batch(made)
     loss = lambda x: made(x).square().sum()  # noqa: E731
@@ -740,7 +740,7 @@ def test_transforms_of_functions_take_the_branches(fast_path_calls):
 
 
 @MODES
-def test_other_parameters_for_one_call(training, fast_path_calls):
+def test_fold_for_call_functional_call_gives_equal_gradients(training, fast_path_calls):
     """Gradients arrive at tensors that take the parameters' places."""
     made = block().train(training).requires_grad_(False)
     x = batch(made)
@@ -763,7 +763,7 @@ def test_other_parameters_for_one_call(training, fast_path_calls):
 # --------------------------------------------------------------------------------- comparisons of the forms
 
 
-def test_comparisons_of_the_forms_run_the_branches(monkeypatch):
+def test_verify_wrong_fold_is_compared_with_the_branches(monkeypatch):
     """Or a wrong fold would be compared with itself."""
     model, x = randomise(timm.create_model('test_repvgg'), px=32), images(64, 64)  # enough pixels to fold every block
     with torch.no_grad():
@@ -810,7 +810,7 @@ class WatchOperators(TorchDispatchMode):
 @MODES
 @pytest.mark.parametrize('name', repvgg_zoo.BLOCKS)
 @pytest.mark.parametrize('watch', [WatchFunctions, WatchOperators])
-def test_modes_see_the_branches(watch, name, training, fast_path_calls):
+def test_fold_for_call_watching_mode_sees_the_branches(watch, name, training, fast_path_calls):
     made = randomise(block_type(name)(8, 8).double(), px=11, in_chans=8).train(training)
     plain, x = copy.deepcopy(made), images(2, 33, in_chans=8, dtype=torch.float64)
     fast_path_calls.clear()
@@ -828,7 +828,7 @@ def convs_of(branch: nn.Module):
     return range(kinds.get(type(branch).__name__, 1))
 
 
-def test_default_device_is_no_mode_that_watches(fast_path_calls):
+def test_fold_for_call_default_device_keeps_the_fast_path(fast_path_calls):
     made = block()
     x = batch(made)
     with torch.device('cpu'), torch.no_grad():
@@ -837,7 +837,7 @@ def test_default_device_is_no_mode_that_watches(fast_path_calls):
 
 
 @pytest.mark.parametrize('name', ['repvgg', 'dbb', 'csla'])
-def test_selective_checkpointing_gives_the_gradients_of_the_branches(name, fast_path_calls):
+def test_fold_for_call_selective_checkpointing_gives_equal_gradients(name, fast_path_calls):
     made = timm.create_model('test_repvgg', block=name).double().train()
     plain, x = copy.deepcopy(made), images(4, 32, dtype=torch.float64)
     contexts = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
@@ -849,7 +849,7 @@ def test_selective_checkpointing_gives_the_gradients_of_the_branches(name, fast_
             assert (p.grad - q.grad).abs().max() <= 1e-9 * q.grad.abs().max() + 1e-12, key
 
 
-def test_flop_counters_see_the_branches():
+def test_fold_for_call_flop_counter_counts_the_branches():
     made, x = block(), batch(block())
     with FlopCounterMode(display=False) as counter:
         made(x)
@@ -911,7 +911,7 @@ def hooked_activation():
 @pytest.mark.parametrize(
     'make', [doubled_norm, doubled_block, patched_block, hooked_norm, deterministic_drop, hooked_activation]
 )
-def test_own_block_that_computes_something_else_is_run_and_refused(make):
+def test_switch_own_block_that_computes_something_else_raises(make):
     made, x = make().double().eval(), images(2, 33, in_chans=8, dtype=torch.float64)
     y = made(x)
     assert rel_diff(y, run_branches(lambda: made(x))) < 1e-12
@@ -920,7 +920,7 @@ def test_own_block_that_computes_something_else_is_run_and_refused(make):
     assert torch.equal(made(x), y)
 
 
-def test_dropout_of_a_frozen_norm_drops(fast_path_calls):
+def test_fold_for_call_frozen_norm_with_dropout_drops(fast_path_calls):
     made = block_type('csla')(8, 8)
     made.norm = FrozenBatchNormAct2d(8, apply_act=False, drop_layer=nn.Dropout)
     made.act = nn.Identity()
@@ -928,7 +928,7 @@ def test_dropout_of_a_frozen_norm_drops(fast_path_calls):
     assert (y == 0).float().mean() > 0.4
 
 
-def test_bias_inside_a_chain_is_folded():
+def test_fold_bias_inside_a_chain_keeps_the_outputs():
     made, x = block_type('dbb')(8, 8).double().eval(), images(2, 33, in_chans=8, dtype=torch.float64)
     made.branches['1x1_kxk'].conv.bias = nn.Parameter(torch.ones(8, dtype=torch.float64))
     expected = run_branches(lambda: made(x))
@@ -938,7 +938,7 @@ def test_bias_inside_a_chain_is_folded():
 
 @pytest.mark.parametrize('make', [lambda: 1, lambda: [1, 1], lambda: (1, 1)], ids=['int', 'list', 'tuple'])
 @pytest.mark.parametrize('in_chs', [8, 16])
-def test_strides_set_by_hand_may_be_numbers_or_lists(make, in_chs):
+def test_fold_strides_as_numbers_or_lists_keeps_the_outputs(make, in_chs):
     made, x = RepVGGBlock(in_chs, 16, stride=2).double(), images(2, 33, in_chans=in_chs, dtype=torch.float64)
     for conv in (m for m in made.modules() if isinstance(m, nn.Conv2d)):
         conv.stride = make()

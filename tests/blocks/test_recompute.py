@@ -72,7 +72,7 @@ def assert_same_training(found: nn.Module, expected: nn.Module) -> None:
 
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('kind', BLOCKS)
-def test_gradients_and_statistics(kind, layout, fast_path_calls):
+def test_recompute_two_steps_gives_equal_gradients_and_statistics(kind, layout, fast_path_calls):
     made = block(kind).to(memory_format=LAYOUTS[layout])
     plain = copy.deepcopy(made)
     for _ in range(2):  # the running statistics move twice, gradients add up; images of 9 x 8 pixels
@@ -86,7 +86,7 @@ def test_gradients_and_statistics(kind, layout, fast_path_calls):
 
 
 @pytest.mark.parametrize('kwargs', [dict(), dict(stride=2, groups=2)], ids=str)
-def test_gradients_are_those_of_finite_differences(kwargs):
+def test_recompute_finite_differences_give_equal_gradients(kwargs):
     """First and second ones."""
     made = block(in_chs=2, out_chs=2, **kwargs)
 
@@ -99,7 +99,7 @@ def test_gradients_are_those_of_finite_differences(kwargs):
     assert torch.autograd.gradgradcheck(output, (x, *made.parameters()), fast_mode=True)
 
 
-def test_each_branch_has_its_own_momentum_and_eps(fast_path_calls):
+def test_recompute_own_momentum_and_eps_gives_equal_training(fast_path_calls):
     made = block()
     for i, norm in enumerate((made.conv_kxk.bn, made.conv_1x1.bn, made.identity)):
         norm.momentum, norm.eps = (0.0, 0.7, 1.0)[i], 0.1 * (i + 1)
@@ -112,7 +112,7 @@ def test_each_branch_has_its_own_momentum_and_eps(fast_path_calls):
 
 @pytest.mark.parametrize('needs_grad', [False, True], ids=['images', 'features'])
 @pytest.mark.parametrize('frozen', ['conv_kxk.conv', 'conv_1x1.conv', 'conv_1x1.bn', 'identity', 'all but identity'])
-def test_frozen_parameters(frozen, needs_grad, fast_path_calls):
+def test_recompute_frozen_parameters_gives_equal_gradients(frozen, needs_grad, fast_path_calls):
     made = block()
     if frozen == 'all but identity':
         made.requires_grad_(False).identity.requires_grad_()
@@ -128,7 +128,7 @@ def test_frozen_parameters(frozen, needs_grad, fast_path_calls):
 
 
 @pytest.mark.parametrize('context', [torch.no_grad, torch.inference_mode])
-def test_statistics_move_without_gradients(context, fast_path_calls):
+def test_block_training_without_gradients_moves_the_statistics(context, fast_path_calls):
     """As they do when the statistics are estimated again."""
     made = block()
     plain = copy.deepcopy(made)
@@ -140,7 +140,7 @@ def test_statistics_move_without_gradients(context, fast_path_calls):
     assert fast_path_calls == [False]
 
 
-def test_stochastic_depth_that_is_off(fast_path_calls):
+def test_recompute_drop_path_in_eval_mode_gives_equal_training(fast_path_calls):
     made = block(drop_path_rate=0.5, drop_block=DropBlock2d)
     made.drop_path.eval(), made.drop_block.eval()
     plain = copy.deepcopy(made)
@@ -151,7 +151,7 @@ def test_stochastic_depth_that_is_off(fast_path_calls):
 
 
 @pytest.mark.parametrize('reduce', [Tensor.sum, lambda y: y[:, :, ::2, ::3].square().sum()], ids=['sum', 'slice'])
-def test_gradients_of_any_strides(reduce, fast_path_calls):
+def test_recompute_output_gradients_of_any_strides_gives_equal_gradients(reduce, fast_path_calls):
     made = block()
     made.act = nn.Identity()
     plain = copy.deepcopy(made)
@@ -163,7 +163,7 @@ def test_gradients_of_any_strides(reduce, fast_path_calls):
     assert fast_path_calls == [True]
 
 
-def test_two_images_of_one_pixel(fast_path_calls):
+def test_recompute_two_images_of_one_pixel_gives_equal_training(fast_path_calls):
     made = block()
     plain = copy.deepcopy(made)
     x = batch(made, 1)
@@ -174,7 +174,7 @@ def test_two_images_of_one_pixel(fast_path_calls):
 
 
 @pytest.mark.parametrize(('kind', 'px'), [('identity', 1), ('stride', 2)])
-def test_a_batch_without_statistics_is_pytorchs_error(kind, px):
+def test_recompute_one_value_per_channel_raises(kind, px):
     made = block(kind)
     with pytest.raises(ValueError, match='more than 1 value per channel'):
         made(images(1, px, in_chans=made.conv_kxk.conv.in_channels, dtype=torch.float64))
@@ -185,7 +185,7 @@ def test_a_batch_without_statistics_is_pytorchs_error(kind, px):
 
 @pytest.mark.parametrize('wanted', ['input', 'kernel'])
 @pytest.mark.parametrize('kind', ['identity', 'stride'])
-def test_second_derivatives(kind, wanted, fast_path_calls):
+def test_recompute_gradient_penalty_gives_equal_gradients(kind, wanted, fast_path_calls):
     """A penalty on the gradient, as gradient-penalised training has it."""
     made = block(kind, norm_layer=lambda c, **dd: nn.BatchNorm2d(c, eps=0.1, **dd))
     made.conv_kxk.bn.bias.requires_grad_(False)
@@ -208,7 +208,7 @@ def test_second_derivatives(kind, wanted, fast_path_calls):
 
 
 @pytest.mark.parametrize('second', [False, True])
-def test_backward_pass_inside_autocast(second):
+def test_recompute_backward_under_autocast_is_not_rounded(second):
     """PyTorch's own backward functions are not cast there."""
     made = block(dtype=torch.float32)
     plain = copy.deepcopy(made)
@@ -237,7 +237,7 @@ def scale_of_the_input(made: RepVGGBlock) -> Callable[[Tensor], Tensor]:
 
 
 @pytest.mark.parametrize('use', [applied_twice, tied_scales, scale_of_the_input])
-def test_second_derivatives_of_inputs_that_depend_on_one_another(use, fast_path_calls):
+def test_recompute_reused_inputs_gives_equal_second_derivatives(use, fast_path_calls):
     made = block()
     plain = copy.deepcopy(made)
 
@@ -253,7 +253,7 @@ def test_second_derivatives_of_inputs_that_depend_on_one_another(use, fast_path_
 
 
 @pytest.mark.parametrize('kind', ['identity', 'stride', 'groups'])
-def test_batched_gradients(kind, fast_path_calls):
+def test_recompute_vectorized_jacobian_is_equal(kind, fast_path_calls):
     made = block(kind)
     plain = copy.deepcopy(made)
 
@@ -266,7 +266,7 @@ def test_batched_gradients(kind, fast_path_calls):
 
 
 @pytest.mark.parametrize('reentrant', [False, True])
-def test_gradient_checkpointing(reentrant, fast_path_calls):
+def test_recompute_gradient_checkpointing_gives_equal_gradients(reentrant, fast_path_calls):
     made = block()
     plain = copy.deepcopy(made)
     x, x_plain = (batch(made).requires_grad_() for _ in range(2))
@@ -278,7 +278,7 @@ def test_gradient_checkpointing(reentrant, fast_path_calls):
     assert fast_path_calls == [False, reentrant]
 
 
-def test_two_backward_passes():
+def test_recompute_two_backward_passes_give_the_same_gradients():
     made = block()
     x = batch(made).requires_grad_()
     loss = made(x).square().sum()
@@ -289,7 +289,7 @@ def test_two_backward_passes():
         torch.autograd.grad(loss, wanted)
 
 
-def test_two_forward_passes_before_one_backward_pass(fast_path_calls):
+def test_recompute_two_forward_passes_give_equal_gradients(fast_path_calls):
     """The second one moves the running statistics, on which no gradient depends."""
     made = block()
     plain = copy.deepcopy(made)
@@ -305,7 +305,7 @@ def test_two_forward_passes_before_one_backward_pass(fast_path_calls):
 
 
 @pytest.mark.parametrize('name', ['input', 'conv_kxk.conv.weight', 'conv_1x1.conv.weight', 'conv_1x1.bn.weight'])
-def test_what_changes_before_the_backward_pass_is_an_error(name, fast_path_calls):
+def test_recompute_tensor_changed_before_backward_raises(name, fast_path_calls):
     made = block()
     x = batch(made).requires_grad_(False)
     x_of_block = x if name == 'input' else x.requires_grad_()
@@ -320,7 +320,7 @@ def test_what_changes_before_the_backward_pass_is_an_error(name, fast_path_calls
 # --------------------------------------------------------------------------------------------- whole models
 
 
-def test_steps_of_a_whole_model(fast_path_calls):
+def test_recompute_whole_model_gives_equal_training(fast_path_calls):
     torch.manual_seed(0)
     made = timm.create_model('test_repvgg').double().train()
     plain = copy.deepcopy(made)
@@ -340,7 +340,7 @@ def test_steps_of_a_whole_model(fast_path_calls):
     assert fast_path_calls == [True] * 22
 
 
-def test_as_exact_as_the_branches_in_float32(fast_path_calls):
+def test_recompute_float32_is_as_exact_as_the_branches(fast_path_calls):
     """On images whose mean is five times their deviation, where a careless variance loses most digits."""
     torch.manual_seed(0)
     model = timm.create_model('test_repvgg').train()
@@ -378,7 +378,7 @@ OTHER_NORMS: dict[str, Callable[..., nn.Module]] = {
     ],
     ids=[*OTHER_NORMS, 'reflect', 'replicate', 'circular', 'drop path', 'drop block'],
 )
-def test_other_training_gives_the_same_outputs_and_gradients(kwargs, fast_path_calls):
+def test_recompute_other_training_gives_equal_outputs_and_gradients(kwargs, fast_path_calls):
     made = block(**kwargs)
     plain = copy.deepcopy(made)
     x = batch(made)
@@ -392,7 +392,7 @@ def test_other_training_gives_the_same_outputs_and_gradients(kwargs, fast_path_c
     assert fast_path_calls == [is_batch_norm] * 2
 
 
-def test_frozen_statistics_do_not_move(fast_path_calls):
+def test_fold_for_call_norms_in_eval_mode_keeps_the_statistics(fast_path_calls):
     made = block()
     for norm in (made.conv_kxk.bn, made.conv_1x1.bn, made.identity):
         norm.eval()
@@ -414,7 +414,7 @@ def one_norm_twice(made: RepVGGBlock) -> None:
 
 
 @pytest.mark.parametrize('change', [untracked, one_norm_twice])
-def test_other_statistics_give_the_same_training(change, fast_path_calls):
+def test_recompute_other_statistics_gives_equal_training(change, fast_path_calls):
     made = block()
     change(made)
     plain = copy.deepcopy(made)
@@ -424,7 +424,7 @@ def test_other_statistics_give_the_same_training(change, fast_path_calls):
     assert fast_path_calls == [True]
 
 
-def test_mixed_precision_recomputes_in_the_dtype_of_the_forward_pass(fast_path_calls):
+def test_recompute_under_autocast_uses_the_dtype_of_the_forward_pass(fast_path_calls):
     made = block(dtype=torch.float32)
     plain = copy.deepcopy(made)
     x = batch(made, dtype=torch.float32)
@@ -441,7 +441,7 @@ def test_mixed_precision_recomputes_in_the_dtype_of_the_forward_pass(fast_path_c
 
 
 @pytest.mark.parametrize('inside', [False, True], ids=['backward outside', 'backward inside'])
-def test_mixed_precision_of_blocks_in_a_row(inside, fast_path_calls):
+def test_recompute_two_blocks_under_autocast_gives_equal_gradients(inside, fast_path_calls):
     """The second one gets images in the dtype of autocast, and has kernels in float32."""
     made = nn.Sequential(block('three channels', dtype=torch.float32), block(dtype=torch.float32))
     plain = copy.deepcopy(made)
@@ -460,7 +460,7 @@ def test_mixed_precision_of_blocks_in_a_row(inside, fast_path_calls):
     assert fast_path_calls == [True, True]
 
 
-def test_half_precision_recomputes(fast_path_calls):
+def test_recompute_half_precision_is_used(fast_path_calls):
     made = block(dtype=torch.bfloat16)
     made(batch(made, dtype=torch.bfloat16)).float().sum().backward()
     with torch.no_grad():
@@ -471,7 +471,7 @@ def test_half_precision_recomputes(fast_path_calls):
     assert fast_path_calls == [True, False]  # the second one records no gradients
 
 
-def test_mixed_dtypes_are_pytorchs_error():
+def test_block_mixed_dtypes_raises_the_error_of_pytorch():
     made = block(dtype=torch.float32)
     made.identity.weight, made.identity.bias = (nn.Parameter(p.double()) for p in made.identity.parameters())
     with pytest.raises(RuntimeError, match='mixed dtype'):
@@ -483,7 +483,7 @@ def test_mixed_dtypes_are_pytorchs_error():
 
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('name', [name for name in BLOCKS_OF_ALL_TYPES if name not in ('csla', 'bn_after')])
-def test_every_block_type_recomputes_its_1x1_convolutions(name, layout, fast_path_calls):
+def test_recompute_each_block_type_gives_equal_training(name, layout, fast_path_calls):
     torch.manual_seed(0)
     made = block_type(name)(8, 8).double().to(memory_format=LAYOUTS[layout])
     plain = copy.deepcopy(made)
@@ -495,7 +495,7 @@ def test_every_block_type_recomputes_its_1x1_convolutions(name, layout, fast_pat
     assert fast_path_calls == [has_point]
 
 
-def test_recomputation_with_another_stride_is_noticed(monkeypatch):
+def test_recompute_wrong_pixels_changes_the_training(monkeypatch):
     """Or this file would not test it."""
     made = block('groups and stride', in_chs=16)  # whose forward pass is PyTorch's own
     plain, x = copy.deepcopy(made), batch(made)
@@ -510,7 +510,7 @@ def test_recomputation_with_another_stride_is_noticed(monkeypatch):
         assert_same_training(made, plain)
 
 
-def test_parameters_for_one_call_are_those_of_the_recomputation():
+def test_recompute_functional_call_uses_its_parameters():
     """They are back in their places before the backward pass."""
     made, other = block(), block()
     for parameter in other.parameters():
@@ -522,7 +522,7 @@ def test_parameters_for_one_call_are_those_of_the_recomputation():
         assert (p.grad - q[1].grad).abs().max() <= 1e-12 * q[1].grad.abs().max() + 1e-12, name  # float64
 
 
-def test_kernel_replaced_before_the_backward_pass_has_no_effect():
+def test_recompute_kernel_replaced_before_backward_uses_the_old_one():
     made = block()
     plain, x = copy.deepcopy(made), batch(made)
     loss = loss_of(made(x))
@@ -534,7 +534,7 @@ def test_kernel_replaced_before_the_backward_pass_has_no_effect():
     assert rel_diff(made.conv_1x1.bn.weight.grad, plain.conv_1x1.bn.weight.grad) < 1e-11
 
 
-def test_fold_in_train_mode_is_noticed(monkeypatch):
+def test_block_wrongly_folded_in_train_mode_changes_the_training(monkeypatch):
     """Folded with running statistics, a block in train mode has other outputs and leaves the statistics as they are."""
     made = block()
     plain, x = copy.deepcopy(made), batch(made, 33)

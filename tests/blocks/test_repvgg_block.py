@@ -14,7 +14,7 @@ def block(*args, **kwargs) -> RepVGGBlock:
 
 @pytest.mark.parametrize('kwargs', CONFIGURATIONS, ids=str)
 @pytest.mark.parametrize('px', [10, 11])
-def test_both_forms_compute_the_same(kwargs, px):
+def test_switch_repvgg_block_keeps_the_outputs(kwargs, px):
     module, x = block(8, 8, **kwargs), images(px=px, in_chans=8, dtype=torch.float64)
     before = module(x)
     assert module.switch_to_deploy() is module
@@ -22,7 +22,7 @@ def test_both_forms_compute_the_same(kwargs, px):
 
 
 @pytest.mark.parametrize('kwargs', CONFIGURATIONS, ids=str)
-def test_block_built_in_the_deploy_form_takes_the_fold(kwargs):
+def test_load_state_dict_training_weights_into_deploy_form_folds(kwargs):
     module, x = block(8, 8, **kwargs), images(px=11, in_chans=8, dtype=torch.float64)
     deployed = RepVGGBlock(8, 8, deploy=True, **kwargs).double().eval()
     deployed.load_state_dict(module.state_dict())
@@ -33,13 +33,13 @@ def test_block_built_in_the_deploy_form_takes_the_fold(kwargs):
 
 @pytest.mark.parametrize('name', ['repvgg', 'acb'])
 @pytest.mark.parametrize('shape', [(8, 9, 1), (8, 8, 2)])
-def test_identity_that_cannot_be_is_refused(name, shape):
+def test_block_identity_with_other_shape_raises(name, shape):
     in_chs, out_chs, stride = shape
     with pytest.raises(ValueError, match=f'here are 8 to {out_chs} channels and stride {stride}'):
         block_type(name)(in_chs, out_chs, stride=stride, identity=True)
 
 
-def test_sync_batch_norm_folds():
+def test_switch_sync_batch_norm_keeps_the_outputs():
     module, x = nn.Sequential(block(4, 4)), images(px=8, in_chans=4, dtype=torch.float64)
     before = module(x)
     module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
@@ -47,20 +47,20 @@ def test_sync_batch_norm_folds():
     assert rel_diff(switch_to_deploy(module)(x), before) < 1e-12
 
 
-def test_branches_are_those_of_the_paper():
+def test_block_that_changes_shape_has_no_identity():
     keeps_shape, strided, widens = RepVGGBlock(4, 4), RepVGGBlock(4, 4, stride=2), RepVGGBlock(4, 8)
     assert keeps_shape.identity is not None
     assert strided.identity is None
     assert widens.identity is None
 
 
-def test_deploy_weights_into_the_training_form_name_the_remedy():
+def test_load_state_dict_deploy_weights_into_training_form_raises():
     deployed = RepVGGBlock(4, 4, deploy=True)
     with pytest.raises(CheckpointError, match='deploy=True'):
         RepVGGBlock(4, 4).load_state_dict(deployed.state_dict())
 
 
-def test_training_of_the_stem_in_channels_last():
+def test_block_channels_last_stem_gives_finite_gradients():
     """A strided 1x1 convolution over three channels_last channels corrupts memory in its backward pass."""
     stem = RepVGGBlock(3, 48, stride=2).to(memory_format=torch.channels_last)
     x = images(8, 64).contiguous(memory_format=torch.channels_last)
@@ -73,7 +73,7 @@ def test_training_of_the_stem_in_channels_last():
 @pytest.mark.parametrize(
     ('in_chs', 'stride', 'kind'), [(3, 1, nn.Conv2d), (15, 2, SubsampledConv2d), (16, 2, nn.Conv2d)]
 )
-def test_strided_1x1_convolution_few_channels_is_subsampled(in_chs, stride, kind):
+def test_block_strided_1x1_of_few_channels_is_subsampled(in_chs, stride, kind):
     """The workaround is for the shape that needs it."""
     conv = RepVGGBlock(in_chs, 8, stride=stride).double().conv_1x1.conv
     assert type(conv) is kind
@@ -83,7 +83,7 @@ def test_strided_1x1_convolution_few_channels_is_subsampled(in_chs, stride, kind
 
 
 @pytest.mark.parametrize('px', [32, 33])
-def test_strides_set_by_hand(px):
+def test_block_strides_set_by_hand_keeps_the_outputs(px):
     """All convolutions alike, as segmentation recipes do it; of the stem too."""
     for in_chs in (3, 16):
         made, x = randomise(RepVGGBlock(in_chs, 8, stride=2).double(), px=16, in_chans=in_chs), None
@@ -97,7 +97,7 @@ def test_strides_set_by_hand(px):
         assert rel_diff(made.switch_to_deploy()(x), before) < 1e-12
 
 
-def test_one_stride_set_by_hand_is_refused():
+def test_switch_one_stride_set_by_hand_raises():
     made = RepVGGBlock(16, 16, stride=2)
     made.conv_kxk.conv.stride = (1, 1)
     with pytest.raises(FoldError, match=r'the stride of conv_kxk is \(1, 1\), that of conv_1x1 is \(2, 2\)'):

@@ -39,7 +39,7 @@ def photos():
 
 
 @BLOCK
-def test_unfolded_model_computes_the_same(block, folded, photos):
+def test_unfold_each_block_type_keeps_the_outputs(block, folded, photos):
     expected, keys = folded(photos), folded.state_dict().keys()
     model = unfold(copy.deepcopy(folded), block=block)
     assert not model.deploy
@@ -52,7 +52,7 @@ def test_unfolded_model_computes_the_same(block, folded, photos):
 
 
 @BLOCK
-def test_data_brings_train_mode_near_eval_mode(block, folded, photos):
+def test_unfold_with_batches_brings_train_mode_near_eval_mode(block, folded, photos):
     expected = folded(photos)
     model = unfold(copy.deepcopy(folded), block=block, batches=[photos[:40], (photos[40:], None)])
     assert rel_diff(model(photos), expected) < 1e-9
@@ -62,7 +62,7 @@ def test_data_brings_train_mode_near_eval_mode(block, folded, photos):
 
 
 @BLOCK
-def test_every_branch_has_a_part(block, folded):
+def test_unfold_each_block_type_gives_every_branch_a_part(block, folded):
     """Neither is a branch left out, nor do branches of one kind begin alike, which they would be for ever."""
     model = unfold(copy.deepcopy(folded), block=block)
     module = model.stages[0][1]
@@ -77,7 +77,7 @@ def test_every_branch_has_a_part(block, folded):
             assert kernel.shape != other.shape or rel_diff(kernel, other) > 0.01
 
 
-def test_statistics_are_those_of_the_data(folded, photos):
+def test_unfold_with_batches_sets_the_statistics_of_the_data(folded, photos):
     model = unfold(copy.deepcopy(folded), batches=[photos[:30], photos[30:]])
     seen = []
     model.stages[0][1].conv_1x1.bn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -89,7 +89,7 @@ def test_statistics_are_those_of_the_data(folded, photos):
     assert rel_diff(bn.running_var, values.var(1)) < 1e-9
 
 
-def test_part_of_a_larger_network_and_a_bare_block(folded, photos):
+def test_unfold_part_of_a_network_or_bare_block_keeps_the_outputs(folded, photos):
     larger = nn.Sequential(nn.Identity(), copy.deepcopy(folded))
     assert unfold(larger, block='acb') is larger
     assert rel_diff(larger(photos), folded(photos)) < 1e-9
@@ -98,7 +98,7 @@ def test_part_of_a_larger_network_and_a_bare_block(folded, photos):
     assert rel_diff(unfold(copy.deepcopy(block))(x), block(x)) < 1e-9
 
 
-def test_dilated_network_keeps_its_keys():
+def test_unfold_dilated_model_has_the_keys_of_the_training_form():
     model = timm.create_model('test_repvgg', output_stride=8, deploy=True)
     expected = timm.create_model('test_repvgg', output_stride=8).state_dict().keys()
     assert unfold(model).state_dict().keys() == expected
@@ -116,7 +116,7 @@ def test_dilated_network_keeps_its_keys():
     ],
     ids=str,
 )
-def test_block_of_any_shape_computes_the_same(block, kwargs):
+def test_unfold_block_of_any_shape_keeps_the_outputs(block, kwargs):
     folded = RepVGGBlock(8, 8, deploy=True, **kwargs).double().eval()
     x = images(2, 9, in_chans=8, dtype=F64)
     expected = folded(x)
@@ -125,13 +125,13 @@ def test_block_of_any_shape_computes_the_same(block, kwargs):
     assert repr(unfolded.switch_to_deploy().reparam_conv) == repr(folded.reparam_conv)
 
 
-def test_frozen_stays_frozen(folded):
+def test_unfold_frozen_model_stays_frozen(folded):
     model = unfold(copy.deepcopy(folded).requires_grad_(False))
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 @BLOCK
-def test_autocast_changes_nothing(block, folded, photos):
+def test_unfold_under_autocast_is_not_rounded(block, folded, photos):
     with torch.autocast('cpu', torch.bfloat16):
         model = unfold(copy.deepcopy(folded).float(), block=block)
         kernel = model.stages[0][1].equivalent_kernel_bias()[0]
@@ -150,7 +150,7 @@ def test_autocast_changes_nothing(block, folded, photos):
     ],
     ids=['channels', 'pixels', 'dtype', 'nan'],
 )
-def test_data_that_does_not_fit_changes_nothing(folded, photos, batches):
+def test_unfold_bad_batches_raises_and_changes_nothing(folded, photos, batches):
     model = copy.deepcopy(folded).float()
     before, blocks = model(photos.float()), [model.stem, *(block for stage in model.stages for block in stage)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -165,7 +165,7 @@ def test_data_that_does_not_fit_changes_nothing(folded, photos, batches):
 
 
 @pytest.mark.parametrize('place', [0, 1])
-def test_an_empty_batch_adds_nothing(folded, photos, place):
+def test_unfold_empty_batch_is_ignored(folded, photos, place):
     batches, made = [photos], []
     batches.insert(place, photos[:0])
     for given in (batches, [photos]):
@@ -175,12 +175,12 @@ def test_an_empty_batch_adds_nothing(folded, photos, place):
     assert all(torch.equal(ours[key], expected[key]) for key in expected)
 
 
-def test_data_leaves_no_hooks(folded, photos):
+def test_unfold_with_batches_leaves_no_hooks(folded, photos):
     model = unfold(copy.deepcopy(folded), block='acb', batches=[photos])
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_parts_that_are_not_folded_stay():
+def test_unfold_block_with_attention_keeps_it():
     model = timm.create_model('repvgg_d2se', deploy=True, device='meta')
     squeeze = model.stages[0][0].attn
     model.stages = model.stages[:1]
@@ -188,7 +188,7 @@ def test_parts_that_are_not_folded_stay():
     assert model.stages[0][0].attn is squeeze
 
 
-def test_errors_tell_what_is_possible(folded):
+def test_unfold_bad_arguments_raises(folded):
     with pytest.raises(ValueError, match=r'no block of this package in Linear'):
         unfold(nn.Linear(1, 1))
     with pytest.raises(ValueError, match=r'stem is of the training form; switch_to_deploy\(\) comes first'):
@@ -226,19 +226,19 @@ def test_errors_tell_what_is_possible(folded):
         unfold(model.stem)
 
 
-def test_conversion_keeps_branches_that_are_there(tmp_path):
+def test_convert_training_weights_with_unfold_keeps_the_branches(tmp_path):
     branches = timm.create_model('test_repvgg.cifar10', pretrained=True).stem.state_dict()
     kept = convert('test_repvgg.cifar10', tmp_path / 'kept', unfold=True).stem.state_dict()
     assert all(torch.equal(value, branches[key]) for key, value in kept.items())
     assert convert('test_repvgg.cifar10', tmp_path / 'others', unfold=True, block='acb').block == 'acb'
 
 
-def test_norm_layer_by_name(folded):
+def test_unfold_norm_layer_by_name_is_used(folded):
     model = unfold(copy.deepcopy(folded), norm_layer='batchnorm2d')
     assert type(model.stem.conv_kxk.bn) is nn.BatchNorm2d
 
 
-def test_hooks_on_gradients_go_over(folded):
+def test_unfold_backward_hook_still_fires(folded):
     model, fired = copy.deepcopy(folded), []
     model.stages[0][0].register_full_backward_hook(lambda *_: fired.append(1))
     unfold(model, block='acb')
@@ -246,7 +246,7 @@ def test_hooks_on_gradients_go_over(folded):
     assert fired == [1]
 
 
-def test_eps_is_that_of_the_model():
+def test_unfold_model_with_own_eps_keeps_it():
     kwargs = dict(norm_layer=functools.partial(nn.BatchNorm2d, eps=1e-2))
     model = timm.create_model('test_repvgg', deploy=True, **kwargs).double().eval()
     x = images(2, px=32, dtype=F64)
@@ -264,19 +264,19 @@ def test_eps_is_that_of_the_model():
 
 @BLOCK
 @pytest.mark.parametrize('tag', ['cifar10', 'cifar10_deploy'])
-def test_pretrained_weights_go_into_any_block(block, tag, folded, photos):
+def test_load_pretrained_with_unfold_fits_each_block_type(block, tag, folded, photos):
     model = timm.create_model(f'test_repvgg.{tag}', pretrained=True, block=block, unfold=True).eval()
     assert not model.deploy
     assert rel_diff(model.double()(photos), folded(photos)) < 1e-4  # float32 weights
 
 
-def test_own_weights_are_taken_as_they_are():
+def test_load_pretrained_with_unfold_takes_own_weights_unchanged():
     plain = timm.create_model('test_repvgg', pretrained=True)
     model = timm.create_model('test_repvgg', pretrained=True, unfold=True)
     assert all(torch.equal(value, plain.state_dict()[key]) for key, value in model.state_dict().items())
 
 
-def test_other_classes_and_channels(folded, photos):
+def test_load_pretrained_with_unfold_adapts_classes_and_channels(folded, photos):
     model = timm.create_model('test_repvgg.cifar10_deploy', pretrained=True, unfold=True, num_classes=3, in_chans=1)
     assert model.head.fc.out_features == 3
     deployed = timm.create_model('test_repvgg.cifar10_deploy', pretrained=True, in_chans=1).eval()
@@ -286,7 +286,7 @@ def test_other_classes_and_channels(folded, photos):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('aux_heads', [True, False])
-def test_auxiliary_heads_go_into_another_block(tmp_path, aux_heads):
+def test_load_checkpoint_with_unfold_keeps_auxiliary_heads(tmp_path, aux_heads):
     trained = timm.create_model('repvggplus_l2pse', aux_heads=True, num_classes=3).state_dict()
     torch.save(trained, tmp_path / 'training.pth')
     model = timm.create_model('repvggplus_l2pse', aux_heads=aux_heads, num_classes=3, block='plain')
@@ -295,7 +295,7 @@ def test_auxiliary_heads_go_into_another_block(tmp_path, aux_heads):
     assert all(torch.equal(loaded[key], trained[key]) for key in loaded if 'head' in key)
 
 
-def test_deploy_weights_name_the_remedy(tmp_path):
+def test_load_checkpoint_deploy_weights_without_unfold_raises(tmp_path):
     torch.save(timm.create_model('test_repvgg', deploy=True).state_dict(), tmp_path / 'deploy.pth')
     model = timm.create_model('test_repvgg')
     with pytest.raises(CheckpointError, match=r'deploy=True, or load with unfold=True'):
@@ -305,7 +305,7 @@ def test_deploy_weights_name_the_remedy(tmp_path):
         load_checkpoint(timm.create_model('test_repvgg', deploy=True), tmp_path / 'deploy.pth', unfold=True)
 
 
-def test_folder_of_the_deploy_form_unfolds(folded, photos, tmp_path):
+def test_load_pretrained_deploy_folder_unfolds(folded, photos, tmp_path):
     """Its config.json says `deploy=True`."""
     convert('test_repvgg.cifar10', tmp_path / 'deploy', form='deploy')
     model = timm.create_model(f'local-dir:{tmp_path / "deploy"}', pretrained=True, unfold=True, block='acb').eval()
@@ -314,7 +314,7 @@ def test_folder_of_the_deploy_form_unfolds(folded, photos, tmp_path):
 
 
 @pytest.mark.parametrize('tag', ['cifar10', 'cifar10_deploy'])
-def test_deploy_form_of_any_block_takes_the_default_blocks_weights(folded, photos, tag):
+def test_load_pretrained_deploy_form_takes_weights_of_the_default_block(folded, photos, tag):
     model = timm.create_model(f'test_repvgg.{tag}', pretrained=True, deploy=True, block='acb').eval()
     assert rel_diff(model.double()(photos), folded(photos)) < 1e-4
     with pytest.raises(
@@ -323,7 +323,7 @@ def test_deploy_form_of_any_block_takes_the_default_blocks_weights(folded, photo
         timm.create_model('test_repvgg.cifar10', pretrained=True, block='acb')
 
 
-def test_weights_of_another_block_name_the_remedy(tmp_path):
+def test_load_checkpoint_weights_of_another_block_raises(tmp_path):
     torch.save(timm.create_model('test_repvgg', block='acb').state_dict(), tmp_path / 'acb.pth')
     with pytest.raises(
         CheckpointError, match=r"of block='acb', and the model has those of block='repvgg'; create it with"
@@ -332,7 +332,7 @@ def test_weights_of_another_block_name_the_remedy(tmp_path):
 
 
 @pytest.mark.parametrize('damage', ['missing', 'extra', 'reshaped'])
-def test_misfit_changes_nothing(damage, tmp_path):
+def test_load_checkpoint_misfit_with_unfold_raises_and_changes_nothing(damage, tmp_path):
     state_dict = timm.create_model('test_repvgg', deploy=True).state_dict()
     if damage == 'missing':
         del state_dict['stages.1.0.reparam_conv.bias']
@@ -348,7 +348,7 @@ def test_misfit_changes_nothing(damage, tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_converted_folder_is_the_same_function(folded, photos, tmp_path):
+def test_convert_with_unfold_keeps_the_outputs(folded, photos, tmp_path):
     convert('test_repvgg.cifar10_deploy', tmp_path / 'dbb', unfold=True, block='dbb')
     model = timm.create_model(f'local-dir:{tmp_path / "dbb"}', pretrained=True).eval()
     assert model.stem.block == 'dbb'
@@ -380,7 +380,7 @@ def top1_after_training(model: nn.Module, train, validation, seed: int) -> float
 
 
 @pytest.mark.slow
-def test_fine_tuning_goes_as_well_as_from_the_training_form():
+def test_unfold_then_fine_tuning_is_as_good_as_the_training_form():
     """A classifier that was taken off is learnt again, and the features move, by the same recipe from either form."""
     transform = create_transform(**resolve_model_data_config(timm.create_model('test_repvgg')))
     data = []
@@ -404,7 +404,7 @@ def test_fine_tuning_goes_as_well_as_from_the_training_form():
     assert lost > kept - 2  # standard error of a difference of means of three, of 500 images each: one point
 
 
-def test_optimizer_of_the_convolution_is_told(folded):
+def test_unfold_then_step_of_an_old_optimizer_raises(folded):
     model = copy.deepcopy(folded).requires_grad_()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     unfold(model)
@@ -412,7 +412,7 @@ def test_optimizer_of_the_convolution_is_told(folded):
         optimizer.step()
 
 
-def test_what_a_block_is_besides_is_kept(folded):
+def test_unfold_shared_channels_last_block_with_hook_keeps_all(folded):
     block = copy.deepcopy(folded.stages[0][1]).to(memory_format=torch.channels_last)
     seen = []
     block.register_forward_hook(lambda *_: seen.append(1))
@@ -424,7 +424,7 @@ def test_what_a_block_is_besides_is_kept(folded):
     assert twice[0].branches['kxk'].conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_channels_of_very_different_range(folded, photos):
+def test_unfold_channels_of_different_range_keeps_the_outputs(folded, photos):
     model, generator = copy.deepcopy(folded), torch.Generator().manual_seed(0)
     blocks = [model.stem, *(block for stage in model.stages for block in stage)]
     with torch.no_grad():
@@ -437,7 +437,7 @@ def test_channels_of_very_different_range(folded, photos):
         assert rel_diff(unfold(copy.deepcopy(model), block=block)(photos), folded(photos)) < 1e-9
 
 
-def test_training_weights_are_folded_with_the_models_eps(tmp_path):
+def test_load_checkpoint_with_unfold_uses_the_eps_of_the_model(tmp_path):
     def norm(chs, **dd):
         return nn.BatchNorm2d(chs, eps=0.1, **dd)
 
@@ -449,7 +449,7 @@ def test_training_weights_are_folded_with_the_models_eps(tmp_path):
     assert rel_diff(other(x), model(x)) < 1e-3
 
 
-def test_compiled_model_shows_its_statistics(folded, photos):
+def test_match_bn_statistics_compiled_model_sets_the_statistics(folded, photos):
     model = unfold(copy.deepcopy(folded))
     compiled = torch.compile(model, backend='eager')
     compiled(photos)
@@ -458,7 +458,7 @@ def test_compiled_model_shows_its_statistics(folded, photos):
     assert rel_diff(model.train()(photos), folded(photos)) < 0.02
 
 
-def test_unfolding_of_nothing_is_refused():
+def test_create_unfold_without_weights_raises():
     with pytest.raises(ValueError, match=r'load_checkpoint\(model, path, unfold=True\)'):
         timm.create_model('test_repvgg', unfold=True)
 
@@ -480,7 +480,7 @@ def hooked(conv):
 
 
 @pytest.mark.parametrize('change', [other_stride, other_dilation, no_padding, hooked])
-def test_unfold_convolution_that_was_changed_raises(change):
+def test_unfold_changed_convolution_raises(change):
     model = timm.create_model('test_repvgg', deploy=True)
     change(model.stages[3][0].reparam_conv)
     with pytest.raises(ValueError, match='has no branches that compute what it computes'):

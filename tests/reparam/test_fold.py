@@ -62,28 +62,28 @@ def fold_and_reference(c_in, c_out, groups, *, identity, affine=True, dtype=torc
     ('c_in', 'c_out', 'groups', 'identity'),
     [(6, 6, 1, True), (6, 6, 2, True), (12, 12, 4, True), (8, 8, 8, True), (6, 10, 1, False), (6, 12, 3, False)],
 )
-def test_fold_computes_what_the_branches_compute(c_in, c_out, groups, identity, affine):
+def test_fold_two_or_three_branches_keeps_the_outputs(c_in, c_out, groups, identity, affine):
     _, _, folded, reference = fold_and_reference(c_in, c_out, groups, identity=identity, affine=affine)
     torch.testing.assert_close(folded, reference, rtol=0, atol=1e-12 * reference.abs().max().item())
 
 
-def test_fold_of_many_channels():
+def test_fold_many_channels_keeps_the_outputs():
     _, _, folded, reference = fold_and_reference(300, 300, 1, identity=True)
     torch.testing.assert_close(folded, reference, rtol=0, atol=1e-12 * reference.abs().max().item())
 
 
-def test_fold_of_a_larger_kernel():
+def test_fold_larger_kernel_keeps_the_outputs():
     _, _, folded, reference = fold_and_reference(4, 4, 2, identity=True, k=5)
     torch.testing.assert_close(folded, reference, rtol=0, atol=1e-12 * reference.abs().max().item())
 
 
-def test_fold_uses_the_eps_of_each_branch():
+def test_fold_other_eps_keeps_the_outputs():
     _, _, folded, reference = fold_and_reference(6, 6, 1, identity=True, eps=0.1)
     torch.testing.assert_close(folded, reference, rtol=0, atol=1e-12 * reference.abs().max().item())
 
 
 @pytest.mark.parametrize('dtype', EPS, ids=str)
-def test_every_tap_is_right_to_two_roundings(dtype):
+def test_fold_each_dtype_is_right_to_two_roundings(dtype):
     """Half precision is rounded once, at the end; in float32 the scale is rounded, and then its product."""
     g = torch.Generator().manual_seed(0)
     kxk, point = (torch.randn(8, 4, k, k, generator=g).to(dtype) for k in (3, 1))
@@ -105,7 +105,7 @@ def test_every_tap_is_right_to_two_roundings(dtype):
     assert ((bias.double() - exact_bias).abs() <= EPS[dtype] / 2 * exact_bias.abs()).all()
 
 
-def test_convolution_biases_are_folded():
+def test_fold_convolutions_with_bias_keeps_the_outputs():
     kxk, point, biases = torch.randn(4, 2, 3, 3).double(), torch.randn(4, 2, 1, 1).double(), torch.randn(2, 4).double()
     bns = random_bn(4, 0), random_bn(4, 1)
     kernel, bias = fold_block(kxk, bns[0], point, bns[1], bias_kxk=biases[0], bias_1x1=biases[1])
@@ -116,7 +116,7 @@ def test_convolution_biases_are_folded():
 
 
 @pytest.mark.parametrize('sum_dtype', [torch.float32, torch.float64])
-def test_smaller_kernels_act_on_the_centre(sum_dtype):
+def test_fold_smaller_kernels_are_added_to_the_centre(sum_dtype):
     large, small = torch.ones(4, 2, 3, 3), torch.full((4, 2, 1, 1), 2.0)
     for kernels in ([large, small], [small, large]):
         total, bias = fold_branches([ConvBN(k) for k in kernels], torch.float32, sum_dtype=sum_dtype)
@@ -129,14 +129,14 @@ def test_smaller_kernels_act_on_the_centre(sum_dtype):
 
 
 @pytest.mark.parametrize('sum_dtype', [torch.float32, torch.float64])
-def test_sum_of_kernels_without_a_full_one(sum_dtype):
+def test_fold_3x1_and_1x3_kernels_gives_a_cross(sum_dtype):
     """3x1 and 1x3: each tap is one kernel's, the centre that of both."""
     branches = [ConvBN(torch.ones(1, 1, 3, 1)), ConvBN(torch.full((1, 1, 1, 3), 2.0))]
     total, _ = fold_branches(branches, torch.float32, sum_dtype=sum_dtype)
     assert total[0, 0].tolist() == [[0, 1, 0], [2, 3, 2], [0, 1, 0]]
 
 
-def test_taps_that_cancel_are_summed_wide():
+def test_fold_taps_that_cancel_are_summed_wide():
     large, small = torch.full((1, 1, 3, 3), 1 + 2**-20), torch.full((1, 1, 1, 1), -1.0)
     third = BNStats(torch.zeros(1), torch.ones(1), torch.full((1,), 1 / 3), torch.zeros(1), 0.0)
     branches = [ConvBN(large, None, norm_of(third)), ConvBN(small, None, norm_of(third))]
@@ -147,7 +147,7 @@ def test_taps_that_cancel_are_summed_wide():
     assert abs(narrow[0, 0, 1, 1].double() - exact) > 100 * EPS[torch.float32] * exact
 
 
-def test_fused_kernel_is_new():
+def test_fold_one_branch_gives_a_new_tensor():
     """Or the sum would change the parameters."""
     kernel = torch.ones(4, 2, 3, 3)
     for norm in (None, nn.Identity(), norm_of(random_bn(4, 0, dtype=torch.float32))):
@@ -155,7 +155,7 @@ def test_fused_kernel_is_new():
         assert fused.data_ptr() != kernel.data_ptr()
 
 
-def test_fold_keeps_memory_format_and_inputs():
+def test_fold_channels_last_keeps_format_and_inputs():
     kxk = torch.randn(4, 4, 3, 3).to(memory_format=torch.channels_last)
     before = kxk.clone()
     kernel, _ = fold_block(kxk, random_bn(4, 0), torch.randn(4, 4, 1, 1), random_bn(4, 1), random_bn(4, 2))
@@ -163,7 +163,7 @@ def test_fold_keeps_memory_format_and_inputs():
     assert torch.equal(kxk, before)
 
 
-def test_fold_is_differentiable():
+def test_fold_float64_passes_gradcheck():
     kxk, point, gamma = (torch.randn(*s).double().requires_grad_() for s in ((2, 2, 3, 3), (2, 2, 1, 1), (2,)))
     mean, var = torch.randn(2).double(), torch.rand(2).double() + 0.5
 
@@ -175,7 +175,7 @@ def test_fold_is_differentiable():
 
 
 @pytest.mark.parametrize('value', [float('nan'), -1e-3, float('inf')])
-def test_bad_variance_is_named(value):
+def test_bn_stats_bad_variance_raises_with_its_channel(value):
     bn = random_bn(4, 0)
     bn.var[2] = value
     with pytest.raises(FoldError, match=r'running variance .* in channel 2'):
@@ -183,14 +183,14 @@ def test_bad_variance_is_named(value):
 
 
 @pytest.mark.parametrize('field', ['mean', 'weight', 'bias'])
-def test_other_statistics_that_are_not_finite_are_named(field):
+def test_bn_stats_not_finite_raises_with_its_channel(field):
     bn = random_bn(4, 0)
     getattr(bn, field)[3] = float('nan')
     with pytest.raises(FoldError, match='running mean, weight or bias of channel 3 is not finite'):
         bn.check()
 
 
-def test_module_imports_nothing_but_torch():
+def test_fold_module_imports_only_torch():
     import ast
     import pathlib
 

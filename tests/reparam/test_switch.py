@@ -36,7 +36,7 @@ def is_deployed(module: nn.Module) -> bool:
     return not any(isinstance(m, nn.BatchNorm2d) for m in module.modules())
 
 
-def test_switch_is_idempotent_and_returns_the_module(model, x):
+def test_switch_twice_changes_nothing_more(model, x):
     before = model(x)
     assert model.switch_to_deploy() is model
     folded = copy.deepcopy(model.state_dict())
@@ -46,13 +46,13 @@ def test_switch_is_idempotent_and_returns_the_module(model, x):
     assert rel_diff(model(x), before) < 1e-12
 
 
-def test_nothing_is_left_behind(model):
+def test_switch_model_leaves_no_branches_or_buffers(model):
     model.switch_to_deploy()
     assert {key.split('.')[-2] for key in model.state_dict()} == {'reparam_conv', 'fc'}
     assert not list(model.buffers())
 
 
-def test_block_as_the_root_module(x):
+def test_switch_block_as_root_keeps_the_outputs(x):
     block = randomise(RepVGGBlock(3, 8).double(), px=32)
     before = block(x)
     assert switch_to_deploy(block) is block
@@ -60,13 +60,13 @@ def test_block_as_the_root_module(x):
 
 
 @pytest.mark.parametrize('wrap', [lambda m: m, lambda m: byobnet.repvgg_a0()], ids=['ours', 'timm'])
-def test_switched_module_has_no_empty_places(model, wrap):
+def test_switch_any_module_leaves_no_none_children(model, wrap):
     """As one that is built in the deploy form: libraries that walk over modules trip over None."""
     module = switch_to_deploy(wrap(model))
     assert None not in (child for m in module.modules() for child in m._modules.values())
 
 
-def test_undone_switch_leaves_modules_as_they_were(model, x, monkeypatch):
+def test_switch_undone_leaves_the_modules_unchanged(model, x, monkeypatch):
     before = [name for name, _ in model.named_modules()]
     monkeypatch.setattr(switch, 'MAX_REL_DIFF', {torch.float64: -1})
     with pytest.raises(FoldError):
@@ -84,7 +84,7 @@ class Segmenter(nn.Module):
         return {'mask': self.decoder(self.encoder(x)[-1]), 'sizes': [x.shape]}
 
 
-def test_backbone_of_a_larger_network(x):
+def test_switch_backbone_of_a_larger_network_keeps_the_outputs(x):
     encoder = timm.create_model('test_repvgg', features_only=True).double()
     for norm in (m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)):
         nn.init.uniform_(norm.running_var, 0.5, 2)
@@ -96,7 +96,7 @@ def test_backbone_of_a_larger_network(x):
     assert rel_diff(network(x)['mask'], before) < 1e-12
 
 
-def test_timms_model_is_folded_exactly(model):
+def test_switch_model_of_timm_keeps_the_outputs(model):
     theirs = byobnet.repvgg_a0().double()
     randomise(theirs)
     x = images(dtype=torch.float64)
@@ -107,7 +107,7 @@ def test_timms_model_is_folded_exactly(model):
     timm.create_model('repvgg_a0', deploy=True).double().load_state_dict(theirs.state_dict())
 
 
-def test_timms_helper_folds_the_zoo(model, x):
+def test_reparameterize_model_of_timm_folds_a_copy(model, x):
     before = model(x)
     copied = timm.utils.reparameterize_model(model)
     assert is_deployed(copied)
@@ -117,7 +117,7 @@ def test_timms_helper_folds_the_zoo(model, x):
     assert copied._model_args['deploy'] is True
 
 
-def test_compiled_module(model, x):
+def test_switch_compiled_module_keeps_the_outputs(model, x):
     compiled = torch.compile(model, backend='eager')
     before = compiled(x)
     assert switch_to_deploy(compiled) is compiled
@@ -125,7 +125,7 @@ def test_compiled_module(model, x):
     assert rel_diff(compiled(x), before) < 1e-12
 
 
-def test_distributed_module(model, x, tmp_path):
+def test_switch_distributed_module_keeps_the_outputs(model, x, tmp_path):
     torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(model)
@@ -136,7 +136,7 @@ def test_distributed_module(model, x, tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_average_of_weights(model, x):
+def test_switch_average_of_weights_folds_its_own_copy(model, x):
     """An average holds a copy of the model, so it is switched on its own."""
     average = timm.utils.ModelEmaV3(model)
     before = average.module(x)
@@ -146,7 +146,7 @@ def test_average_of_weights(model, x):
     assert rel_diff(average.module(x), before) < 1e-12
 
 
-def test_graphs_are_refused_unharmed(model, x):
+def test_switch_graph_raises_and_changes_nothing(model, x):
     features = timm.create_model('test_repvgg', features_only=True, feature_cls='fx').double().eval()
     for traced in (features, torch.jit.trace(model, x), torch.jit.script(model), torch.fx.symbolic_trace(model)):
         before = traced(x)
@@ -157,7 +157,7 @@ def test_graphs_are_refused_unharmed(model, x):
         assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
-def test_partly_switched_model_is_of_the_training_form(model, x):
+def test_switch_partly_switched_model_completes_it(model, x):
     before = model(x)
     model.stem.switch_to_deploy()
     assert not model.deploy
@@ -165,12 +165,12 @@ def test_partly_switched_model_is_of_the_training_form(model, x):
     assert model.deploy
 
 
-def test_module_without_blocks():
+def test_switch_module_without_blocks_raises():
     with pytest.raises(ValueError, match='no RepVGG block in Linear'):
         switch_to_deploy(nn.Linear(2, 2))
 
 
-def test_properties_of_the_branches_are_kept():
+def test_switch_dtype_format_and_frozen_state_are_kept():
     model = timm.create_model('test_repvgg').to(torch.bfloat16, memory_format=torch.channels_last).eval()
     for parameter in model.stages[0].parameters():
         parameter.requires_grad_(False)
@@ -186,7 +186,7 @@ def test_properties_of_the_branches_are_kept():
     assert stage1.training
 
 
-def test_train_mode_folds_running_statistics_and_says_so_once(model, x, caplog):
+def test_switch_in_train_mode_folds_and_logs_once(model, x, caplog):
     expected = model(x)
     switch._warn_of_train_mode.cache_clear()
     with caplog.at_level(logging.INFO, logger='repvgg_zoo'):
@@ -197,7 +197,7 @@ def test_train_mode_folds_running_statistics_and_says_so_once(model, x, caplog):
     assert rel_diff(switched.eval()(x), expected) < 1e-12
 
 
-def test_half_precision_folds_first_and_casts_last(model):
+def test_switch_half_precision_rounds_once_at_the_end(model):
     half = copy.deepcopy(model).to(torch.bfloat16)
     exact = copy.deepcopy(half).double().switch_to_deploy().state_dict()
     for key, value in half.switch_to_deploy().state_dict().items():
@@ -212,7 +212,7 @@ def poison(norm: nn.Module, value: float) -> None:
 
 
 @pytest.mark.parametrize('value', [float('nan'), -1.0])
-def test_bad_variance_in_the_last_block_leaves_all_unfolded(model, x, value):
+def test_switch_bad_variance_in_one_block_raises_and_changes_nothing(model, x, value):
     poison(model.stages[3][0].conv_1x1.bn, value)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(FoldError, match=r"block 'stages.3.0': running variance .* in channel 1.*nothing was changed"):
@@ -221,14 +221,14 @@ def test_bad_variance_in_the_last_block_leaves_all_unfolded(model, x, value):
     assert not model.deploy
 
 
-def test_batch_statistics_cannot_be_folded():
+def test_switch_norm_without_running_statistics_raises():
     block = RepVGGBlock(4, 4, norm_layer=lambda c, **dd: nn.BatchNorm2d(c, track_running_stats=False, **dd))
     with pytest.raises(FoldError, match='keeps no running statistics'):
         block.switch_to_deploy()
     assert block.reparam_conv is None
 
 
-def test_norm_that_hides_its_eps_cannot_be_folded():
+def test_switch_norm_without_eps_raises():
     class Frozen(nn.BatchNorm2d):
         pass
 
@@ -239,20 +239,20 @@ def test_norm_that_hides_its_eps_cannot_be_folded():
         block.switch_to_deploy()
 
 
-def test_norm_with_an_activation_cannot_be_folded():
+def test_switch_norm_with_an_activation_raises():
     block = RepVGGBlock(4, 4, norm_layer=timm.layers.BatchNormAct2d)
     with pytest.raises(FoldError, match='activation'):
         block.switch_to_deploy()
 
 
-def test_padding_that_does_not_centre_the_kernel_cannot_be_folded():
+def test_switch_padding_off_centre_raises():
     block = RepVGGBlock(4, 4)
     block.conv_kxk.conv.padding = (0, 0)
     with pytest.raises(FoldError, match='does not centre'):
         block.switch_to_deploy()
 
 
-def test_verify_logs_the_difference(model, x, caplog):
+def test_verify_right_fold_logs_the_difference(model, x, caplog):
     with caplog.at_level(logging.INFO, logger='repvgg_zoo'):
         model.switch_to_deploy(verify=x)
     assert 'largest difference' in caplog.text
@@ -260,7 +260,7 @@ def test_verify_logs_the_difference(model, x, caplog):
 
 
 @pytest.mark.parametrize('wrap', [lambda m: m, lambda m: byobnet.repvgg_a0()], ids=['ours', 'timm'])
-def test_verify_undoes_a_wrong_fold(model, x, wrap, monkeypatch):
+def test_verify_wrong_fold_raises_and_undoes_it(model, x, wrap, monkeypatch):
     module = randomise(wrap(model).double())
     x = images(2, px=64, dtype=torch.float64)
     module.train()
@@ -282,7 +282,7 @@ def test_verify_undoes_a_wrong_fold(model, x, wrap, monkeypatch):
 
 @pytest.mark.parametrize('verify', [False, True])
 @pytest.mark.parametrize('name', ['repvgg', 'acb'])
-def test_switch_in_inference_mode_leaves_parameters_that_train(name, verify):
+def test_switch_in_inference_mode_gives_parameters_that_train(name, verify):
     model = timm.create_model('test_repvgg', block=name)
     with torch.inference_mode():
         model.eval().switch_to_deploy(verify=images(1, px=32) if verify else None)
@@ -292,7 +292,7 @@ def test_switch_in_inference_mode_leaves_parameters_that_train(name, verify):
     assert model.stem.reparam_conv.weight.grad is not None
 
 
-def test_verify_undoes_a_switch_that_failed_halfway(model, x, monkeypatch):
+def test_verify_switch_that_fails_halfway_undoes_it(model, x, monkeypatch):
     folds, fold = [], RepVGGBlock.folded_conv
 
     def failing(block):
@@ -309,7 +309,7 @@ def test_verify_undoes_a_switch_that_failed_halfway(model, x, monkeypatch):
     assert not any(block.reparam_conv for block in model.modules() if isinstance(block, RepVGGBlock))
 
 
-def test_public_name():
+def test_switch_from_the_package_is_the_same_function():
     assert repvgg_zoo.switch_to_deploy is switch_to_deploy
 
 
@@ -615,7 +615,7 @@ def test_switch_sharded_module_raises(version, tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_undone_switch_keeps_the_order_of_parameters(model, x, monkeypatch):
+def test_switch_undone_keeps_the_order_of_parameters(model, x, monkeypatch):
     """By which optimizers find their state."""
     before = [name for name, _ in model.named_parameters()]
     monkeypatch.setattr(switch, 'MAX_REL_DIFF', {torch.float64: -1})
@@ -659,7 +659,7 @@ def test_switch_block_of_zeros_raises():
 
 
 @pytest.mark.parametrize('reparametrize', [nn.utils.weight_norm, nn.utils.spectral_norm, prune_half])
-def test_switch_foreign_block_with_kernels_that_hooks_compute(reparametrize):
+def test_switch_foreign_block_with_hooked_kernel_folds(reparametrize):
     block = randomise(Lookalike().double(), px=9, in_chans=8)
     reparametrize(block.rbr_dense.conv)
     x = images(2, 9, in_chans=8, dtype=torch.float64)
@@ -679,7 +679,7 @@ class Labels(nn.Module):
         return y.mean((2, 3)), y.mean((2, 3)).argmax(1), y[:0]
 
 
-def test_verify_compares_only_floating_point_outputs():
+def test_verify_integer_outputs_are_ignored():
     network = Labels(randomise(RepVGGBlock(8, 8), px=9, in_chans=8))
     assert switch_to_deploy(network, verify=images(2, 9, in_chans=8)).block.is_deploy()
 

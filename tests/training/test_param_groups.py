@@ -25,7 +25,7 @@ def names_in(model, group):
     return {name for name, parameter in model.named_parameters() if id(parameter) in ids}
 
 
-def test_paper_decays_kernels_and_identity_scales(model):
+def test_param_groups_by_default_decay_kernels_and_identity_scales(model):
     decayed, others = param_groups(model)
     assert names_in(model, others) == {
         name for name, _ in model.named_parameters() if name.endswith('bias') or '.bn.' in name
@@ -38,18 +38,18 @@ def test_paper_decays_kernels_and_identity_scales(model):
     assert not any(n.startswith('stem') for g in param_groups(model) for n in names_in(model, g))
 
 
-def test_timm_takes_the_groups(model):
+def test_param_groups_given_to_timm_set_the_weight_decay(model):
     optimizer = create_optimizer_v2(model, 'sgd', lr=0.1, weight_decay=1e-4, param_group_fn=param_groups)
     assert [group['weight_decay'] for group in optimizer.param_groups] == [1e-4, 0]
 
 
-def test_kernels_can_be_left_to_the_equivalent_norm(model):
+def test_param_groups_without_decay_kernels_leaves_out_convolutions(model):
     decayed, _ = param_groups(model, decay_kernels=False)
     assert not any('conv' in name for name in names_in(model, decayed))
     assert 'head.fc.weight' in names_in(model, decayed)
 
 
-def test_equivalent_kernel_norm_is_the_official_one(tmp_path):
+def test_equivalent_kernel_l2_equals_the_official_one(tmp_path):
     theirs = randomise(official('repvgg_a0').double())
     torch.save(theirs.state_dict(), tmp_path / 'official.pth')
     ours = load_checkpoint(timm.create_model('repvgg_a0').double(), tmp_path / 'official.pth')
@@ -63,7 +63,7 @@ def test_equivalent_kernel_norm_is_the_official_one(tmp_path):
         equivalent_kernel_l2(ours.eval().switch_to_deploy())
 
 
-def test_equivalent_kernel_norm_without_affine_parameters():
+def test_equivalent_kernel_l2_without_affine_equals_unit_scales():
     norm_layer = functools.partial(nn.BatchNorm2d, affine=False)
     model = timm.create_model('test_repvgg', norm_layer=norm_layer).double()
     model_affine = timm.create_model('test_repvgg').double()
@@ -77,7 +77,7 @@ def step(model, optimizer):
 
 
 @pytest.mark.parametrize('opt', ['sgd', 'adamw', 'lookahead_adam'])
-def test_optimizer_of_folded_branches_fails(model, opt):
+def test_step_after_switch_raises(model, opt):
     optimizer = create_optimizer_v2(model, opt, lr=0.01)
     step(model, optimizer)
     model.eval().switch_to_deploy()
@@ -89,14 +89,14 @@ def test_optimizer_of_folded_branches_fails(model, opt):
     assert not torch.equal(model.stem.reparam_conv.weight, before['stem.reparam_conv.weight'])
 
 
-def test_other_optimizers_go_on(model):
+def test_step_of_another_model_after_switch_works(model):
     other = nn.Linear(2, 2)
     optimizer = torch.optim.SGD([*other.parameters(), *copy.deepcopy(model).parameters()], lr=0.1)
     model.eval().switch_to_deploy()
     optimizer.step()
 
 
-def test_undone_switch_leaves_the_optimizer_usable(model, monkeypatch):
+def test_step_after_undone_switch_works(model, monkeypatch):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     monkeypatch.setattr('repvgg_zoo.reparam.switch.MAX_REL_DIFF', {torch.float32: -1})
     with pytest.raises(repvgg_zoo.FoldError):
@@ -104,7 +104,7 @@ def test_undone_switch_leaves_the_optimizer_usable(model, monkeypatch):
     step(model, optimizer)
 
 
-def test_folded_parameters_are_released(model):
+def test_switch_old_parameters_are_released(model):
     import gc
     import weakref
 
@@ -114,7 +114,7 @@ def test_folded_parameters_are_released(model):
     assert kernel() is None
 
 
-def test_identity_scales_of_other_blocks_decay():
+def test_param_groups_other_block_type_decays_identity_scales():
     model = timm.create_model('test_repvgg', block='no_1x1')
     decayed = {id(parameter) for parameter in param_groups(model)[0]['params']}
     block = model.stages[0][1]

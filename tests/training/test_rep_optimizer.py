@@ -51,7 +51,7 @@ def train(model, optimizer, schedule) -> list[float]:
     ],
     ids=['sgd', 'nesterov', 'adamw'],
 )
-def test_twenty_steps_are_those_of_the_branches(kind, options):
+def test_rep_optimizer_twenty_steps_equal_those_of_the_branches(kind, options):
     branches = constant_scale()
     plain = timm.create_model('test_repvgg', num_classes=10, block='plain').double()
     optimizer = rep_optimizer(kind(plain.parameters(), **options), plain, branches)
@@ -71,14 +71,14 @@ def test_twenty_steps_are_those_of_the_branches(kind, options):
     assert rel_diff(plain.stem.branches.kxk.conv.weight, start) > 1e-2
 
 
-def test_other_optimizers_are_refused():
+def test_rep_optimizer_other_optimizer_raises():
     model = timm.create_model('test_repvgg', block='plain')
     with pytest.raises(TypeError, match=r'RMSprop; it can be torch.optim.SGD or torch.optim.AdamW'):
         rep_optimizer(torch.optim.RMSprop(model.parameters()), model, constant_scale())
 
 
 @pytest.mark.parametrize('block', ['repvgg', 'csla'])
-def test_other_blocks_are_refused(block):
+def test_rep_optimizer_other_block_raises(block):
     model = timm.create_model('test_repvgg', block=block)
     with pytest.raises(ValueError, match="block='plain'"):
         rep_optimizer(torch.optim.SGD(model.parameters(), lr=1), model, constant_scale())
@@ -88,7 +88,7 @@ def sgd(model: torch.nn.Module, **options) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1, **options)
 
 
-def test_training_that_is_resumed_goes_on_where_it_was():
+def test_rep_optimizer_resumed_training_gives_the_same_kernels():
     like, x = constant_scale(), torch.randn(8, 3, 32, 32, dtype=torch.float64)
     ended = []
     for resumed in (False, True):
@@ -107,7 +107,7 @@ def test_training_that_is_resumed_goes_on_where_it_was():
     assert torch.equal(*ended)
 
 
-def test_calling_twice_is_calling_once():
+def test_rep_optimizer_called_twice_multiplies_once():
     like, x = constant_scale(), torch.randn(8, 3, 32, 32, dtype=torch.float64)
     ended = []
     for times in (1, 2):
@@ -121,7 +121,7 @@ def test_calling_twice_is_calling_once():
     assert torch.equal(*ended)
 
 
-def test_what_multipliers_do_not_go_with_is_refused():
+def test_rep_optimizer_unsupported_options_raise():
     like = constant_scale()
     model = timm.create_model('test_repvgg', num_classes=10, block='plain').double()
     for option in ('fused', 'maximize'):
@@ -137,7 +137,7 @@ def test_what_multipliers_do_not_go_with_is_refused():
 
 @pytest.mark.parametrize('load', [False, True])
 @pytest.mark.parametrize('kwargs', [dict(in_chans=1), dict(norm_layer=partial(nn.BatchNorm2d, eps=1e-2))], ids=str)
-def test_models_that_differ_are_refused_and_left_alone(kwargs, load):
+def test_rep_optimizer_other_variant_raises_and_changes_nothing(kwargs, load):
     model = timm.create_model('test_repvgg', block='plain').double()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     optimizer = sgd(model)
@@ -150,14 +150,14 @@ def test_models_that_differ_are_refused_and_left_alone(kwargs, load):
     assert not optimizer._optimizer_step_pre_hooks
 
 
-def test_a_block_is_a_model():
+def test_rep_optimizer_bare_block_loads_the_kernels():
     model, like = (block_type(name)(4, 4).double() for name in ('plain', 'csla'))
     rep_optimizer(sgd(model), model, like)
     x = images(2, 8, in_chans=4, dtype=torch.float64)
     assert rel_diff(model(x), like(x)) < 1e-12
 
 
-def test_wrappers_are_looked_through():
+def test_rep_optimizer_wrapped_models_train_the_same():
     ended = []
     for wrap in (lambda model: model, torch.compile, torch.nn.DataParallel):
         like = wrap(constant_scale())
@@ -171,7 +171,7 @@ def test_wrappers_are_looked_through():
 
 
 @pytest.mark.parametrize('classes', [(0, 10), (10, 0)])
-def test_models_without_a_classifier(classes):
+def test_rep_optimizer_without_a_classifier_loads_the_features(classes):
     model, like = (
         timm.create_model('test_repvgg', num_classes=count, block=block).double()
         for count, block in zip(classes, ('plain', 'csla'), strict=True)
@@ -181,7 +181,7 @@ def test_models_without_a_classifier(classes):
     assert rel_diff(model.eval().forward_features(x), like.eval().forward_features(x)) < 1e-12
 
 
-def test_scales_that_were_found_on_other_classes():
+def test_rep_optimizer_other_classes_keeps_the_head():
     like = timm.create_model('test_repvgg', num_classes=7, block='csla').double()
     model = timm.create_model('test_repvgg', num_classes=10, block='plain').double()
     head = model.head.fc.weight.clone()
@@ -191,7 +191,7 @@ def test_scales_that_were_found_on_other_classes():
     assert torch.equal(model.stem.branches.kxk.conv.weight, kernel)
 
 
-def test_what_is_computed_at_first_is_what_the_branches_compute():
+def test_rep_optimizer_before_the_first_step_gives_equal_outputs():
     like, x = constant_scale(), images(2, 32, dtype=torch.float64)
     for _ in range(2):
         like(torch.randn(8, 3, 32, 32, dtype=torch.float64))
@@ -209,7 +209,7 @@ def with_an_auxiliary_head(model: nn.Module, classes: int) -> nn.Module:
     return model
 
 
-def test_heads_may_differ_and_nothing_else():
+def test_rep_optimizer_difference_outside_heads_raises():
     plain, like = (partial(timm.create_model, 'test_repvgg', block=block) for block in ('plain', 'csla'))
     for model, other in (
         (with_an_auxiliary_head(plain(), 3), like()),
@@ -227,7 +227,7 @@ def test_heads_may_differ_and_nothing_else():
 
 
 @pytest.mark.parametrize('kind', [torch.optim.SGD, torch.optim.AdamW])
-def test_frozen_kernels_stay_and_need_no_optimizer(kind):
+def test_rep_optimizer_frozen_kernels_stay_unchanged(kind):
     ended = []
     for held in (True, False):
         model, like = (timm.create_model('test_repvgg', block=block).double() for block in ('plain', 'csla'))
@@ -251,7 +251,7 @@ def constant_scale_of(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_gradients_that_another_hook_drops_are_multiplied():
+def test_rep_optimizer_hook_that_drops_gradients_gives_the_same_step():
     ended = []
     for drops in (False, True):
         model, like = (timm.create_model('test_repvgg', block=block).double() for block in ('plain', 'csla'))
@@ -265,7 +265,7 @@ def test_gradients_that_another_hook_drops_are_multiplied():
     assert torch.equal(*ended)
 
 
-def test_a_step_that_failed_leaves_nothing_to_multiply():
+def test_rep_optimizer_after_a_failed_step_multiplies_nothing():
     model, like = (timm.create_model('test_repvgg', block=block).double() for block in ('plain', 'csla'))
     optimizer = rep_optimizer(torch.optim.AdamW(model.parameters()), model, like)
     model(torch.ones(2, 3, 32, 32, dtype=torch.float64)).square().mean().backward()
