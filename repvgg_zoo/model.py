@@ -1,6 +1,6 @@
 """RepVGG with timm's model interface."""
 
-from __future__ import annotations
+# no `from __future__ import annotations`: graphs of torch.fx could not be scripted
 
 import functools
 from collections.abc import Callable, Sequence
@@ -231,12 +231,12 @@ class RepVGG(nn.Module):
         }
 
     @torch.jit.ignore
-    def switch_to_deploy(self, *, verify: Tensor | None = None) -> RepVGG:
+    def switch_to_deploy(self, *, verify: Tensor | None = None) -> 'RepVGG':
         """Fold every block into one convolution, in place; see `repvgg_zoo.switch_to_deploy`."""
         return _deploy.switch_to_deploy(self, verify=verify)
 
     @torch.jit.ignore
-    def reparameterize(self) -> RepVGG:
+    def reparameterize(self) -> 'RepVGG':
         """`switch_to_deploy()` by timm's name."""
         return self.switch_to_deploy()
 

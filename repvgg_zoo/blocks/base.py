@@ -1,6 +1,6 @@
 """The base class of all blocks: constructor, both forms of the forward pass, fold, loading."""
 
-from __future__ import annotations
+# no `from __future__ import annotations`: graphs of torch.fx could not be scripted
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
@@ -185,12 +185,12 @@ class ReparamBlock(nn.Module):
         return y if norm is None else norm(y)
 
     @torch.jit.ignore
-    def switch_to_deploy(self, *, verify: Tensor | None = None) -> ReparamBlock:
+    def switch_to_deploy(self, *, verify: Tensor | None = None) -> 'ReparamBlock':
         """Fold the branches into one convolution, in place; see `repvgg_zoo.switch_to_deploy`."""
         return switch_to_deploy(self, verify=verify)
 
     @torch.jit.ignore
-    def reparameterize(self) -> ReparamBlock:
+    def reparameterize(self) -> 'ReparamBlock':
         """`switch_to_deploy()` by timm's name."""
         return self.switch_to_deploy()
 
@@ -360,7 +360,7 @@ class ReparamBlock(nn.Module):
         return value.to(torch.promote_types(value.dtype, dtype)) if value.is_floating_point() else value
 
     @torch.jit.unused
-    def _training_form_of(self, own: Mapping[str, Tensor]) -> ReparamBlock | None:
+    def _training_form_of(self, own: Mapping[str, Tensor]) -> 'ReparamBlock | None':
         """Make a block on the meta device for the branches of a state dict; return None if it holds none."""
         raise NotImplementedError
 

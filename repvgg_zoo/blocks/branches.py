@@ -58,17 +58,19 @@ class SubsampledConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript takes this condition only by itself
             if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-                return _point_conv(x, self.weight, self.bias, stride=as_pair(self.stride), groups=self.groups)
+                rows, columns = as_pair(self.stride)
+                x = x[:, :, ::rows, ::columns]  # a view, so that autograd keeps no copy
+                return F.conv2d(x, self.weight, self.bias, groups=self.groups)
         # a pool of one pixel, unlike a slice, gets its size from the convolution's formula, by which torch.export can
         # tell that the branches fit together
         return F.conv2d(F.avg_pool2d(x, 1, self.stride), self.weight, self.bias, groups=self.groups)
 
 
 def _point_conv(
-    x: Tensor, kernel: Tensor, bias: Tensor | None = None, *, stride: tuple[int, int], groups: int
+    x: Tensor, kernel: Tensor, bias: Tensor | None, *, kind: type[nn.Module], stride: tuple[int, int], groups: int
 ) -> Tensor:
-    """A 1x1 convolution. Few strided channels are a view of the pixels that it reads, so autograd keeps no copy."""
-    if stride != (1, 1) and x.shape[1] < _SAFE_CHS:
+    """A 1x1 convolution as one of `CONVOLUTIONS` computes it."""
+    if kind is SubsampledConv2d:
         x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
     return F.conv2d(x, kernel, bias, stride, groups=groups)
 
@@ -185,9 +187,8 @@ class ConvBranch(Branch):
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript takes this condition only by itself
             if self._is_point() and recomputes(self.bn, x, y):
                 conv = self.conv  # as it is now, whatever happens to it before the backward pass
-                compute = functools.partial(
-                    _point_conv, bias=conv.bias, stride=as_pair(conv.stride), groups=conv.groups
-                )
+                stride, kind = as_pair(conv.stride), type(conv)
+                compute = functools.partial(_point_conv, bias=conv.bias, kind=kind, stride=stride, groups=conv.groups)
                 return normalise_and_recompute(self.bn, y, compute, x, conv.weight)
         return self.bn(y)
 

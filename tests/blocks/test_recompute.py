@@ -500,7 +500,7 @@ def test_recompute_wrong_pixels_changes_the_training(monkeypatch):
     made = block('groups and stride', in_chs=16)  # whose forward pass is PyTorch's own
     plain, x = copy.deepcopy(made), batch(made)
 
-    def other_pixels(x, kernel, bias=None, *, stride, groups):
+    def other_pixels(x, kernel, bias, *, kind, stride, groups):
         return nn.functional.conv2d(x, kernel, groups=groups)[:, :, : (x.shape[2] + 1) // 2, 4:]
 
     monkeypatch.setattr(branches, '_point_conv', other_pixels)

@@ -114,3 +114,13 @@ def test_timmx_ncnn_gives_equal_outputs(tag, expected, tmp_path):
     extractor.input('in0', ncnn.Mat(x[0].numpy()))
     _, actual = extractor.extract('out0')
     assert rel_diff(torch.from_numpy(np.array(actual)), logits[0]) < 1e-2  # its weights are stored in float16
+
+
+@FORMS
+def test_fx_graph_of_model_and_block_is_scripted(deploy):
+    """TorchScript reads the annotations that the graph takes over from `forward`."""
+    model, x = timm.create_model('test_repvgg', deploy=deploy).eval(), images(2, 32)
+    for module in (model, model.stem):
+        graph = torch.fx.symbolic_trace(module)
+        with torch.no_grad():
+            assert rel_diff(torch.jit.script(graph)(x), module(x)) < ROUNDING
