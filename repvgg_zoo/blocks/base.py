@@ -395,8 +395,7 @@ def _has_identity(in_chs: int, out_chs: int, stride: int, *, asked: bool | None)
 
 
 def _convolve(x: Tensor, kernel: Tensor, bias: Tensor, geometry: Geometry) -> Tensor:
-    dilation = (geometry.dilation_rows or 1, geometry.dilation_columns or 1)
-    padding = tuple(d * (k // 2) for d, k in zip(dilation, kernel.shape[2:], strict=True))
+    dilation, padding = geometry.dilation_and_padding(kernel)
     if geometry.padding_mode not in (None, 'zeros'):
         x = F.pad(x, [padding[1], padding[1], padding[0], padding[0]], geometry.padding_mode)
         padding = (0, 0)

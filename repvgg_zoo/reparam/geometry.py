@@ -24,6 +24,11 @@ class Geometry(NamedTuple):
     dilation_columns: int | None = None
     padding_mode: str | None = None
 
+    def dilation_and_padding(self, kernel: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return the dilation, and the padding that centres a kernel `(C_out, C_in / groups, k_h, k_w)`."""
+        rows, columns = self.dilation_rows or 1, self.dilation_columns or 1
+        return (rows, columns), (rows * (kernel.shape[2] // 2), columns * (kernel.shape[3] // 2))
+
 
 def geometry_of(conv: nn.Conv2d) -> Geometry:
     """Read a convolution; raise `FoldError` if its padding does not centre its kernel."""
@@ -122,12 +127,12 @@ def build_conv(
         replaced: The branches. The convolution requires gradients if one of their kernels does.
         training: Mode of the block.
     """
-    dilation = (geometry.dilation_rows or 1, geometry.dilation_columns or 1)
+    dilation, padding = geometry.dilation_and_padding(kernel)
     size = kernel.shape[2], kernel.shape[3]
     groups = geometry.groups or 1
     options: dict[str, Any] = dict(
         stride=geometry.stride or 1,
-        padding=tuple(d * (k // 2) for d, k in zip(dilation, size, strict=True)),
+        padding=padding,
         dilation=dilation,
         groups=groups,
         padding_mode=geometry.padding_mode or 'zeros',
