@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .._compat import has_hooks
 from ..checkpoints.errors import CheckpointError
-from ..reparam.fold import BNStats, ConvBN, FoldError, KernelBias, exact_dtype, fold_branches, fold_exactly
+from ..reparam.fold import ConvBN, FoldError, KernelBias, check_norm, exact_dtype, fold_branches, fold_exactly
 from ..reparam.geometry import Geometry, agreed, build_conv
 from ..reparam.kernel_hooks import computes_kernel, refresh_kernels
 from ..reparam.switch import switch_to_deploy
@@ -284,8 +284,7 @@ class ReparamBlock(nn.Module):
         refresh_kernels(self)
         self.geometry()
         for norm in (*self.branch_norms(), self.norm):
-            if norm is not None and not isinstance(norm, nn.Identity):
-                BNStats.of(norm).check()
+            check_norm(norm)
 
     @torch.jit.unused
     def geometry(self) -> Geometry:

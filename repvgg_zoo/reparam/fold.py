@@ -22,6 +22,7 @@ __all__ = [
     'FoldError',
     'KernelBias',
     'centred_kernel',
+    'check_norm',
     'exact_dtype',
     'fold_branches',
     'fold_exactly',
@@ -99,6 +100,12 @@ class BNStats(NamedTuple):
         if not bool((finite := scale.isfinite() & shift.isfinite()).all()):
             bad = int((~finite).nonzero()[0])
             raise FoldError(f'running mean, weight or bias of channel {bad} is not finite')
+
+
+def check_norm(norm: nn.Module | None) -> None:
+    """Raise `FoldError` if a norm is not linear in eval mode, or holds values out of range; None and Identity pass."""
+    if norm is not None and not isinstance(norm, nn.Identity):
+        BNStats.of(norm).check()
 
 
 class ConvBN(NamedTuple):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .fold import BNStats, ConvBN, fold_exactly, identity_kernel
+from .fold import ConvBN, check_norm, fold_exactly, identity_kernel
 from .geometry import Geometry, agreed, build_conv, check_is_plain_conv, geometry_of
 from .kernel_hooks import refresh_kernels
 
@@ -85,9 +85,8 @@ class ForeignBlock:
         refresh_kernels(self.module)
         for name, conv, norm in self._convolutions():
             check_is_plain_conv(conv, f'{name}.conv')
-            _check_norm(norm)
-        if (identity := self._identity()) is not None:
-            _check_norm(identity)
+            check_norm(norm)
+        check_norm(self._identity())
         self.geometry()
 
     def geometry(self) -> Geometry:
@@ -121,8 +120,3 @@ class ForeignBlock:
 
 def _has(module: nn.Module, name: str) -> bool:
     return any(child == name for child, _ in module.named_children())
-
-
-def _check_norm(norm: nn.Module) -> None:
-    if not isinstance(norm, nn.Identity):
-        BNStats.of(norm).check()
