@@ -77,9 +77,20 @@ def _in_override_dir(record: WeightsRecord) -> Path | None:
     if not Path(override).is_dir():
         raise CheckpointError(f'{WEIGHTS_VARIABLE} is {override!r}, which is no folder; set it to one, or unset it')
     for name in (record.name, record.training_name):
-        if (folder := Path(override) / name).is_dir():
+        folder = Path(override) / name
+        if folder.is_dir():
             return weights_in(folder)
+        if os.path.lexists(folder):
+            raise CheckpointError(
+                f'{str(folder)!r}, in the folder that {WEIGHTS_VARIABLE} names, is {_kind(folder, "folder")}; delete '
+                f'it, or make a model folder in its place, by `repvgg-zoo convert SRC {folder}`'
+            )
     return None
+
+
+def _kind(path: Path, wanted: str) -> str:
+    broken = path.is_symlink() and not path.exists()
+    return f'a broken link to {os.readlink(path)!r}' if broken else f'no {wanted}'
 
 
 def _how_to_get(cfg: PretrainedCfg, record: WeightsRecord | None) -> str:
@@ -98,8 +109,11 @@ def _how_to_get(cfg: PretrainedCfg, record: WeightsRecord | None) -> str:
 def weights_in(folder: Path) -> Path:
     """Find the file of weights in a model folder; raise `CheckpointError` if there is none."""
     for name in WEIGHT_FILES:
-        if (folder / name).is_file():
-            return folder / name
+        path = folder / name
+        if path.is_file():
+            return path
+        if os.path.lexists(path):
+            raise CheckpointError(f'{str(path)!r} is {_kind(path, "file")}; put the weights there, or delete it')
     raise CheckpointError(f'no weights in {str(folder)!r}: neither {" nor ".join(WEIGHT_FILES)}')
 
 
