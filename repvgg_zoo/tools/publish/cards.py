@@ -13,7 +13,7 @@ from ..markdown import markdown_table
 
 __all__ = ['model_card']
 
-_DATASET_IDS = {'ImageNet-1k': 'imagenet-1k', 'CIFAR-10': 'cifar10'}
+_DATASET_IDS = {'ImageNet-1k': 'imagenet-1k', 'CIFAR-10': 'cifar10', 'CIFAR-100': 'cifar100'}
 _PAPER_ID = '2101.03697'
 
 _CITATION = """```bibtex
