@@ -18,7 +18,7 @@ from .blocks.grad_checkpointing import checkpointed
 from .checkpoints.layouts import to_timm_layout
 from .checkpoints.state_dicts import StateDict, drop_aux_heads
 from .reparam import switch as _deploy
-from .variants import VARIANTS, Variant
+from .variants import OVERRIDES, VARIANTS, Variant
 
 __all__ = ['AuxHead', 'RepVGG']
 
@@ -220,14 +220,17 @@ class RepVGG(nn.Module):
         args = dict(self.__dict__.get('_creation_args', {}))
         # some versions of timm do not tell a model its arguments
         own = {'deploy': (self.deploy, False), 'block': (self.block, 'repvgg'), 'in_chans': (self.in_chans, 3)}
-        return args | {name: value for name, (value, default) in own.items() if value != default}
+        return (
+            args | self.variant.overrides | {name: value for name, (value, default) in own.items() if value != default}
+        )
 
     @_model_args.setter
     def _model_args(self, args: dict[str, Any]) -> None:
         self._creation_args = {
             name: value
             for name, value in args.items()
-            if name not in ('deploy', 'block')  # the model knows them, and timm's own RepVGG does not take them
+            # the model knows them, and timm's own RepVGG does not take them
+            if name not in ('deploy', 'block', *OVERRIDES)
         }
 
     @torch.jit.ignore

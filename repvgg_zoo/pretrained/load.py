@@ -213,7 +213,7 @@ def make_branches(checkpoint: Checkpoint, model: RepVGG) -> Checkpoint:
     """Make the branches of a training-form model from deploy-form weights; training-form weights stay as they are."""
     if checkpoint.form == 'training':
         return checkpoint
-    state_dict = unfold_state_dict(model, checkpoint.state_dict, what=model.variant.name)
+    state_dict = unfold_state_dict(model, checkpoint.state_dict, what=str(model.variant))
     return Checkpoint(state_dict, 'training', (model.block,))
 
 
@@ -224,7 +224,7 @@ def assign(model: RepVGG, checkpoint: Checkpoint) -> None:
         CheckpointError: The weights do not fit; the model is then unchanged.
     """
     state_dict, expected = checkpoint.state_dict, model.state_dict()
-    check_fit(state_dict, expected, what=model.variant.name)
+    check_fit(state_dict, expected, what=str(model.variant))
     if model.device.type != 'meta':
         model.load_state_dict(state_dict)
         return
