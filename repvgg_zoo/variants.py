@@ -184,7 +184,7 @@ def customized(variant: Variant, **overrides: Any) -> Variant:
         for field, value in overrides.items()
         if value is not None
     }
-    return replace(variant, **given)
+    return replace(variant, **given) if given else variant
 
 
 def suggestion(name: str, options: Iterable[str]) -> str:
