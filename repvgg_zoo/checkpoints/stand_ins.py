@@ -42,7 +42,7 @@ _WITHOUT_ITEMS = ('numpy.', 'functools.', 'pathlib.')
 """Modules whose objects hold no items, but may be filled with a tuple, or be keys, which a `Counter` cannot."""
 
 
-def stand_ins(names: Iterable[str]) -> list[tuple[Callable[..., Any], str]]:
+def stand_ins(names: Iterable[str]) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """Make stand-ins for classes and functions, for `torch.serialization.safe_globals`.
 
     Args:
