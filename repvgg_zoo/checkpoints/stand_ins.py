@@ -8,7 +8,7 @@ a file becomes a class of that name without any behaviour.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 __all__ = ['stand_ins']
@@ -42,21 +42,22 @@ _WITHOUT_ITEMS = ('numpy.', 'functools.', 'pathlib.')
 """Modules whose objects hold no items, but may be filled with a tuple, or be keys, which a `Counter` cannot."""
 
 
-def stand_ins(names: Iterable[str]) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+def stand_ins(names: Iterable[str]) -> list[type]:
     """Make stand-ins for classes and functions, for `torch.serialization.safe_globals`.
 
     Args:
         names: Full names, like 'yacs.config.CfgNode'. None has to be installed.
 
     Returns:
-        Pairs of a stand-in and the name that it takes.
+        Classes of these names.
 
     Example:
-        >>> [(stand_in, name)] = stand_ins(['yacs.config.CfgNode'])
-        >>> stand_in('any', 'arguments'), name
-        (Counter(), 'yacs.config.CfgNode')
+        >>> [stand_in] = stand_ins(['yacs.config.CfgNode'])
+        >>> stand_in, stand_in('any', 'arguments')
+        (<class 'yacs.config.CfgNode'>, Counter())
     """
-    return [(type('StandIn', (_kind(name),), {}), name) for name in names]
+    parts = [(name, *name.rpartition('.')[::2]) for name in names]
+    return [type(last, (_kind(name),), {'__module__': module}) for name, module, last in parts]
 
 
 def _kind(name: str) -> type:

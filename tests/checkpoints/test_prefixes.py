@@ -7,6 +7,7 @@ from helpers import LAYOUTS, images, randomise, rename
 
 from repvgg_zoo import CheckpointError, load_checkpoint
 from repvgg_zoo.checkpoints.layouts import to_timm_layout
+from repvgg_zoo.tools.cli import main
 
 
 @pytest.fixture(scope='module')
@@ -89,3 +90,11 @@ def test_load_features_without_classifier(model, tmp_path):
     assert torch.equal(backbone.forward_features(images(px=32)), model.forward_features(images(px=32)))
     with pytest.raises(CheckpointError, match=r'no classifier .*num_classes=0'):
         load(tmp_path, network, prefix='encoder.')
+
+
+def test_convert_prefix_takes_one_part(model, tmp_path, capsys):
+    torch.save(under('model.', model.state_dict()) | {'criterion.weight': torch.ones(10)}, tmp_path / 'x.ckpt')
+    assert main(['convert', str(tmp_path / 'x.ckpt'), str(tmp_path / 'a')]) == 1
+    assert '--prefix model.' in capsys.readouterr().err
+    assert main(['convert', str(tmp_path / 'x.ckpt'), str(tmp_path / 'a'), '--prefix', 'model.']) == 0
+    assert timm.create_model(f'local-dir:{tmp_path / "a"}', pretrained=True).variant.name == 'test_repvgg'
