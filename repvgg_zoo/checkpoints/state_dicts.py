@@ -17,6 +17,7 @@ __all__ = [
     'StateDict',
     'check_fit',
     'drop_aux_heads',
+    'folded_shapes',
     'form_of',
     'identify_variant',
 ]
@@ -57,6 +58,32 @@ def drop_aux_heads(state_dict: StateDict) -> None:
         del state_dict[key]
 
 
+def folded_shapes(state_dict: Mapping[str, Tensor]) -> StateDict:
+    """Give training-form weights of the default block the keys and shapes of their fold, without folding.
+
+    Args:
+        state_dict: Weights in timm's layout.
+
+    Returns:
+        Tensors whose values mean nothing.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model('test_repvgg', device='meta')
+        >>> folded_shapes(model.state_dict()).keys() == model.switch_to_deploy().state_dict().keys()
+        True
+    """
+    folded = {}
+    for key, value in state_dict.items():
+        block, branch, _ = key.partition(f'.{TIMM.conv_kxk}.')
+        if key == f'{block}.{_KXK}' and value.ndim == 4:
+            folded[f'{block}.{_DEPLOY}'] = value
+            folded[f'{block}.{TIMM.reparam_conv}.bias'] = value[:, 0, 0, 0]
+        elif not branch and f'.{TIMM.conv_1x1}.' not in key and f'.{TIMM.identity}.' not in key:
+            folded[key] = value
+    return folded
+
+
 def check_fit(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, what: str) -> None:
     """Check that keys and shapes are those of a model.
 
@@ -86,6 +113,8 @@ def check_fit(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
     if any(problems.values()):
         variant = identify_variant(state_dict)
         hint = f' (it looks like a checkpoint of {variant.name})' if variant and variant.name != what else ''
+        if problems['missing'] and not any(key.startswith('head.') for key in state_dict):
+            hint += ', and has no classifier (create the model with num_classes=0)'
         details = '; '.join(f'{len(keys)} {problem}: {abbreviate(keys)}' for problem, keys in problems.items() if keys)
         raise CheckpointError(f'the checkpoint does not fit {what}{hint}: {details}')
 
@@ -105,7 +134,7 @@ def identify_variant(state_dict: Mapping[str, Tensor]) -> Variant | None:
         key.removesuffix(suffix): value.shape
         for key, value in state_dict.items()
         for suffix in (f'.{_KXK}', f'.{_DEPLOY}')
-        if key.endswith(suffix)
+        if key.endswith(suffix) and value.ndim == 4
     }
     squeezed = state_dict.get(f'stages.0.0.{TIMM.squeeze}.weight')
     for variant in VARIANTS.values():

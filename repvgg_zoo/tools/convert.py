@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--unfold', action='store_true', help='make branches that compute the same as a deploy form')
     parser.add_argument('--no-ema', action='store_true', help='take the plain weights if SRC holds an average too')
+    parser.add_argument('--prefix', help='take only the part of a larger network whose keys start with this')
     parser.add_argument('--overwrite', action='store_true', help='replace DST if an earlier run wrote all its files')
 
 
@@ -56,6 +57,7 @@ def main(args: argparse.Namespace) -> int:
         block=args.block,
         unfold=args.unfold,
         use_ema=not args.no_ema,
+        prefix=args.prefix,
         overwrite=args.overwrite,
     )
     form = 'deploy' if model.deploy else 'training'
@@ -72,6 +74,7 @@ def convert(
     block: str | None = None,
     unfold: bool = False,
     use_ema: bool = True,
+    prefix: str | None = None,
     overwrite: bool = False,
 ) -> RepVGG:
     """Write a checkpoint as a model folder.
@@ -89,6 +92,7 @@ def convert(
         unfold: Write the training form of deploy-form weights: branches that compute the same. Weights that have the
             wanted branches stay as they are. Other branches are folded first.
         use_ema: Take the averaged weights of a training checkpoint that has them.
+        prefix: Take only the part of a larger network whose keys start with this.
         overwrite: Replace the target if it is such a folder.
 
     Returns:
@@ -108,7 +112,7 @@ def convert(
         ['config.json', 'model.safetensors']
     """
     with new_folder(target, overwrite=overwrite, owned=MODEL_FILES) as folder:
-        model = open_model(source, variant=variant, block=None if unfold else block, use_ema=use_ema)
+        model = open_model(source, variant=variant, block=None if unfold else block, use_ema=use_ema, prefix=prefix)
         if unfold:
             _unfold(model, form, block or 'repvgg')
         elif form == 'deploy':
@@ -177,7 +181,12 @@ def _sort_metadata(path: Path) -> None:
 
 
 def open_model(
-    source: str | Path, *, variant: str | None = None, block: str | None = None, use_ema: bool = True
+    source: str | Path,
+    *,
+    variant: str | None = None,
+    block: str | None = None,
+    use_ema: bool = True,
+    prefix: str | None = None,
 ) -> RepVGG:
     """Build the model that a checkpoint holds, in the checkpoint's form.
 
@@ -188,6 +197,7 @@ def open_model(
         variant: Name of the variant. Necessary for files with another block than the default one.
         block: Training-time block. Necessary if two blocks have the same keys.
         use_ema: Take the averaged weights of a training checkpoint that has them.
+        prefix: Take only the part of a larger network whose keys start with this. For checkpoint files.
 
     Returns:
         The model with its weights.
@@ -213,7 +223,7 @@ def open_model(
     if _is_model_name(source):
         return _checked(_create(str(source), pretrained=True), source, variant, block)
 
-    checkpoint = read(path, use_ema=use_ema)
+    checkpoint = read(path, use_ema=use_ema, prefix=prefix)
     state_dict = checkpoint.state_dict
     chosen = identify_variant(state_dict) if variant is None else get_variant(variant)
     if chosen is None:
