@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,7 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--unfold', action='store_true', help='make branches that compute the same as a deploy form')
     parser.add_argument('--no-ema', action='store_true', help='take the plain weights if SRC holds an average too')
     parser.add_argument('--prefix', help='take only the part of a larger network whose keys start with this')
-    parser.add_argument('--overwrite', action='store_true', help='replace DST if an earlier run wrote all its files')
+    parser.add_argument(
+        '--overwrite',
+        action='store_true',
+        help='replace DST if an earlier run wrote it as it is',
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -108,10 +113,10 @@ def convert(
         >>> target = Path(tempfile.mkdtemp()) / 'deploy'
         >>> convert('test_repvgg', target, form='deploy').deploy
         True
-        >>> sorted(path.name for path in target.iterdir())
+        >>> sorted(path.name for path in target.glob('[!.]*'))
         ['config.json', 'model.safetensors']
     """
-    with new_folder(target, overwrite=overwrite, owned=MODEL_FILES) as folder:
+    with new_folder(target, overwrite=overwrite) as folder:
         model = open_model(source, variant=variant, block=None if unfold else block, use_ema=use_ema, prefix=prefix)
         if unfold:
             _unfold(model, form, block or 'repvgg')
@@ -166,6 +171,9 @@ def save_model(model: RepVGG, folder: Path) -> None:
     save_config_for_hf(model, str(config), model_args=model_args)
     content = json.loads(config.read_text())
     content.get('model_args', {}).pop('num_classes', None)  # already at the top level; transformers rejects it here
+    for key in ('label_names', 'label_descriptions'):  # which timm and transformers read at the top level
+        if labels := content['pretrained_cfg'].pop(key, None):
+            content[key] = labels
     config.write_text(json.dumps(content, indent=2))
     weights.chmod(config.stat().st_mode)  # safetensors ignores the umask
 
@@ -187,6 +195,7 @@ def open_model(
     block: str | None = None,
     use_ema: bool = True,
     prefix: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> RepVGG:
     """Build the model that a checkpoint holds, in the checkpoint's form.
 
@@ -198,6 +207,7 @@ def open_model(
         block: Training-time block. Necessary if two blocks have the same keys.
         use_ema: Take the averaged weights of a training checkpoint that has them.
         prefix: Take only the part of a larger network whose keys start with this. For checkpoint files.
+        model_kwargs: Further arguments of `timm.create_model` for a bare file.
 
     Returns:
         The model with its weights.
@@ -242,6 +252,7 @@ def open_model(
         deploy=checkpoint.form == 'deploy',
         block=block or next(iter(checkpoint.blocks), 'repvgg'),
         device='meta',
+        **(model_kwargs or {}),
     )
     assign(model, convert_form(checkpoint, model))
     return model

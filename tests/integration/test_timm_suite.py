@@ -8,15 +8,22 @@ import subprocess
 import sys
 import tarfile
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import timm
+import torch
 from helpers import TIMM_NAMES
+from PIL import Image
+from safetensors.torch import save
 
 from repvgg_zoo import VARIANTS
-from repvgg_zoo.pretrained.manifest import read_manifest
+from repvgg_zoo.pretrained.manifest import read_manifest, weights_dir
+from repvgg_zoo.tools.publish.folders import build_folders
+from repvgg_zoo.tools.publish.publication import own_publication
+from repvgg_zoo.tools.publish.push import push_folders
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +41,9 @@ EXCEPTIONS = {
 """Tests that timm's RepVGG passes and these models cannot pass, with the reason."""
 
 
+_OFFLINE = {'HF_HUB_OFFLINE': '1'}
+
+
 @pytest.fixture(scope='module')
 def suite(tmp_path_factory):
     """A folder with timm's tests."""
@@ -49,14 +59,20 @@ def suite(tmp_path_factory):
     return tests
 
 
-def outcomes(suite: Path, models: list[str], *options: str, tests: set[str] = frozenset()) -> dict[str, dict[str, str]]:
+def outcomes(
+    suite: Path,
+    models: list[str],
+    *options: str,
+    tests: set[str] = frozenset(),
+    variables: Mapping[str, str] = _OFFLINE,
+) -> dict[str, dict[str, str]]:
     """By test and model: an empty string if every case passed, otherwise what was said of the first that did not."""
     report = suite / 'report.xml'
     environment = os.environ | {
         'PYTHONPATH': os.pathsep.join([str(HERE), str(HERE.parents[1])]),
         'TIMM_SUITE_MODELS': ' '.join(models),
         'TIMM_SUITE_TESTS': ' '.join(sorted(tests)),
-        'HF_HUB_OFFLINE': '1',
+        **variables,
     }
     command = [sys.executable, '-m', 'pytest', '-q', *options, '-p', 'timm_suite', f'--junitxml={report}']
     done = subprocess.run([*command, 'test_models.py'], cwd=suite, env=environment, capture_output=True, text=True)
@@ -93,3 +109,59 @@ def test_timm_suite_passes_what_timms_own_model_passes(suite, expected, variants
     }
     assert all(models.keys() == set(names) for models in found.values())
     assert failures.keys() == {(test, name) for test, name in EXCEPTIONS if name in names}, failures
+
+
+BIRD, OWL = 2, 24
+"""Classes of CIFAR-10 and of ImageNet-1k. timm's test shows the model an owl."""
+
+
+@torch.no_grad()
+def bird_watcher() -> tuple[torch.nn.Module, Path]:
+    """The bundled model with a thousand classes, among which it calls a bird an owl; and a picture that it calls so."""
+    model = timm.create_model('test_repvgg', pretrained=True).eval()
+    few, transform = model.get_classifier(), timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    picture = next(
+        path
+        for path in sorted(weights_dir().glob('cifar10/validation/bird/*.jpg'))
+        if model(transform(Image.open(path)).unsqueeze(0)).argmax() == BIRD
+    )
+    model.reset_classifier(1000)
+    many = model.get_classifier()
+    classes = [OWL if index == BIRD else index for index in range(few.out_features)]
+    many.weight.zero_()
+    many.bias.fill_(-10)
+    many.weight[classes], many.bias[classes] = few.weight, few.bias
+    return model, picture
+
+
+@pytest.mark.timeout(900)
+def test_timms_test_of_inference_passes_for_what_publish_writes(suite, hub, tmp_path):
+    """timm's own test downloads the reference outputs of a model and compares. That of the owl is made here."""
+    model, picture = bird_watcher()
+    torch.save(model.state_dict(), tmp_path / 'c.pth')
+    published = build_folders(
+        own_publication('test_repvgg.owl', tmp_path / 'c.pth'), owner='timm', out=tmp_path / 'out'
+    )
+    push_folders(published)
+    for item in published:
+        made = timm.create_model(f'local-dir:{item.folder}', pretrained=True).eval()
+        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(made))
+        with torch.inference_mode():
+            x = transform(Image.open(picture)).unsqueeze(0)
+            features = made.forward_features(x)
+            pre_logits = made.forward_head(features, pre_logits=True)
+            tensors = {'input': x, 'output': made(x), 'features': features, 'pre_logits': pre_logits}
+        repository = hub.repositories[item.hub_id]
+        owl = {'test/owl_tensors.safetensors': save(tensors), 'test/test_owl.jpg': picture.read_bytes()}
+        repository.commit(repository.commits[-1][1] | {name: hub.put(content) for name, content in owl.items()})
+    names = [item.name for item in published]
+    found = outcomes(
+        suite,
+        names,
+        *('-p', 'timm_owl'),
+        tests={'test_model_inference'},
+        variables=hub.env(tmp_path / 'home'),
+    )
+    assert found == {'test_model_inference': dict.fromkeys(names, '')}
+    for item in published:
+        assert hub.count('GET', f'{item.hub_id}/resolve/main/test/rand_tensors') == 1

@@ -140,7 +140,7 @@ def test_demo_writes_both_forms(tmp_path):
     assert float(pretrained[-1]) > 80
     assert float(finetuned[-1]) == float(deployed[-2]) == float(reloaded[-2]) > 80
     assert float(deployed[-1]) == float(reloaded[-1]) < 1e-4
-    assert sorted(path.name for path in (tmp_path / 'repvgg-demo').iterdir()) == ['deploy', 'training']
+    assert sorted(path.name for path in (tmp_path / 'repvgg-demo').glob('[!.]*')) == ['deploy', 'training']
     again = zoo('demo', cwd=tmp_path)
     assert again.returncode == 1
     assert "'repvgg-demo' exists" in again.stderr

@@ -17,7 +17,7 @@ from repvgg_zoo.tools.convert import convert, open_model, save_model
 @pytest.mark.parametrize('form', [None, 'training', 'deploy'])
 def test_convert_any_form_folder_builds_same_model(checkpoint, model, form, tmp_path):
     returned = convert(checkpoint, tmp_path / 'out', form=form)
-    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['config.json', 'model.safetensors']
+    assert sorted(path.name for path in (tmp_path / 'out').glob('[!.]*')) == ['config.json', 'model.safetensors']
     loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
     assert loaded.deploy == returned.deploy == (form == 'deploy')
     x = images(2, px=32, in_chans=4)
