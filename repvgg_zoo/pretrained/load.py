@@ -222,7 +222,7 @@ def _check_kernels(checkpoint: Checkpoint, model: RepVGG) -> None:
     expected = model.state_dict()
     stages = [{k: v.shape for k, v in weights.items() if k.startswith('stages.')} for weights in (folded, expected)]
     if stages[0] != stages[1]:
-        check_fit(folded, expected, what=model.variant.name)
+        check_fit(folded, expected, what=str(model.variant))
 
 
 def adapt_inputs_and_classifier(checkpoint: Checkpoint, model: RepVGG, cfg: PretrainedCfg) -> None:
