@@ -15,10 +15,12 @@ from ._compat import feature_take_indices
 from .blocks.base import ReparamBlock
 from .blocks.factory import block_type
 from .blocks.grad_checkpointing import checkpointed
+from .checkpoints.contents import check_loadable
+from .checkpoints.inserted_bn import fold_inserted_bn
 from .checkpoints.layouts import to_timm_layout
 from .checkpoints.state_dicts import StateDict, drop_aux_heads
 from .reparam import switch as _deploy
-from .variants import VARIANTS, Variant
+from .variants import OVERRIDES, VARIANTS, Variant
 
 __all__ = ['AuxHead', 'RepVGG']
 
@@ -220,14 +222,17 @@ class RepVGG(nn.Module):
         args = dict(self.__dict__.get('_creation_args', {}))
         # some versions of timm do not tell a model its arguments
         own = {'deploy': (self.deploy, False), 'block': (self.block, 'repvgg'), 'in_chans': (self.in_chans, 3)}
-        return args | {name: value for name, (value, default) in own.items() if value != default}
+        return (
+            args | self.variant.overrides | {name: value for name, (value, default) in own.items() if value != default}
+        )
 
     @_model_args.setter
     def _model_args(self, args: dict[str, Any]) -> None:
         self._creation_args = {
             name: value
             for name, value in args.items()
-            if name not in ('deploy', 'block')  # the model knows them, and timm's own RepVGG does not take them
+            # the model knows them, and timm's own RepVGG does not take them
+            if name not in ('deploy', 'block', *OVERRIDES)
         }
 
     @torch.jit.ignore
@@ -449,10 +454,18 @@ class RepVGG(nn.Module):
         return take_indices
 
 
-def _rename_foreign_keys(model: RepVGG, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Rename the keys of foreign layouts before the blocks look for theirs. The model may be part of another one."""
+def _rename_foreign_keys(
+    model: RepVGG, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any
+) -> None:
+    """Rename the keys of foreign layouts, and check the values, before the blocks look for theirs.
+
+    The model may be part of another one.
+    """
     own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
     renamed = to_timm_layout(own, strict=False)
+    check_loadable(renamed, model, assign=metadata.get('assign_to_params_buffers', False))
+    if not hasattr(model.stem.reparam_conv, 'bn'):  # that the user put there
+        fold_inserted_bn(renamed)
     buffers = {name for name, _ in model.named_buffers()}
     for key in [key for key in renamed if key.endswith('.num_batches_tracked') and key not in own]:
         if key not in buffers and key.replace('num_batches_tracked', 'running_var') in buffers:

@@ -3,6 +3,7 @@
 Every entry point takes the arguments of `timm.create_model` and of `repvgg_zoo.RepVGG`, and these:
 
 deploy: Build the deploy form. By default the tag of the weights decides. Training-form weights are folded.
+depths, width, strides, groups: Numbers to use instead of the variant's, see `repvgg_zoo.variants.Variant`.
 unfold: Make the branches of `block=` from deploy-form weights. This needs `pretrained=True`.
 cache_dir: Folder for downloads.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import nn
 from .model import RepVGG
 from .pretrained.load import load_pretrained
 from .pretrained.manifest import DEPLOY_SUFFIX, WeightsRecord, read_manifest
-from .variants import VARIANTS, Variant, get_variant, suggestion
+from .variants import OVERRIDES, VARIANTS, Variant, customized, get_variant, suggestion
 
 __all__ = ['RepVGG']  # timm adds the entry points
 
@@ -33,16 +34,22 @@ def _first_conv(*, deploy: bool) -> Any:
     return 'stem.reparam_conv' if deploy else ('stem.conv_kxk.conv', 'stem.conv_1x1.conv')
 
 
+def _pool_size(variant: Variant, input_size: Sequence[int]) -> tuple[int, int]:
+    """Return height and width of the last feature map, rounded up as the convolutions do."""
+    height, width = (-(-side // variant.total_stride) for side in input_size[1:])
+    return height, width
+
+
 def _pretrained_cfg(record: WeightsRecord) -> PretrainedCfg:
     """Describe a file of weights to timm. If nobody published the fold, the file is that of the training form."""
     variant, preprocessing = VARIANTS[record.arch], record.preprocessing
-    pool = preprocessing.input_px // variant.total_stride
+    input_size = (3, preprocessing.input_px, preprocessing.input_px)
     return PretrainedCfg(
         url=record.available.url or '',  # as timm has it for weights on the Hub
         hf_hub_id=record.available.hub_ref,
         file=str(record.path) if record.path else None,
-        input_size=(3, preprocessing.input_px, preprocessing.input_px),
-        pool_size=(pool, pool),
+        input_size=input_size,
+        pool_size=_pool_size(variant, input_size),
         crop_pct=preprocessing.crop_pct,
         interpolation=preprocessing.interpolation,
         mean=preprocessing.mean,
@@ -68,7 +75,7 @@ def _create_repvgg(
     unfold: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
-    variant = get_variant(name)
+    variant = customized(get_variant(name), **{field: kwargs.pop(field, None) for field in OVERRIDES})
     if isinstance(pretrained_cfg, str):
         _check_tag(variant, pretrained_cfg)
     if unfold and not pretrained:
@@ -83,6 +90,8 @@ def _create_repvgg(
     elif deploy is None:
         deploy = (cfg.tag or '').endswith(DEPLOY_SUFFIX)
     cfg = dataclasses.replace(cfg, first_conv=_first_conv(deploy=deploy))
+    if 'strides' in variant.overrides:
+        cfg = dataclasses.replace(cfg, pool_size=_pool_size(variant, cfg.input_size))
 
     def build(**model_kwargs: Any) -> RepVGG:
         if not pretrained:

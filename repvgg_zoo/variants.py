@@ -9,11 +9,14 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
-__all__ = ['VARIANTS', 'SqueezeExcite', 'Variant', 'get_variant', 'suggestion']
+__all__ = ['OVERRIDES', 'VARIANTS', 'SqueezeExcite', 'Variant', 'customized', 'get_variant', 'suggestion']
+
+OVERRIDES = ('depths', 'width', 'strides', 'groups')
+"""Fields of a variant that `timm.create_model` takes as arguments."""
 
 _BASE_CHANNELS = (64, 128, 256, 512)
 
@@ -40,6 +43,9 @@ class Variant:
         aux_heads: True if the official recipe trains with auxiliary heads.
         strides: Strides of the stem and of each stage's first block.
 
+    Raises:
+        ValueError: A field is of the wrong length or out of range, or the groups do not divide the channels.
+
     Example:
         >>> from dataclasses import replace
         >>> narrow = replace(VARIANTS['repvgg_a0'], name='repvgg_narrow', width=(0.5, 0.5, 0.5, 1.0))
@@ -54,6 +60,38 @@ class Variant:
     se: SqueezeExcite | None = None
     aux_heads: bool = False
     strides: tuple[int, int, int, int, int] = (2, 2, 2, 2, 2)
+
+    def __post_init__(self) -> None:
+        for field, length, kinds in (('depths', 4, int), ('width', 4, (int, float)), ('strides', 5, int)):
+            values = getattr(self, field)
+            if (
+                not isinstance(values, tuple)
+                or len(values) != length
+                or not all(isinstance(v, kinds) and not isinstance(v, bool) and 0 < v < math.inf for v in values)
+            ):
+                what = 'numbers above 0' if field == 'width' else 'integers from 1 on'
+                raise ValueError(f'{field} of {self.name} is {values!r}; it takes {length} {what}')
+        if not isinstance(self.groups, int) or isinstance(self.groups, bool) or self.groups < 1:
+            raise ValueError(f'groups of {self.name} is {self.groups!r}; it takes an integer from 1 on')
+        channels = (self.stem_channels, *self.stage_channels)
+        if min(channels) < 1:
+            raise ValueError(f'width of {self.name} is {self.width!r}, which leaves stages of {channels[1:]} channels')
+        if any(chs % self.groups for chs in channels):
+            raise ValueError(f'groups of {self.name} is {self.groups}, which does not divide the channels {channels}')
+        if self.aux_heads and self.depths[2] < 2:
+            raise ValueError(f'depths of {self.name} is {self.depths!r}; its auxiliary heads take 2 blocks in stage 3')
+
+    def __str__(self) -> str:
+        """Return the name, and what the variant has other than the one of that name."""
+        overrides = ', '.join(f'{field}={value}' for field, value in self.overrides.items())
+        return f'{self.name} with {overrides}' if overrides else self.name
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Fields that differ from those of the variant of this name."""
+        original = VARIANTS.get(self.name, self)
+        fields = {field: getattr(self, field) for field in OVERRIDES}
+        return {field: value for field, value in fields.items() if value != getattr(original, field)}
 
     @property
     def stage_channels(self) -> tuple[int, ...]:
@@ -129,6 +167,28 @@ def get_variant(name: str) -> Variant:
     if name in VARIANTS:
         return VARIANTS[name]
     raise ValueError(f'unknown variant {name!r};{suggestion(name, VARIANTS)} `repvgg-zoo list` shows all')
+
+
+def customized(variant: Variant, **overrides: Any) -> Variant:
+    """Return a variant with other numbers under the same name.
+
+    Args:
+        variant: The variant to start from.
+        overrides: Fields of `OVERRIDES`; lists stand for tuples. None keeps the variant's own.
+
+    Raises:
+        ValueError: A value is not possible, see `Variant`.
+
+    Example:
+        >>> print(customized(VARIANTS['repvgg_a0'], strides=[1, 1, 2, 2, 2]))
+        repvgg_a0 with strides=(1, 1, 2, 2, 2)
+    """
+    given: dict[str, Any] = {
+        field: tuple(value) if isinstance(value, list) else value  # JSON has lists
+        for field, value in overrides.items()
+        if value is not None
+    }
+    return replace(variant, **given) if given else variant
 
 
 def suggestion(name: str, options: Iterable[str]) -> str:

@@ -14,7 +14,16 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .._compat import has_hooks
 from ..checkpoints.errors import CheckpointError
-from ..reparam.fold import ConvBN, FoldError, KernelBias, check_norm, exact_dtype, fold_branches, fold_exactly
+from ..reparam.fold import (
+    ConvBN,
+    FoldError,
+    KernelBias,
+    check_norm,
+    check_result,
+    exact_dtype,
+    fold_branches,
+    fold_exactly,
+)
 from ..reparam.geometry import Geometry, agreed, build_conv
 from ..reparam.kernel_hooks import computes_kernel, refresh_kernels
 from ..reparam.switch import switch_to_deploy
@@ -285,6 +294,9 @@ class ReparamBlock(nn.Module):
         self.geometry()
         for norm in (*self.branch_norms(), self.norm):
             check_norm(norm)
+        kernel = next(p for branch in self.named_branches().values() for p in branch.parameters() if p.ndim == 4)
+        with full_precision(self):
+            check_result(self._conv_bns(exact_dtype(kernel)), kernel.dtype, self.norm)
 
     @torch.jit.unused
     def geometry(self) -> Geometry:

@@ -81,6 +81,8 @@ def repvgg_form_of(own: Mapping[str, Tensor], block: ReparamBlock) -> RepVGGBloc
     kernel = own.get('conv_kxk.conv.weight')
     if kernel is None:
         return None
+    if kernel.ndim != 4:
+        raise ValueError(f'the kernel of its conv_kxk has the shape {tuple(kernel.shape)}, which is none of a kernel')
     (in_chs, out_chs), options = block.made_with.args, block.made_with.keywords
     shape, has_identity = (kernel.shape[0], kernel.shape[1] * options['groups']), 'identity.running_var' in own
     if has_identity != block.has_identity and shape == (out_chs, in_chs):

@@ -1,35 +1,35 @@
-"""Read checkpoint files."""
+"""Read checkpoint files: safetensors, torch files, and the index of weights in several files."""
 
 from __future__ import annotations
 
-import pickle
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .errors import CheckpointError
+from .containers import AVERAGES, PLAIN, weights_of
+from .errors import CheckpointError, abbreviate
 from .state_dicts import StateDict
+from .torch_files import read_torch
 
-__all__ = ['FILE_SUFFIXES', 'read_checkpoint']
+__all__ = ['FILE_SUFFIXES', 'INDEX_SUFFIX', 'read_checkpoint']
 
-FILE_SUFFIXES = ('.safetensors', '.pth', '.pt', '.tar', '.bin')
+INDEX_SUFFIX = '.index.json'
+"""Suffix of a file that tells which of several files holds which tensor."""
+
+FILE_SUFFIXES = ('.safetensors', '.pth', '.pt', '.tar', '.bin', '.ckpt', INDEX_SUFFIX)
 """Suffixes of checkpoint files."""
 
-_CONTAINERS = ('state_dict', 'model')
-_EMA_CONTAINERS = ('state_dict_ema', 'model_ema')
 
+def read_checkpoint(path: str | Path, *, use_ema: bool = True) -> dict[Any, Any]:
+    """Read the state dict of a `.safetensors` or torch file, with its keys and values as they are.
 
-def read_checkpoint(path: str | Path, *, use_ema: bool = True) -> StateDict:
-    """Read the state dict of a `.safetensors` or torch file, with its keys as they are.
-
-    A training checkpoint holds its state dict under `state_dict` or `model`, and an exponential moving average of the
-    weights under `state_dict_ema` or `model_ema`. Torch files are read with `weights_only=True`, which runs no code
-    from the file.
+    A trainer's checkpoint holds its state dict under a name like `state_dict` or `model`, and possibly an average of
+    the weights under one like `state_dict_ema`. Torch files are read with `weights_only=True`, which runs no code from
+    the file.
 
     Args:
-        path: A file in either format, with any name.
+        path: A file in either format, with any name, or an index like `model.safetensors.index.json`.
         use_ema: Take the average if the file has one.
 
     Returns:
@@ -48,15 +48,37 @@ def read_checkpoint(path: str | Path, *, use_ema: bool = True) -> StateDict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'no checkpoint file at {str(path)!r}')
-    checkpoint = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
-    containers = (_EMA_CONTAINERS if use_ema else ()) + _CONTAINERS
-    if isinstance(checkpoint, Mapping):
-        checkpoint = next((checkpoint[name] for name in containers if checkpoint.get(name) is not None), checkpoint)
-    if not isinstance(checkpoint, Mapping) or not checkpoint or not all(map(torch.is_tensor, checkpoint.values())):
+    if path.name.endswith(INDEX_SUFFIX):
+        return _read_shards(path)
+    content = _read_safetensors(path) if _is_safetensors(path) else read_torch(path)
+    weights = weights_of(content, use_ema=use_ema)
+    if weights is None:
+        held = f'; it holds {abbreviate(map(str, content))}' if isinstance(content, Mapping) and content else ''
         raise CheckpointError(
-            f'{str(path)!r} holds no state dict, neither by itself nor under one of: {", ".join(containers)}'
+            f'{str(path)!r} holds no state dict, neither by itself nor under one of: '
+            f'{", ".join((*AVERAGES, *PLAIN) if use_ema else PLAIN)}{held}'
         )
-    return dict(checkpoint)
+    return dict(weights)
+
+
+def _read_shards(path: Path) -> StateDict:
+    """Read weights in several files, as huggingface_hub and accelerate split them."""
+    try:
+        places = json.loads(path.read_text('utf-8'))['weight_map']
+        names = sorted(set(places.values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f'{str(path)!r} is no index of weights ({error!r}); get it again') from error
+    if outside:
+        raise CheckpointError(f'{str(path)!r} names files that are not in its folder: {abbreviate(outside)}')
+    if missing := [name for name in names if not (path.parent / name).is_file()]:
+        raise CheckpointError(f'{str(path)!r} names files that are not there: {abbreviate(missing)}; get them too')
+    state_dict: StateDict = {}
+    for name in names:
+        state_dict |= read_checkpoint(path.parent / name)
+    if lost := [key for key in places if key not in state_dict]:
+        raise CheckpointError(f'the files of {str(path)!r} lack {abbreviate(lost)}; get them again')
+    return state_dict
 
 
 _TENSORS_AT_A_TIME = 16
@@ -72,7 +94,7 @@ def _is_safetensors(path: Path) -> bool:
 
 def _read_safetensors(path: Path) -> StateDict:
     """Read tensors into memory of their own, because tensors that map the file would change with it."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     tensors: StateDict = {}
     try:
@@ -82,23 +104,6 @@ def _read_safetensors(path: Path) -> StateDict:
             with safe_open(path, 'pt') as file:
                 for key in keys[first : first + _TENSORS_AT_A_TIME]:
                     tensors[key] = file.get_tensor(key).clone()
-    except SafetensorError as error:
+    except Exception as error:  # a bad header makes the reader raise errors of any class
         raise CheckpointError(f'{str(path)!r} is truncated or no safetensors file ({error}); get it again') from error
     return tensors
-
-
-def _read_torch(path: Path) -> Any:
-    from argparse import Namespace
-
-    try:
-        with torch.serialization.safe_globals([Namespace]):  # timm's training checkpoints hold their arguments
-            return torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f'{str(path)!r} is no torch checkpoint, or holds more than tensors. Nothing else is read, because '
-            'unpickling can run any code; save only its state dict, or save it as safetensors'
-        ) from error
-    except Exception as error:  # bad bytes make the unpickler raise errors of any class
-        raise CheckpointError(
-            f'{str(path)!r} is truncated, or no torch checkpoint of tensors; get it again, or save only its state dict'
-        ) from error

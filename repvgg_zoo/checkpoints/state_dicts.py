@@ -17,6 +17,7 @@ __all__ = [
     'StateDict',
     'check_fit',
     'drop_aux_heads',
+    'folded_shapes',
     'form_of',
     'identify_variant',
 ]
@@ -57,6 +58,32 @@ def drop_aux_heads(state_dict: StateDict) -> None:
         del state_dict[key]
 
 
+def folded_shapes(state_dict: Mapping[str, Tensor]) -> StateDict:
+    """Give training-form weights of the default block the keys and shapes of their fold, without folding.
+
+    Args:
+        state_dict: Weights in timm's layout.
+
+    Returns:
+        Tensors whose values mean nothing.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model('test_repvgg', device='meta')
+        >>> folded_shapes(model.state_dict()).keys() == model.switch_to_deploy().state_dict().keys()
+        True
+    """
+    folded = {}
+    for key, value in state_dict.items():
+        block, branch, _ = key.partition(f'.{TIMM.conv_kxk}.')
+        if key == f'{block}.{_KXK}' and value.ndim == 4:
+            folded[f'{block}.{_DEPLOY}'] = value
+            folded[f'{block}.{TIMM.reparam_conv}.bias'] = value[:, 0, 0, 0]
+        elif not branch and f'.{TIMM.conv_1x1}.' not in key and f'.{TIMM.identity}.' not in key:
+            folded[key] = value
+    return folded
+
+
 def check_fit(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, what: str) -> None:
     """Check that keys and shapes are those of a model.
 
@@ -86,12 +113,17 @@ def check_fit(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
     if any(problems.values()):
         variant = identify_variant(state_dict)
         hint = f' (it looks like a checkpoint of {variant.name})' if variant and variant.name != what else ''
+        if problems['missing'] and not any(key.startswith('head.') for key in state_dict):
+            hint += ', and has no classifier (create the model with num_classes=0)'
         details = '; '.join(f'{len(keys)} {problem}: {abbreviate(keys)}' for problem, keys in problems.items() if keys)
         raise CheckpointError(f'the checkpoint does not fit {what}{hint}: {details}')
 
 
 def identify_variant(state_dict: Mapping[str, Tensor]) -> Variant | None:
     """Find the variant with the depths, channels, groups and squeeze-excite of a state dict in timm's layout.
+
+    Strides leave no trace, except the identity branch that a block of stride 1 may have in the training form. Of
+    variants that differ in strides only, it decides, and the first one is found if it does not.
 
     Returns:
         The variant; None if no variant has these shapes, or if the training-form blocks are not of the default type.
@@ -105,9 +137,11 @@ def identify_variant(state_dict: Mapping[str, Tensor]) -> Variant | None:
         key.removesuffix(suffix): value.shape
         for key, value in state_dict.items()
         for suffix in (f'.{_KXK}', f'.{_DEPLOY}')
-        if key.endswith(suffix)
+        if key.endswith(suffix) and value.ndim == 4
     }
     squeezed = state_dict.get(f'stages.0.0.{TIMM.squeeze}.weight')
+    has_identity = f'stages.0.0.{TIMM.identity}.weight' in state_dict
+    found = []
     for variant in VARIANTS.values():
         channels = {
             f'stages.{stage}.{block}': width
@@ -120,5 +154,9 @@ def identify_variant(state_dict: Mapping[str, Tensor]) -> Variant | None:
             continue
         ratio = variant.se.rd_ratio if variant.se else 0
         if (0 if squeezed is None else squeezed.shape[0] / squeezed.shape[1]) == ratio:
-            return variant
-    return None
+            found.append(variant)
+    return min(found, key=lambda variant: _starts_with_identity(variant) != has_identity, default=None)
+
+
+def _starts_with_identity(variant: Variant) -> bool:
+    return variant.strides[1] == 1 and variant.stem_channels == variant.stage_channels[0]

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from timm.models import PretrainedCfg, adapt_input_conv
 from torch import Tensor, nn
 
 from ..blocks.factory import blocks_with_keys
 from ..blocks.unfold import unfold_state_dict
+from ..checkpoints.contents import check_contents, check_keys, check_range
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.files import read_checkpoint
+from ..checkpoints.inserted_bn import fold_inserted_bn
 from ..checkpoints.layouts import to_timm_layout
-from ..checkpoints.state_dicts import Form, StateDict, check_fit, drop_aux_heads, form_of
-from .locate import locate
+from ..checkpoints.state_dicts import Form, StateDict, check_fit, drop_aux_heads, folded_shapes, form_of
+from .locate import locate, weights_in
 
 if TYPE_CHECKING:
     from ..model import RepVGG
@@ -47,15 +50,20 @@ class Checkpoint:
     """Block types that have these keys. Types that share all keys are all named. The deploy form has none."""
 
 
-def load_checkpoint(model: RepVGG, path: str | Path, *, use_ema: bool = True, unfold: bool = False) -> RepVGG:
+def load_checkpoint(
+    model: RepVGG, path: str | Path, *, use_ema: bool = True, prefix: str | None = None, unfold: bool = False
+) -> RepVGG:
     """Load a checkpoint of any layout and either form strictly into a model.
 
-    Training-form weights are folded for a deploy-form model.
+    Training-form weights are folded for a deploy-form model. What a trainer puts in front of all keys, like `model.`,
+    is found and stripped.
 
     Args:
         model: The model to change.
-        path: A safetensors or torch file; see `repvgg_zoo.checkpoints.files.read_checkpoint`.
+        path: A safetensors or torch file, the index of several files, or a folder with one of them; see
+            `repvgg_zoo.checkpoints.files.read_checkpoint`.
         use_ema: Take the average of the weights where the file has one.
+        prefix: Take only the part of a larger network whose keys start with this, like 'encoder.model.'.
         unfold: Make the branches of a training-form model, of any block, from deploy-form weights or from
             training-form weights of the default block. In eval mode the model then computes the same.
 
@@ -75,7 +83,7 @@ def load_checkpoint(model: RepVGG, path: str | Path, *, use_ema: bool = True, un
         >>> repvgg_zoo.load_checkpoint(model, weights_dir() / 'test_repvgg.cifar10.safetensors').deploy
         True
     """
-    _load(model, read(path, use_ema=use_ema), unfold=unfold)
+    _load(model, read(path, use_ema=use_ema, prefix=prefix), unfold=unfold)
     return model
 
 
@@ -104,7 +112,9 @@ def load_pretrained(
         >>> load_pretrained(model, timm.get_pretrained_cfg('test_repvgg.cifar10'))
     """
     if cfg.state_dict is not None:
-        _load(model, identify({key: value.clone() for key, value in cfg.state_dict.items()}), unfold=unfold, cfg=cfg)
+        checkpoint = identify(cfg.state_dict)
+        copies = {key: value.clone() for key, value in checkpoint.state_dict.items()}
+        _load(model, replace(checkpoint, state_dict=copies), unfold=unfold, cfg=cfg)
         return
     path = locate(cfg, cache_dir=cache_dir)
     checkpoint = read(path)
@@ -123,16 +133,19 @@ def _load(model: RepVGG, checkpoint: Checkpoint, *, unfold: bool, cfg: Pretraine
     assign(model, checkpoint)
 
 
-def read(path: str | Path, *, use_ema: bool = True) -> Checkpoint:
-    """Read a file of weights, rename its keys and identify it.
+def read(path: str | Path, *, use_ema: bool = True, prefix: str | None = None) -> Checkpoint:
+    """Read a file of weights, rename its keys, check its values and identify it.
 
     Args:
-        path: See `repvgg_zoo.checkpoints.files.read_checkpoint`.
+        path: See `load_checkpoint`.
         use_ema: Take the average of the weights where the file has one.
+        prefix: Take only the part of a larger network whose keys start with this.
 
     Raises:
         FileNotFoundError: There is no such file.
-        CheckpointError: The file cannot be read, or is of no known layout, or mixes both forms.
+        CheckpointError: The file cannot be read, holds something else than weights, is of no known layout, or mixes
+            both forms.
+        FoldError: The file has normalisation behind its deploy-form convolutions, which cannot be folded.
 
     Example:
         >>> from repvgg_zoo.pretrained.manifest import weights_dir
@@ -140,16 +153,20 @@ def read(path: str | Path, *, use_ema: bool = True) -> Checkpoint:
         >>> checkpoint.form, checkpoint.blocks
         ('training', ('repvgg',))
     """
+    path = Path(path)
+    path = weights_in(path) if path.is_dir() else path
     state_dict = read_checkpoint(path, use_ema=use_ema)
     try:
-        return identify(state_dict)
+        return identify(state_dict, prefix=prefix)
     except CheckpointError as error:
         raise CheckpointError(f'{str(path)!r}: {error}') from error
 
 
-def identify(state_dict: StateDict) -> Checkpoint:
-    """Rename the keys of a state dict of any layout, and find its form and block types; see `read`."""
-    state_dict = to_timm_layout(state_dict)
+def identify(state_dict: Mapping[Any, Any], *, prefix: str | None = None) -> Checkpoint:
+    """Rename the keys of a state dict of any layout, check its values, find its form and block types; see `read`."""
+    check_keys(state_dict)
+    state_dict = check_contents(to_timm_layout(state_dict, prefix=prefix))
+    fold_inserted_bn(state_dict)
     return Checkpoint(state_dict, form_of(state_dict), tuple(blocks_with_keys(state_dict)))
 
 
@@ -185,11 +202,27 @@ def convert_form(checkpoint: Checkpoint, model: RepVGG, *, unfold: bool = False)
             + (', or load with unfold=True' if 'repvgg' in checkpoint.blocks else '')
         )
     if checkpoint.form == 'training' and (model.deploy or has_other_block):
+        if model.deploy:
+            _check_kernels(checkpoint, model)
         model.fold_state_dict(checkpoint.state_dict)
         checkpoint = replace(checkpoint, form='deploy', blocks=())
     if model.aux_heads is None:
         drop_aux_heads(checkpoint.state_dict)
     return checkpoint
+
+
+def _check_kernels(checkpoint: Checkpoint, model: RepVGG) -> None:
+    """Raise `CheckpointError` before folding if blocks of the default type are of another network.
+
+    The stem and the classifier are left out, because they may still be adapted.
+    """
+    if 'repvgg' not in checkpoint.blocks:
+        return
+    folded = folded_shapes(checkpoint.state_dict)
+    expected = model.state_dict()
+    stages = [{k: v.shape for k, v in weights.items() if k.startswith('stages.')} for weights in (folded, expected)]
+    if stages[0] != stages[1]:
+        check_fit(folded, expected, what=str(model.variant))
 
 
 def adapt_inputs_and_classifier(checkpoint: Checkpoint, model: RepVGG, cfg: PretrainedCfg) -> None:
@@ -213,7 +246,7 @@ def make_branches(checkpoint: Checkpoint, model: RepVGG) -> Checkpoint:
     """Make the branches of a training-form model from deploy-form weights; training-form weights stay as they are."""
     if checkpoint.form == 'training':
         return checkpoint
-    state_dict = unfold_state_dict(model, checkpoint.state_dict, what=model.variant.name)
+    state_dict = unfold_state_dict(model, checkpoint.state_dict, what=str(model.variant))
     return Checkpoint(state_dict, 'training', (model.block,))
 
 
@@ -221,10 +254,11 @@ def assign(model: RepVGG, checkpoint: Checkpoint) -> None:
     """Give a model weights that fit it exactly: a model on the meta device takes the tensors over, others copy them.
 
     Raises:
-        CheckpointError: The weights do not fit; the model is then unchanged.
+        CheckpointError: The weights do not fit, or are beyond the dtype of the model; the model is then unchanged.
     """
     state_dict, expected = checkpoint.state_dict, model.state_dict()
-    check_fit(state_dict, expected, what=model.variant.name)
+    check_fit(state_dict, expected, what=str(model.variant))
+    check_range(state_dict, expected)
     if model.device.type != 'meta':
         model.load_state_dict(state_dict)
         return

@@ -8,6 +8,7 @@ from pathlib import Path
 from timm.models import PretrainedCfg
 
 from ..checkpoints.errors import CheckpointError
+from ..checkpoints.files import INDEX_SUFFIX
 from .hub import WEIGHT_FILES, cached_sha256, download_weights, sha256_of
 from .manifest import WeightsRecord, read_manifest
 from .urls import download_url
@@ -108,7 +109,7 @@ def _how_to_get(cfg: PretrainedCfg, record: WeightsRecord | None) -> str:
 
 def weights_in(folder: Path) -> Path:
     """Find the file of weights in a model folder; raise `CheckpointError` if there is none."""
-    for name in WEIGHT_FILES:
+    for name in (*WEIGHT_FILES, *(f'{name}{INDEX_SUFFIX}' for name in WEIGHT_FILES)):
         path = folder / name
         if path.is_file():
             return path

@@ -23,6 +23,7 @@ __all__ = [
     'KernelBias',
     'centred_kernel',
     'check_norm',
+    'check_result',
     'exact_dtype',
     'fold_branches',
     'fold_exactly',
@@ -195,6 +196,45 @@ def fold_exactly(branches: Sequence[ConvBN], norm: nn.Module | None = None) -> K
     if norm is not None:
         kernel, bias = fold_branches([ConvBN(kernel, bias, norm)], exact)
     return kernel, bias
+
+
+def check_result(branches: Sequence[ConvBN], dtype: torch.dtype, norm: nn.Module | None = None) -> None:
+    """Raise `FoldError` if the fold would hold values that are not finite in a dtype.
+
+    The largest values of kernels and scales bound those of the fold, and nearly always tell that it fits.
+
+    Args:
+        branches: As for `fold_exactly`.
+        dtype: What the caller rounds the fold to.
+        norm: The normalisation of their sum.
+    """
+    exact, limit = exact_dtype(branches[0].kernel), torch.finfo(dtype).max
+    largest_kernel = largest_bias = torch.zeros((), dtype=torch.float64)
+    for branch in branches:
+        scale, shift = branch.scale_shift(exact)
+        kernel = _largest(branch.kernel)
+        largest_kernel = largest_kernel + (kernel if scale is None else kernel * _largest(scale))
+        largest_bias = largest_bias + _largest(shift)
+    if norm is not None:
+        factor, offset = map(_largest, BNStats.of(norm).scale_shift(exact))
+        largest_kernel, largest_bias = largest_kernel * factor, largest_bias * factor + offset
+    if bool((largest_kernel <= limit) & (largest_bias <= limit)):  # false for NaN
+        return
+    for name, values in zip(('kernel', 'bias'), fold_exactly(branches, norm), strict=True):
+        if not bool((finite := values.to(dtype).isfinite()).all()):
+            channel = int((~finite).nonzero()[0, 0])
+            raise FoldError(
+                f'the folded {name} of channel {channel} is not finite in {dtype}, whose largest number is '
+                f'{limit:.4g}; if the weights are finite, fold in a wider dtype, by model.float()'
+            )
+
+
+def _largest(values: Tensor) -> Tensor:
+    """Return the largest absolute value as float64, on the CPU: no temporary of the tensor's size is made."""
+    if not values.numel():
+        return torch.zeros((), dtype=torch.float64)
+    low, high = values.detach().aminmax()
+    return torch.maximum(-low, high).cpu().double()
 
 
 def exact_dtype(kernel: Tensor) -> torch.dtype:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .fold import ConvBN, check_norm, fold_exactly, identity_kernel
+from .fold import ConvBN, check_norm, check_result, fold_exactly, identity_kernel
 from .geometry import Geometry, agreed, build_conv, check_is_plain_conv, geometry_of
 from .kernel_hooks import refresh_kernels
 
@@ -87,7 +87,8 @@ class ForeignBlock:
             check_is_plain_conv(conv, f'{name}.conv')
             check_norm(norm)
         check_norm(self._identity())
-        self.geometry()
+        branches = self._branches(self.geometry())
+        check_result(branches, branches[0].kernel.dtype)
 
     def geometry(self) -> Geometry:
         geometries = {name: geometry_of(conv) for name, conv, _ in self._convolutions()}
@@ -98,17 +99,23 @@ class ForeignBlock:
 
     @torch.no_grad()
     def folded_conv(self) -> nn.Conv2d:
-        branches = [ConvBN(conv.weight, conv.bias, norm) for _, conv, norm in self._convolutions()]
-        geometry, like = self.geometry(), branches[0].kernel
-        if (identity := self._identity()) is not None:
-            in_chs, groups = like.shape[1] * (geometry.groups or 1), geometry.groups or 1
-            branches.append(
-                ConvBN(identity_kernel(len(like), in_chs, groups, torch.float32, like.device), None, identity)
-            )
+        geometry = self.geometry()
+        branches = self._branches(geometry)
         kernel, bias = fold_exactly(branches)
+        like = branches[0].kernel
         convs = [conv for _, conv, _ in self._convolutions()]
         kernel, bias = kernel.to(like.dtype), bias.to(like.dtype)
         return build_conv(kernel, bias, geometry, replaced=convs, training=self.module.training)
+
+    def _branches(self, geometry: Geometry) -> list[ConvBN]:
+        branches = [ConvBN(conv.weight, conv.bias, norm) for _, conv, norm in self._convolutions()]
+        if (identity := self._identity()) is not None:
+            like, groups = branches[0].kernel, geometry.groups or 1
+            in_chs = like.shape[1] * groups
+            branches.append(
+                ConvBN(identity_kernel(len(like), in_chs, groups, torch.float32, like.device), None, identity)
+            )
+        return branches
 
     def _convolutions(self) -> list[tuple[str, nn.Conv2d, nn.Module]]:
         branches = [(name, getattr(self.module, name)) for name in self.branch_names[:2]]

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from .own_files import check_replaceable, write_marker
 
 try:
     import fcntl
 except ImportError:  # Windows cannot lock a folder
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ['locked', 'new_folder', 'write_text']
+__all__ = ['locked', 'new_folder', 'put_in_place', 'workspace', 'write_text']
+
+_NEW, _OLD, _SUFFIX = 'new', 'old', '.partial'
 
 
 @contextmanager
-def new_folder(path: str | Path, *, overwrite: bool = False, owned: Collection[str] = ()) -> Iterator[Path]:
+def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder that takes the name `path` when the block ends, and is removed if the block fails.
-
-    The next call for the same path clears away what a killed process left behind.
 
     Args:
         path: The folder to write.
-        overwrite: Replace the folder if it exists and holds owned files only.
-        owned: Paths of the files, relative to the folder, that the caller writes and so may replace.
+        overwrite: Replace the folder if it exists and holds nothing but unchanged files of an earlier run.
 
     Yields:
         The empty folder.
@@ -39,28 +41,79 @@ def new_folder(path: str | Path, *, overwrite: bool = False, owned: Collection[s
         >>> target = Path(tempfile.mkdtemp()) / 'model'
         >>> with new_folder(target) as folder:
         ...     _ = (folder / 'config.json').write_text('{}')
+        >>> sorted(path.name for path in target.iterdir())
+        ['.repvgg-zoo.sha256', 'config.json']
+    """
+    check_replaceable(path, overwrite=overwrite)
+    with workspace(path) as new:
+        yield new
+        put_in_place(new, path, overwrite=overwrite)
+
+
+@contextmanager
+def workspace(path: str | Path) -> Iterator[Path]:
+    """Yield an empty folder beside a path, for `put_in_place`; what is left of it at the end is removed.
+
+    What killed processes left in the same folder is cleared away first.
+
+    Args:
+        path: The folder to write.
+
+    Yields:
+        The empty folder.
+
+    Raises:
+        BlockingIOError: Another process is writing the same path.
+
+    Example:
+        >>> import tempfile
+        >>> target = Path(tempfile.mkdtemp()) / 'model'
+        >>> with workspace(target) as folder:
+        ...     (folder / 'config.json').touch()
+        >>> target.exists()
+        False
+    """
+    partial = _partial(Path(path))
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        with locked(partial.parent):  # so that nobody clears the new folder away before it is locked
+            _clear_leftovers(partial)
+            partial.mkdir(exist_ok=True)
+            busy = f'another process is writing {str(path)!r}; try again when it has ended'
+            stack.enter_context(locked(partial, busy=busy))
+        try:
+            (partial / _NEW).mkdir()
+            yield partial / _NEW
+        finally:
+            _restore(partial)
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def put_in_place(new: Path, path: str | Path, *, overwrite: bool) -> None:
+    """Let a folder take its name, with the marker in it.
+
+    Args:
+        new: The folder that `workspace` gave.
+        path: Its name.
+        overwrite: Replace the folder of that name if it holds nothing but unchanged files of an earlier run.
+
+    Raises:
+        FileExistsError: The path exists, and `overwrite` is off or it holds something else.
+
+    Example:
+        >>> import tempfile
+        >>> target = Path(tempfile.mkdtemp()) / 'model'
+        >>> with workspace(target) as folder:
+        ...     put_in_place(folder, target, overwrite=False)
         >>> [path.name for path in target.iterdir()]
-        ['config.json']
+        ['.repvgg-zoo.sha256']
     """
     path = Path(path)
-    _check_free(path, overwrite, owned)
-    partial = _partial(path)
-    partial.mkdir(parents=True, exist_ok=True)
-    with locked(partial, busy=f'another process is writing {str(path)!r}; try again when it has ended'):
-        new, old = partial / 'new', partial / 'old'
-        _restore(old, path)
-        _check_free(path, overwrite, owned)
-        for leftover in partial.iterdir():
-            shutil.rmtree(leftover)
-        try:
-            new.mkdir()
-            yield new
-            if path.exists():
-                path.rename(old)
-            new.rename(path)
-        finally:
-            _restore(old, path)
-            shutil.rmtree(partial, ignore_errors=True)
+    check_replaceable(path, overwrite=overwrite)
+    write_marker(new)
+    if path.exists():
+        path.rename(new.with_name(_OLD))
+    new.rename(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -127,26 +180,24 @@ def _lock(descriptor: int, folder: Path, *, wait: bool) -> bool:
 
 def _partial(path: Path) -> Path:
     path = path.absolute()
-    return path.with_name(f'.{path.name}.partial')
+    return path.with_name(f'.{path.name}{_SUFFIX}')
 
 
-def _restore(old: Path, path: Path) -> None:
+def _clear_leftovers(own: Path) -> None:
+    """Remove the work of killed processes in a folder. That of a running process is locked."""
+    # without locks, only who writes the same path may be taken for dead
+    leftovers = own.parent.glob(f'.?*{_SUFFIX}') if fcntl is not None else filter(Path.exists, [own])
+    for partial in leftovers:
+        with contextlib.suppress(OSError):
+            if partial.is_symlink() or not {entry.name for entry in partial.iterdir()} <= {_NEW, _OLD}:
+                continue  # somebody else's
+            with locked(partial, busy='being written'):
+                _restore(partial)
+                shutil.rmtree(partial)
+
+
+def _restore(partial: Path) -> None:
     """Restore the old folder if a run died between the two renames."""
+    old, path = partial / _OLD, partial.with_name(partial.name[1 : -len(_SUFFIX)])
     if old.exists() and not os.path.lexists(path):
         old.rename(path)
-
-
-def _check_free(path: Path, overwrite: bool, owned: Collection[str]) -> None:
-    if not os.path.lexists(path):
-        return
-    if not overwrite:
-        raise FileExistsError(f'{str(path)!r} exists; choose another path or pass overwrite (--overwrite)')
-    if path.is_symlink() or not path.is_dir():
-        raise FileExistsError(f'{str(path)!r} is no folder, so it is not overwritten; choose another path')
-    files = (entry for entry in path.rglob('*') if entry.is_symlink() or not entry.is_dir())
-    names = (entry.relative_to(path).as_posix() for entry in files)
-    if foreign := next((name for name in names if name not in owned), None):
-        raise FileExistsError(
-            f'{str(path)!r} holds {foreign!r}, which is not one of the files to replace, so it is not overwritten; '
-            'remove it or choose another path'
-        )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,10 +23,12 @@ from ..checkpoints.state_dicts import Form, identify_variant
 from ..model import RepVGG
 from ..pretrained.load import assign, convert_form, read
 from ..pretrained.locate import weights_in
-from ..variants import get_variant
+from ..variants import VARIANTS, Variant, get_variant
 from .atomic import new_folder
 
 __all__ = ['MODEL_FILES', 'add_arguments', 'convert', 'main', 'open_model', 'save_model']
+
+_logger = logging.getLogger(__name__)
 
 MODEL_FILES = ('model.safetensors', 'config.json')
 """What `save_model` writes."""
@@ -43,7 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--unfold', action='store_true', help='make branches that compute the same as a deploy form')
     parser.add_argument('--no-ema', action='store_true', help='take the plain weights if SRC holds an average too')
-    parser.add_argument('--overwrite', action='store_true', help='replace DST if an earlier run wrote all its files')
+    parser.add_argument('--prefix', help='take only the part of a larger network whose keys start with this')
+    parser.add_argument(
+        '--overwrite',
+        action='store_true',
+        help='replace DST if an earlier run wrote it as it is',
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -56,6 +66,7 @@ def main(args: argparse.Namespace) -> int:
         block=args.block,
         unfold=args.unfold,
         use_ema=not args.no_ema,
+        prefix=args.prefix,
         overwrite=args.overwrite,
     )
     form = 'deploy' if model.deploy else 'training'
@@ -72,6 +83,7 @@ def convert(
     block: str | None = None,
     unfold: bool = False,
     use_ema: bool = True,
+    prefix: str | None = None,
     overwrite: bool = False,
 ) -> RepVGG:
     """Write a checkpoint as a model folder.
@@ -89,6 +101,7 @@ def convert(
         unfold: Write the training form of deploy-form weights: branches that compute the same. Weights that have the
             wanted branches stay as they are. Other branches are folded first.
         use_ema: Take the averaged weights of a training checkpoint that has them.
+        prefix: Take only the part of a larger network whose keys start with this.
         overwrite: Replace the target if it is such a folder.
 
     Returns:
@@ -104,11 +117,11 @@ def convert(
         >>> target = Path(tempfile.mkdtemp()) / 'deploy'
         >>> convert('test_repvgg', target, form='deploy').deploy
         True
-        >>> sorted(path.name for path in target.iterdir())
+        >>> sorted(path.name for path in target.glob('[!.]*'))
         ['config.json', 'model.safetensors']
     """
-    with new_folder(target, overwrite=overwrite, owned=MODEL_FILES) as folder:
-        model = open_model(source, variant=variant, block=None if unfold else block, use_ema=use_ema)
+    with new_folder(target, overwrite=overwrite) as folder:
+        model = open_model(source, variant=variant, block=None if unfold else block, use_ema=use_ema, prefix=prefix)
         if unfold:
             _unfold(model, form, block or 'repvgg')
         elif form == 'deploy':
@@ -162,6 +175,9 @@ def save_model(model: RepVGG, folder: Path) -> None:
     save_config_for_hf(model, str(config), model_args=model_args)
     content = json.loads(config.read_text())
     content.get('model_args', {}).pop('num_classes', None)  # already at the top level; transformers rejects it here
+    for key in ('label_names', 'label_descriptions'):  # which timm and transformers read at the top level
+        if labels := content['pretrained_cfg'].pop(key, None):
+            content[key] = labels
     config.write_text(json.dumps(content, indent=2))
     weights.chmod(config.stat().st_mode)  # safetensors ignores the umask
 
@@ -177,7 +193,13 @@ def _sort_metadata(path: Path) -> None:
 
 
 def open_model(
-    source: str | Path, *, variant: str | None = None, block: str | None = None, use_ema: bool = True
+    source: str | Path,
+    *,
+    variant: str | None = None,
+    block: str | None = None,
+    use_ema: bool = True,
+    prefix: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> RepVGG:
     """Build the model that a checkpoint holds, in the checkpoint's form.
 
@@ -188,6 +210,8 @@ def open_model(
         variant: Name of the variant. Necessary for files with another block than the default one.
         block: Training-time block. Necessary if two blocks have the same keys.
         use_ema: Take the averaged weights of a training checkpoint that has them.
+        prefix: Take only the part of a larger network whose keys start with this. For checkpoint files.
+        model_kwargs: Further arguments of `timm.create_model` for a bare file.
 
     Returns:
         The model with its weights.
@@ -213,7 +237,7 @@ def open_model(
     if _is_model_name(source):
         return _checked(_create(str(source), pretrained=True), source, variant, block)
 
-    checkpoint = read(path, use_ema=use_ema)
+    checkpoint = read(path, use_ema=use_ema, prefix=prefix)
     state_dict = checkpoint.state_dict
     chosen = identify_variant(state_dict) if variant is None else get_variant(variant)
     if chosen is None:
@@ -222,6 +246,9 @@ def open_model(
             'another block than the default one, name the variant'
         )
     classifier = state_dict.get('head.fc.weight')
+    twin = next((v.name for v in VARIANTS.values() if v != chosen and _differ_in_strides(v, chosen)), None)
+    if variant is None and twin and classifier is not None and len(classifier) != 1000:
+        _logger.warning('%s is taken for %s; if it is %s, with other strides, say so', path, chosen.name, twin)
     stem = [
         v.shape[1] for key, v in state_dict.items() if key.startswith('stem.') and v.ndim == 4 and '.attn.' not in key
     ]
@@ -232,9 +259,14 @@ def open_model(
         deploy=checkpoint.form == 'deploy',
         block=block or next(iter(checkpoint.blocks), 'repvgg'),
         device='meta',
+        **(model_kwargs or {}),
     )
     assign(model, convert_form(checkpoint, model))
     return model
+
+
+def _differ_in_strides(a: Variant, b: Variant) -> bool:
+    return replace(a, name=b.name, strides=b.strides) == b
 
 
 def _create(name: str, **kwargs: Any) -> RepVGG:

@@ -22,7 +22,7 @@ from ..model import RepVGG
 from ..pretrained.manifest import weights_dir
 from .atomic import new_folder
 from .console import Track, print_table, progress
-from .convert import MODEL_FILES, open_model, save_model
+from .convert import open_model, save_model
 
 __all__ = ['DemoRow', 'add_arguments', 'main', 'run_demo']
 
@@ -46,7 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `repvgg-zoo demo`."""
     parser.epilog = 'Needs no network and less than a minute.'
     parser.add_argument('--out', default='repvgg-demo', help='folder for both forms of the model (%(default)s)')
-    parser.add_argument('--overwrite', action='store_true', help='replace it if an earlier run wrote all its files')
+    parser.add_argument(
+        '--overwrite',
+        action='store_true',
+        help='replace it if an earlier run wrote it as it is',
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -89,8 +93,7 @@ def run_demo(out: str | Path, *, track: Track, overwrite: bool = False) -> list[
         >>> rows = run_demo('repvgg-demo', track=no_progress)  # doctest: +SKIP
     """
     torch.manual_seed(0)
-    owned = [f'{form}/{name}' for form in ('training', 'deploy') for name in MODEL_FILES]
-    with new_folder(out, overwrite=overwrite, owned=owned) as folder:
+    with new_folder(out, overwrite=overwrite) as folder:
         model = open_model(_MODEL)
         rows = [_evaluate('pretrained, training form', model, None, track)[0]]
 

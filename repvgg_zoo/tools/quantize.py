@@ -54,7 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--equalize', action='store_true', help='apply cross-layer equalisation first')
     parser.add_argument('--variant', help='variant of SRC, if its shapes do not tell')
     parser.add_argument('--block', help='training-time block of SRC, if that is a bare file whose keys do not tell')
-    parser.add_argument('--overwrite', action='store_true', help='replace DST if an earlier run wrote all its files')
+    parser.add_argument(
+        '--overwrite',
+        action='store_true',
+        help='replace DST if an earlier run wrote it as it is',
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -205,7 +209,7 @@ def quantize(
         raise ValueError(f'subset is {subset}; it takes at least one image to calibrate')
     evaluated = _dataset(images)
     calibrated = _dataset(calibration or images)
-    with new_folder(target, overwrite=overwrite, owned=_FILES) as folder:
+    with new_folder(target, overwrite=overwrite) as folder:
         model = open_model(source, variant=variant, block=block).float().eval().switch_to_deploy()
         if model.in_chans != 3:
             raise ValueError(f'the images have 3 channels, and the model takes {model.in_chans}')

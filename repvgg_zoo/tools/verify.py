@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from ..reparam.switch import switch_to_deploy
 from ..reparam.tolerance import MAX_REL_DIFF, rel_diff
 from .console import print_table
 from .convert import open_model
+from .reference import REFERENCE, ReferenceCheck, check_reference, find_reference
 
 __all__ = [
     'Comparison',
@@ -28,6 +29,7 @@ __all__ = [
     'images_for',
     'main',
     'verify',
+    'verify_reference',
 ]
 
 _RANDOM_IMAGES, _BATCH_SIZE = 8, 2  # large models on many images would double what is in memory
@@ -37,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `repvgg-zoo verify`."""
     parser.epilog = (
         'Exits with 0 if all top classes agree and the logits differ by no more than float32 rounding explains '
-        f'({MAX_REL_DIFF[torch.float32]:g} of the largest), with 1 otherwise.'
+        f'({MAX_REL_DIFF[torch.float32]:g} of the largest), with 1 otherwise. Published models carry reference outputs '
+        '(test/rand_tensors.safetensors): without B, A is compared with those too.'
     )
     parser.add_argument('a', metavar='A', help='checkpoint file, model folder, or timm model name')
     parser.add_argument('b', metavar='B', nargs='?', help='another one (default: the fold of A)')
@@ -48,7 +51,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run `repvgg-zoo verify`."""
-    results = verify(args.a, args.b, images=args.images, variant=args.variant, block=args.block)
+    reference = None if args.b else verify_reference(args.a, variant=args.variant, block=args.block)
+    if reference is not None:
+        differences = ', '.join(f'{name} {diff:.1e}' for name, diff in reference.rel_diffs.items())
+        print(f'relative difference from the reference outputs: {differences}')
+    elif not args.b:
+        print(f'{args.a} has no reference outputs ({REFERENCE})')
+    same = reference is None or reference.same
+    if reference is None or reference.form == 'training':
+        results = verify(args.a, args.b, images=args.images, variant=args.variant, block=args.block)
+        _print_comparisons(results)
+        same = same and all(result.same for result in results.values())
+    print('the same function' if same else 'NOT the same function')
+    return 0 if same else 1
+
+
+def _print_comparisons(results: Mapping[str, Comparison]) -> None:
     print_table(
         ('computed in', 'images', 'largest\ndifference', 'relative to the\nlargest logit', 'same top class'),
         [
@@ -62,9 +80,6 @@ def main(args: argparse.Namespace) -> int:
             for dtype, result in results.items()
         ],
     )
-    same = all(result.same for result in results.values())
-    print('the same function' if same else 'NOT the same function')
-    return 0 if same else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +139,30 @@ def verify(
         str(dtype).removeprefix('torch.'): compare(model_a, model_b, images_for(model_a, images), dtype=dtype)
         for dtype in (torch.float32, torch.float64)
     }
+
+
+def verify_reference(a: str | Path, *, variant: str | None = None, block: str | None = None) -> ReferenceCheck | None:
+    """Compare a model with the reference outputs that it was published with.
+
+    Args:
+        a: Checkpoint file, model folder or timm model name.
+        variant: Name of its variant, if its shapes do not tell.
+        block: Its training-time block, if its keys do not tell.
+
+    Returns:
+        The differences, or None if it has no reference outputs.
+
+    Raises:
+        CheckpointError: The model or its reference outputs cannot be read.
+        FileNotFoundError: There is no such model.
+
+    Example:
+        >>> verify_reference('test_repvgg') is None  # the bundled weights have none
+        True
+    """
+    model = open_model(a, variant=variant, block=block).float().eval()
+    path = find_reference(a, model)
+    return None if path is None else check_reference(model, path)
 
 
 def compare(a: RepVGG, b: RepVGG, batches: Iterator[Tensor], *, dtype: torch.dtype) -> Comparison:

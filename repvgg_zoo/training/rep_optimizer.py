@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
@@ -46,8 +47,10 @@ def rep_optimizer(
       1 + s² + t² on the diagonal instead, as if that branch were trained.
 
     The steps are equal up to rounding. With AdamW they are also equal only up to its `eps`, which the branches compare
-    to gradients of other sizes. Gradients are multiplied in place in `step()`. Clipping comes before it, and so sees
-    gradients of other sizes than those of the branches.
+    to gradients of other sizes. Gradients are multiplied in place in `step()`, with a closure (as from Lightning) after
+    it has computed them. Whatever reads gradients between `backward()` and `step()` sees those of the plain kernels:
+    `clip_grad_norm_`, Lightning's `gradient_clip_val` and a gradient scaler that looks for overflow. Their norm is not
+    that of the branches, so a limit that was found for these clips more or less often here.
 
     Schedules work, and the optimizer's state is saved and loaded as usual. The state does not hold the multipliers.
     Call this again, with `load=False`, after you make the optimizer anew or copy it.
@@ -64,13 +67,12 @@ def rep_optimizer(
 
     Raises:
         TypeError: The optimizer is of another class.
-        ValueError: One of five cases:
+        ValueError: One of four cases:
 
             - `model` has no `plain` blocks, or `like` no `csla` blocks,
             - the models differ in variant, input channels or eps,
             - the optimizer is fused or maximizes,
-            - the optimizer lacks a kernel of the model that requires gradients,
-            - `step()` is given a closure.
+            - the optimizer lacks a kernel of the model that requires gradients.
 
     Example:
         >>> import timm, torch, repvgg_zoo
@@ -120,12 +122,15 @@ def rep_optimizer(
     for handle in _hooks.pop(optimizer, ()):
         handle.remove()
     before: _Before = {}
-    hooks = [optimizer.register_step_pre_hook(_refuse_closure)]
     if type(optimizer) is torch.optim.SGD:
-        hooks.append(optimizer.register_step_pre_hook(partial(_multiply_gradients, equivalents)))
+        prepare = partial(_multiply_gradients, equivalents)
+        hooks = [optimizer.register_step_pre_hook(partial(_once_there_are_gradients, prepare))]
     else:
-        hooks.append(optimizer.register_step_pre_hook(partial(_remember, equivalents, before)))
-        hooks.append(optimizer.register_step_post_hook(partial(_multiply_updates, equivalents, before)))
+        prepare = partial(_remember, equivalents, before)
+        hooks = [
+            optimizer.register_step_pre_hook(partial(_once_there_are_gradients, prepare)),
+            optimizer.register_step_post_hook(partial(_multiply_updates, equivalents, before)),
+        ]
     _hooks[optimizer] = hooks
     return optimizer
 
@@ -158,11 +163,24 @@ def _load(model: nn.Module, like: nn.Module, scaled: dict[str, MultiBranchBlock]
 _HEAD = re.compile(r'(?:^|\.)(?:head|aux_heads\.\d+)\.')
 
 
-def _refuse_closure(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if any(argument is not None for argument in (*args[1:], kwargs.get('closure'))):
-        raise ValueError(
-            'rep_optimizer multiplies the gradients that are there before step(); call step() without a closure'
-        )
+def _once_there_are_gradients(
+    prepare: Callable[[torch.optim.Optimizer], None],
+    optimizer: torch.optim.Optimizer,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Prepare a step now, or with a closure right after it: `step()` calls it, and then moves the parameters."""
+    closure = args[1] if len(args) > 1 else kwargs.get('closure')
+    if closure is None:
+        prepare(optimizer)
+        return None
+
+    def closure_then_prepare() -> Any:
+        loss = closure()
+        prepare(optimizer)
+        return loss
+
+    return (optimizer, closure_then_prepare), {}
 
 
 def _blocks(model: nn.Module, name: str) -> dict[str, MultiBranchBlock]:
@@ -191,7 +209,7 @@ def _held(optimizer: torch.optim.Optimizer, equivalents: dict[Tensor, _Equivalen
 
 
 @torch.no_grad()
-def _multiply_gradients(equivalents: dict[Tensor, _Equivalent], optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def _multiply_gradients(equivalents: dict[Tensor, _Equivalent], optimizer: torch.optim.Optimizer) -> None:
     for group, kernel, equivalent in _held(optimizer, equivalents):
         kernel.grad.mul_(equivalent.sgd).sub_(equivalent.constant, alpha=group['weight_decay'])
 
@@ -201,9 +219,7 @@ _Before: TypeAlias = dict[Tensor, tuple[Tensor, Any]]
 
 
 @torch.no_grad()
-def _remember(
-    equivalents: dict[Tensor, _Equivalent], before: _Before, optimizer: torch.optim.Optimizer, *_: Any
-) -> None:
+def _remember(equivalents: dict[Tensor, _Equivalent], before: _Before, optimizer: torch.optim.Optimizer) -> None:
     before.clear()
     for group, kernel, _multipliers in _held(optimizer, equivalents):
         before[kernel] = kernel.clone(), group['lr'] * group['weight_decay']

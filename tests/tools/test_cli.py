@@ -113,7 +113,7 @@ def test_verify_other_weights_fails(tmp_path):
         (('convert', 'test_repvgg', '.'), "'.' exists; choose another path or pass overwrite (--overwrite)"),
         (('verify', 'repvgg_b4'), "no checkpoint file or folder at 'repvgg_b4', and unknown variant 'repvgg_b4'; did"),
         (('verify', 'test_repvgg.cifar'), "unknown tag 'cifar' of test_repvgg; did you mean 'cifar10'"),
-        (('convert', 'repvgg_b1g2', 'out'), 'nobody has published weights of repvgg_b1g2.rvgg_in1k on the Hub'),
+        (('convert', 'repvgg_b2g2', 'out'), 'nobody has published weights of repvgg_b2g2.rvgg_in1k on the Hub'),
         (('demo', '--out', '.'), "'.' exists"),
     ],
 )
@@ -143,7 +143,7 @@ def test_demo_writes_both_forms(tmp_path):
     assert float(pretrained[-1]) > 80
     assert float(finetuned[-1]) == float(deployed[-2]) == float(reloaded[-2]) > 80
     assert float(deployed[-1]) == float(reloaded[-1]) < 1e-4
-    assert sorted(path.name for path in (tmp_path / 'repvgg-demo').iterdir()) == ['deploy', 'training']
+    assert sorted(path.name for path in (tmp_path / 'repvgg-demo').glob('[!.]*')) == ['deploy', 'training']
     again = zoo('demo', cwd=tmp_path)
     assert again.returncode == 1
     assert "'repvgg-demo' exists" in again.stderr

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from helpers import images, rel_diff
+from safetensors.torch import save_file
 
 from repvgg_zoo import CheckpointError
 from repvgg_zoo.tools.convert import convert, open_model, save_model
@@ -17,7 +18,7 @@ from repvgg_zoo.tools.convert import convert, open_model, save_model
 @pytest.mark.parametrize('form', [None, 'training', 'deploy'])
 def test_convert_any_form_folder_builds_same_model(checkpoint, model, form, tmp_path):
     returned = convert(checkpoint, tmp_path / 'out', form=form)
-    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['config.json', 'model.safetensors']
+    assert sorted(path.name for path in (tmp_path / 'out').glob('[!.]*')) == ['config.json', 'model.safetensors']
     loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
     assert loaded.deploy == returned.deploy == (form == 'deploy')
     x = images(2, px=32, in_chans=4)
@@ -144,3 +145,14 @@ def test_convert_overwrite_keeps_foreign_files(checkpoint, tmp_path, name):
     with pytest.raises(FileExistsError, match=f'holds {name!r}, which is not one of the files to replace'):
         convert(checkpoint, tmp_path / 'project', overwrite=True)
     assert path.read_text() == 'mine'
+
+
+@pytest.mark.parametrize('num_classes', [10, 1000])
+def test_open_model_of_a_shape_that_two_variants_have_warns(num_classes, tmp_path, caplog):
+    model = timm.create_model('repvgg_a0_cifar', deploy=True, num_classes=num_classes)
+    save_file(model.state_dict(), tmp_path / 'cifar.safetensors')
+    assert open_model(tmp_path / 'cifar.safetensors').variant.name == 'repvgg_a0'
+    assert ('taken for repvgg_a0; if it is repvgg_a0_cifar' in caplog.text) == (num_classes == 10)
+    caplog.clear()
+    assert open_model(tmp_path / 'cifar.safetensors', variant='repvgg_a0_cifar').variant.name == 'repvgg_a0_cifar'
+    assert caplog.text == ''

@@ -82,7 +82,7 @@ def test_quantize_weights_have_eight_bits(quantized):
 
 def test_quantize_folder_holds_model_and_report_only(quantized):
     folder, report = quantized
-    assert sorted(path.name for path in folder.iterdir()) == ['model.onnx', 'report.json', 'report.md']
+    assert sorted(path.name for path in folder.glob('[!.]*')) == ['model.onnx', 'report.json', 'report.md']
     content = json.loads((folder / 'report.json').read_text())
     assert content['int8_top1_pct'] == report.int8_top1_pct
     assert content['speedup'] == report.float32_latency_ms / report.int8_latency_ms

@@ -129,10 +129,43 @@ def test_rep_optimizer_unsupported_options_raise():
             rep_optimizer(sgd(model, **{option: True}), model, like)
     with pytest.raises(ValueError, match='the optimizer lacks 11 of the 11 kernels of the model, first that of stem;'):
         rep_optimizer(sgd(like), model, like)
-    optimizer = rep_optimizer(sgd(model), model, like)
-    for step in (lambda: optimizer.step(lambda: 1), lambda: optimizer.step(closure=lambda: 1)):
-        with pytest.raises(ValueError, match='without a closure'):
-            step()
+
+
+@pytest.mark.parametrize('kind', [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize(
+    'step',
+    [
+        lambda optimizer, closure: optimizer.step(closure),
+        lambda optimizer, closure: optimizer.step(closure=closure),
+        lambda optimizer, closure: (closure(), optimizer.step(None))[0],
+    ],
+    ids=['argument', 'keyword', 'None'],
+)
+def test_rep_optimizer_closure_gives_the_same_steps(kind, step):
+    like = constant_scale()
+
+    def train_three_steps(step):
+        torch.manual_seed(0)
+        model = timm.create_model('test_repvgg', num_classes=10, block='plain').double()
+        optimizer = rep_optimizer(kind(model.parameters(), lr=0.01, weight_decay=0.1), model, like)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = model(images(2, px=32, dtype=torch.float64)).square().mean()
+            loss.backward()
+            return loss
+
+        losses = [step(optimizer, closure).item() for _ in range(3)]
+        return losses, model.stem.branches.kxk.conv.weight
+
+    def step_after(optimizer, closure):
+        loss = closure()
+        optimizer.step()
+        return loss
+
+    (losses, kernel), (expected_losses, expected) = train_three_steps(step), train_three_steps(step_after)
+    assert losses == expected_losses
+    assert torch.equal(kernel, expected)
 
 
 @pytest.mark.parametrize('load', [False, True])

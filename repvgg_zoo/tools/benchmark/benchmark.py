@@ -23,7 +23,7 @@ from .cases import DTYPES, LAYOUTS, WORK, Case, baseline_of, gmacs
 from .measure import matmul_peak_gmacs_per_s, peak_memory_bytes, time_rounds
 from .models import ModelName
 from .plan import FULL, QUICK, plan
-from .plots import PLOT_FILES, save_plots
+from .plots import save_plots
 from .report import Results, Row, latency_quantiles_ms
 from .runtimes import RUNTIMES
 
@@ -60,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--threads', type=positive, metavar='N', help='threads of every runtime (as PyTorch has them)')
     parser.add_argument('--no-memory', action='store_true', help='skip the peak memory, which takes a process a case')
     parser.add_argument('--out', default='repvgg-benchmark', help='folder for tables and plots (%(default)s)')
-    parser.add_argument('--overwrite', action='store_true', help='replace it if an earlier run wrote all its files')
+    parser.add_argument(
+        '--overwrite',
+        action='store_true',
+        help='replace it if an earlier run wrote it as it is',
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -77,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
         dtypes=args.dtypes,
         layouts=args.layouts,
     )
-    with new_folder(args.out, overwrite=args.overwrite, owned=(*_TABLES, *PLOT_FILES)) as folder:
+    with new_folder(args.out, overwrite=args.overwrite) as folder:
         with progress(transient=False) as track:
             results = run_benchmark(
                 cases,

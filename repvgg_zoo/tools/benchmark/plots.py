@@ -12,11 +12,9 @@ from .report import Results, Row
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ['PLOT_FILES', 'save_plots']
+__all__ = ['save_plots']
 
 _NAMES, _SUFFIXES = ('speed_accuracy', 'forms', 'runtimes'), ('png', 'svg')
-PLOT_FILES = tuple(f'{name}.{suffix}' for name in _NAMES for suffix in _SUFFIXES)
-"""What `save_plots` may write."""
 _COLOURS = [f'C{index}' for index in range(10)] + ['#1a3d5c', '#7a3b00', '#145214', '#5c1414']
 
 

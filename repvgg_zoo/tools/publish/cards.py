@@ -1,20 +1,17 @@
-"""Model cards of Hub repositories, from the records of the manifest."""
+"""Model cards of Hub repositories, with the sections of timm's own."""
 
 from __future__ import annotations
 
-from itertools import groupby
-from typing import Any
+from huggingface_hub import RepoCard
 
-from huggingface_hub import CardData, EvalResult, RepoCard
-from huggingface_hub.repocard_data import eval_results_to_model_index
-
-from ...pretrained.manifest import Metrics, WeightsRecord
+from ...pretrained.manifest import DEPLOY_SUFFIX, FoldCheck, Metrics, WeightsRecord, read_manifest
 from ..markdown import markdown_table
+from .card_metadata import PAPER_ID, base_repository, card_metadata
+from .card_usage import usage
+from .facts import ModelFacts
+from .publication import Publication
 
 __all__ = ['model_card']
-
-_DATASET_IDS = {'ImageNet-1k': 'imagenet-1k', 'CIFAR-10': 'cifar10', 'CIFAR-100': 'cifar100'}
-_PAPER_ID = '2101.03697'
 
 _CITATION = """```bibtex
 @inproceedings{ding2021repvgg,
@@ -27,182 +24,174 @@ _CITATION = """```bibtex
 ```"""
 
 
-def model_card(record: WeightsRecord, *, owner: str, source: str, in_timm: bool) -> RepoCard:
-    """Write the card of one published file of weights.
+def model_card(
+    publication: Publication, facts: ModelFacts, check: FoldCheck, *, owner: str, sha256: str, size_bytes: int
+) -> RepoCard:
+    """Write the card of one form of published weights.
 
     Args:
-        record: With the file's sha256 and size, and the comparison of both forms.
+        publication: What is published.
+        facts: Those of the model in this form.
+        check: The comparison of both forms.
         owner: Hub account that both forms are published under.
-        source: What the training form was converted from.
-        in_timm: Whether timm itself has the architecture.
+        sha256: That of the weights file of this form.
+        size_bytes: Its size.
 
     Returns:
         The card: metadata and text.
 
-    Raises:
-        ValueError: The record has no comparison of the two forms.
-
     Example:
-        >>> from dataclasses import replace
-        >>> from repvgg_zoo.pretrained.manifest import FoldCheck, read_manifest
+        >>> import timm
+        >>> from repvgg_zoo.tools.publish.facts import facts_of
+        >>> from repvgg_zoo.tools.publish.publication import recorded_publication
+        >>> facts = facts_of(timm.create_model('test_repvgg', device='meta').eval())
         >>> check = FoldCheck(float64_rel_diff=1e-15, float32_rel_diff=2e-7, images=8, top1_agreement_pct=None)
-        >>> record = replace(read_manifest()['test_repvgg.cifar10'], fold_check=check)
-        >>> model_card(record, owner='me', source='a file', in_timm=False).data.license
+        >>> bundled = recorded_publication('test_repvgg.cifar10')
+        >>> model_card(bundled, facts, check, owner='me', sha256='0' * 64, size_bytes=9).data.license
         'mit'
     """
-    model_index: dict[str, Any] = {'model-index': _model_index(record)}  # not an identifier
-    metadata = CardData(
-        license=record.license,
-        library_name='timm',
-        pipeline_tag='image-classification',
-        tags=['timm', 'repvgg', 'image-classification', f'arxiv:{_PAPER_ID}'],
-        datasets=sorted({_DATASET_IDS[m.dataset] for m in (*record.published, *record.measured)}) or None,
-        **model_index,
-    )
-    # a ModelCard would put all figures of one data set under the first source
-    return RepoCard(f'---\n{metadata.to_yaml()}\n---\n\n{_text(record, owner, source, in_timm)}\n')
-
-
-def _model_index(record: WeightsRecord) -> list[dict[str, Any]] | None:
-    """One result for the figures of each source."""
-    results = []
-    for _, metrics in groupby((*record.published, *record.measured), key=lambda m: m.source):
-        (entry,) = eval_results_to_model_index(record.name, [r for m in metrics for r in _eval_results(m)])
-        results += entry['results']
-    return [{'name': record.name, 'results': results}] if results else None
-
-
-def _eval_results(metrics: Metrics) -> list[EvalResult]:
-    return [
-        EvalResult(
-            task_type='image-classification',
-            task_name='Image classification',
-            dataset_type=_DATASET_IDS[metrics.dataset],
-            dataset_name=metrics.dataset,
-            metric_type='accuracy',
-            metric_name=f'Top-{k} accuracy, %',
-            metric_value=value,
-            source_name=metrics.source if metrics.source_url else None,
-            source_url=metrics.source_url,
-        )
-        for k, value in ((1, metrics.top1_pct), (5, metrics.top5_pct))
-        if value is not None
-    ]
-
-
-def _text(record: WeightsRecord, owner: str, source: str, in_timm: bool) -> str:
-    repo_id = f'{owner}/{record.name}'
-    deploy = record.form == 'deploy'
+    name = publication.names[facts.form == 'deploy']
     sections = {
-        '': _introduction(record, owner),
-        'Figures': _figures(record),
-        'Use': _use(record, repo_id, needs_plugin=deploy or not in_timm),
-        'Fine-tuning': _fine_tuning(record, owner),
-        'Origin': _origin(record, source),
-        'The two forms': _forms(record),
-        'Citation': _CITATION,
+        f'# Model card for {name}': _introduction(publication, facts, owner),
+        '## Model Details': _details(publication, facts, sha256, size_bytes),
+        '## Accuracy': _accuracy(publication),
+        '## Model Usage': usage(facts, f'{owner}/{name}', has_labels=bool(publication.label_names)),
+        '## The Two Forms': _forms(facts, check, f'{owner}/{publication.name}'),
+        '## Model Comparison': _comparison(publication),
+        '## Citation': _CITATION,
     }
-    return '\n\n'.join(f'## {title}\n\n{text}' if title else text for title, text in sections.items())
+    text = '\n\n'.join(f'{heading}\n\n{section}' for heading, section in sections.items())
+    # a ModelCard would put all figures of one data set under the first source
+    return RepoCard(f'---\n{card_metadata(publication, name).to_yaml()}\n---\n\n{text}\n')
 
 
-def _introduction(record: WeightsRecord, owner: str) -> str:
-    other = (
-        f'[{owner}/{record.training_name}](https://huggingface.co/{owner}/{record.training_name})'
-        if record.form == 'deploy'
-        else f'[{owner}/{record.name}_deploy](https://huggingface.co/{owner}/{record.name}_deploy)'
-    )
+def _introduction(publication: Publication, facts: ModelFacts, owner: str) -> str:
+    base = f', fine-tuned from {_linked_base(publication)}' if publication.base_model else ''
+    on = f', trained on {publication.dataset}' if publication.dataset else ''
+    training, deploy = (f'[{owner}/{name}](https://huggingface.co/{owner}/{name})' for name in publication.names)
     form = (
-        'the deploy form: every block is one 3x3 convolution, folded from the three branches of the training form, '
-        f'{other}'
-        if record.form == 'deploy'
-        else f'the training form: three branches in a block, each with its BN. Folded for inference, it is {other}'
+        f'This is the deploy form: every block is one 3x3 convolution, folded from the branches of the training form, '
+        f'{training}.'
+        if facts.form == 'deploy'
+        else f'This is the training form: each block is a sum of branches. Folded for inference it is {deploy}.'
     )
-    return (
-        f'# {record.name}\n\nA RepVGG image classifier in {form}. Architecture and training: '
-        f'[RepVGG: Making VGG-style ConvNets Great Again](https://arxiv.org/abs/{_PAPER_ID}).'
-    )
+    return f'A RepVGG image classifier{on}{base}. {form}'
 
 
-def _figures(record: WeightsRecord) -> str:
-    p = record.preprocessing
+def _linked_base(publication: Publication) -> str:
+    repository = base_repository(publication)
+    title = str(publication.base_model)
+    return f'[{title}](https://huggingface.co/{repository})' if repository else title
+
+
+def _details(publication: Publication, facts: ModelFacts, sha256: str, size_bytes: int) -> str:
+    config = facts.preprocessing
+    _, height, width = facts.input_size
+    weights = publication.origin or 'of the publisher; nothing vouches for their origin'
+    rows = {
+        'Model Type': 'Image classification / feature backbone',
+        'Architecture': facts.variant + (f', block `{facts.block}`' if facts.form == 'training' else ', deploy form'),
+        'Model Stats': [
+            f'Params (M): {facts.params / 1e6:.3g}',
+            f'GMACs: {facts.gmacs:.3g}',
+            f'Activations (M): {facts.activations / 1e6:.3g}',
+            f'Image size: {height} x {width}',
+        ],
+        'Preprocessing': f'crop {config["crop_pct"]:g}, {config["interpolation"]}, mean {_numbers(config["mean"])}, '
+        f'standard deviation {_numbers(config["std"])}',
+        'Classes': f'{facts.num_classes:,}' + (f': {_labels(publication)}' if publication.label_names else ''),
+        'Dataset': publication.dataset,
+        'Training': publication.recipe,
+        'Weights': f'{weights}. Converted from {publication.source.title}, sha256 `{publication.source.sha256}`',
+        'Licence': publication.license.upper() if publication.license else 'not told',
+        'Paper': f'RepVGG: Making VGG-style ConvNets Great Again, https://arxiv.org/abs/{PAPER_ID}',
+        'File': f'`model.safetensors`, {size_bytes:,} bytes, sha256 `{sha256}`',
+    }
+    lines = []
+    for title, value in rows.items():
+        if isinstance(value, list):
+            lines += [f'- **{title}:**', *(f'  - {item}' for item in value)]
+        elif value:
+            lines.append(f'- **{title}:** {value}')
+    return '\n'.join(lines)
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ', '.join(f'{value:g}' for value in values)
+
+
+def _labels(publication: Publication) -> str:
+    """The first ten names of classes; `config.json` has all."""
+    names = publication.label_names
+    return ', '.join(names[:10]) + (', …' if len(names) > 10 else '')
+
+
+def _accuracy(publication: Publication) -> str:
     rows = [
-        ('parameters', f'{record.params:,}'),
-        ('multiply-adds of the deploy form', f'{record.gmacs:.3f} · 10⁹ at {p.input_px} px'),
-        ('`model.safetensors`', f'{record.size_bytes:,} bytes, sha256 `{record.sha256}`'),
-        (
-            'preprocessing',
-            f'{p.input_px} px, crop {p.crop_pct:g}, {p.interpolation}, mean {p.mean}, standard deviation {p.std}',
-        ),
-        ('classes', f'{p.num_classes:,}'),
-        *((f'top-1, {m.dataset}, published', _accuracy(m)) for m in record.published),
-        *((f'top-1, {m.dataset}, measured', _accuracy(m)) for m in record.measured),
+        (metrics.dataset, kind, f'{metrics.top1_pct:g}', _optional(metrics.top5_pct), _source(metrics))
+        for kind, group in (('published', publication.published), ('measured', publication.measured))
+        for metrics in group
     ]
-    return markdown_table(rows, ('', ''), text_columns=('',))
-
-
-def _accuracy(metrics: Metrics) -> str:
-    top5 = '' if metrics.top5_pct is None else f' (top-5 {metrics.top5_pct:g} %)'
-    source = f'[{metrics.source}]({metrics.source_url})' if metrics.source_url else metrics.source
-    return f'{metrics.top1_pct:g} %{top5}, {source}'
-
-
-def _use(record: WeightsRecord, repo_id: str, *, needs_plugin: bool) -> str:
-    create = f"timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()"
-    switch = '' if record.form == 'deploy' else '\nmodel.switch_to_deploy()  # the same outputs, faster'
-    plugin = f"""```python
-import timm
-import repvgg_zoo  # registers the zoo's models with timm
-
-model = {create}{switch}
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-```"""
-    plain = (
-        f'Plain timm, without `repvgg_zoo`, does not know this {"form" if record.form == "deploy" else "variant"}.'
-        if needs_plugin
-        else f"""Plain timm loads it too, without `repvgg_zoo`:
-
-```python
-import timm
-
-model = {create}
-```"""
-    )
-    hub = f"""With torch.hub, from the folder of a checkout of the zoo, the weights that its manifest names:
-
-```python
-import torch
-
-model = torch.hub.load('repvgg_zoo', {record.arch!r}, source='local', pretrained=True, pretrained_cfg={record.tag!r})
-```"""
-    return '\n\n'.join((plugin, plain, hub))
-
-
-def _fine_tuning(record: WeightsRecord, owner: str) -> str:
-    if record.form == 'deploy':
-        return f'Fine-tune the training form, {owner}/{record.training_name}, and fold the result.'
-    return (
-        "In timm's own `train.py`, with the zoo registered:\n\n```console\n"
-        f'repvgg-zoo run train.py --data-dir DATA --model hf-hub:{owner}/{record.name} \\\n'
-        '    --pretrained --num-classes 10\n```'
+    if not rows:
+        return 'Nobody has told the accuracy of these weights.'
+    return markdown_table(
+        rows, ('data set', 'figure', 'top-1 %', 'top-5 %', 'source'), text_columns=('data set', 'figure', 'source')
     )
 
 
-def _origin(record: WeightsRecord, source: str) -> str:
-    training = f'\n\nTraining: {record.recipe}.' if record.recipe else ''
-    return f'Weights: {record.origin}, licence {record.license.upper()}. Converted from {source}.{training}'
+def _source(metrics: Metrics) -> str:
+    return f'[{metrics.source}]({metrics.source_url})' if metrics.source_url else metrics.source
 
 
-def _forms(record: WeightsRecord) -> str:
-    check = record.fold_check
-    if check is None:
-        raise ValueError(f'{record.name} has no fold_check; compare both forms before writing the card')
+def _optional(figure: float | None) -> str:
+    return '' if figure is None else f'{figure:g}'
+
+
+def _forms(facts: ModelFacts, check: FoldCheck, training_id: str) -> str:
     agreement = (
         f'{check.images} random images'
         if check.top1_agreement_pct is None
         else f'{check.images} real images, {check.top1_agreement_pct:g} % of them with the same top class'
     )
-    return (
-        'Largest difference between the logits of the two forms, relative to the largest logit, when the weights were '
-        f'published: {check.float64_rel_diff:.1e} computed in float64, {check.float32_rel_diff:.1e} in float32 on '
-        f'{agreement}. Compare in `eval()` mode: in train mode the training form normalises by the batch.'
+    tuning = (
+        f'Fine-tune the training form, `hf-hub:{training_id}`, and fold the result with `switch_to_deploy()`.'
+        if facts.form == 'deploy'
+        else "Fine-tune this form, with timm's `train.py` or any other trainer, then fold it."
     )
+    return (
+        'Both forms compute the same function in `eval()` mode. When they were published, their logits differed by '
+        f'{check.float64_rel_diff:.1e} of the largest logit in float64, and by {check.float32_rel_diff:.1e} in float32 '
+        f'on {agreement}. In `train()` mode the training form normalises by the batch. {tuning}'
+    )
+
+
+def _comparison(publication: Publication) -> str:
+    """The zoo's models on the same data set, the best first; on ImageNet-1k if there are none to compare with."""
+    models = _models_on(publication.dataset)
+    dataset = publication.dataset if len(models) > 1 else 'ImageNet-1k'
+    rows = [
+        (
+            f'**{record.name}**' if record.name == publication.name else _linked(record),
+            f'{top1_pct:g}',
+            f'{read_manifest()[record.name + DEPLOY_SUFFIX].params / 1e6:.3g}',
+            f'{record.gmacs:.3g}',
+            str(record.preprocessing.input_px),
+        )
+        for top1_pct, record in _models_on(dataset)
+    ]
+    table = markdown_table(rows, ('model', 'top-1 %', 'params (M)', 'GMACs', 'px'), text_columns=('model',))
+    return f'The models of the zoo on {dataset}, with sizes of the deploy form:\n\n{table}'
+
+
+def _models_on(dataset: str | None) -> list[tuple[float, WeightsRecord]]:
+    """Training-form records with their first top-1 figure on a data set, the best first."""
+    found = []
+    for record in read_manifest().values():
+        figures = [m.top1_pct for m in (*record.published, *record.measured) if m.dataset == dataset]
+        if record.form == 'training' and figures:
+            found.append((figures[0], record))
+    return sorted(found, key=lambda pair: -pair[0])
+
+
+def _linked(record: WeightsRecord) -> str:
+    return f'[{record.name}](https://huggingface.co/{record.hub_id})' if record.hub_id else record.name

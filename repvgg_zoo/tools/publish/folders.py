@@ -3,53 +3,59 @@
 from __future__ import annotations
 
 import filecmp
-import re
-import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import timm
 import torch
 from huggingface_hub.utils import validate_repo_id
-from timm.models import PretrainedCfg, byobnet
 from torch import Tensor
 
 from ...checkpoints.errors import CheckpointError
-from ...checkpoints.files import FILE_SUFFIXES
+from ...checkpoints.state_dicts import Form
 from ...model import RepVGG
-from ...pretrained.hub import WEIGHT_FILES, download_weights, sha256_of
+from ...pretrained.hub import WEIGHT_FILES, sha256_of
 from ...pretrained.load import assign, convert_form, read
-from ...pretrained.locate import locate, weights_in
 from ...pretrained.manifest import DEPLOY_SUFFIX, FoldCheck, WeightsRecord, read_manifest
 from ...reparam.evaluation import disable_fast_path
 from ...reparam.tolerance import MAX_REL_DIFF, rel_diff
-from ...variants import suggestion
-from ..atomic import new_folder
+from ...variants import VARIANTS
+from ..atomic import put_in_place, workspace
 from ..console import Track, no_progress
-from ..convert import MODEL_FILES, open_model, save_model
+from ..convert import open_model, save_model
+from ..own_files import MARKER, check_replaceable
+from ..reference import write_reference
 from ..verify import float64_rel_diff, images_for
 from .cards import model_card
-from .upload import CARD
+from .facts import ModelFacts, facts_of
+from .publication import Publication
+from .upload import CARD, MEASURED
 
 __all__ = ['Published', 'build_folders']
-
-_HUB_REF = re.compile(r'(hf-hub:)?\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?')
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A model folder, and the record that describes it."""
+    """A model folder, and what a record of it says."""
 
-    record: WeightsRecord
+    name: str
+    form: Form
     folder: Path
+    hub_id: str
+    """The repository that the folder is meant for."""
+    sha256: str
+    """That of the weights."""
+    size_bytes: int
+    fold_check: FoldCheck
+    in_manifest: bool
+    """These are the weights that the manifest describes under this name."""
 
 
 def build_folders(
-    name: str,
-    source: str | Path | None = None,
+    publication: Publication,
     *,
     owner: str,
     out: str | Path | None = None,
@@ -57,15 +63,14 @@ def build_folders(
     images: str | Path | None = None,
     track: Track = no_progress,
 ) -> tuple[Published, Published]:
-    """Write the model folders of both forms of a checkpoint: weights, timm's configuration and a model card.
+    """Write the model folders of both forms of a checkpoint.
 
-    The files are read again and compared before the folders take their names. If a folder holds the same weights and
-    configuration already, it keeps its card with the figures that were measured then.
+    Each holds the weights, timm's configuration, a model card and reference outputs. The files are read again and
+    compared before the folders take their names. A folder that holds the same weights and configuration already stays
+    as it is, with the figures that were measured then.
 
     Args:
-        name: `arch.tag` of the training form.
-        source: Checkpoint file of any layout, model folder, or Hub repository `owner/name`; by default what the
-            manifest names.
+        publication: What to publish.
         owner: Hub account that the folders are meant for.
         out: Folder for both; `owner` by default.
         replace_existing: Replace model folders that hold other weights.
@@ -76,145 +81,185 @@ def build_folders(
         The training form and the deploy form.
 
     Raises:
-        ValueError: The manifest has no such name, or the owner can be none.
-        FileNotFoundError: The source does not exist.
+        ValueError: The name or the owner can be none, or the labels are not as many as the classes.
         CheckpointError: The checkpoint is of another variant or of the deploy form, or the fold is wrong.
-        FileExistsError: A folder holds other weights, or files that no model folder holds.
+        FileExistsError: A folder holds other weights, or files that an earlier run did not write.
 
     Example:
         >>> import tempfile
-        >>> training, deploy = build_folders('test_repvgg.cifar10', owner='me', out=tempfile.mkdtemp())
-        >>> sorted(path.name for path in deploy.folder.iterdir())
-        ['README.md', 'config.json', 'model.safetensors']
-        >>> deploy.record.hub_id
+        >>> from repvgg_zoo.tools.publish.publication import recorded_publication
+        >>> publication = recorded_publication('test_repvgg.cifar10')
+        >>> training, deploy = build_folders(publication, owner='me', out=tempfile.mkdtemp())
+        >>> sorted(path.name for path in deploy.folder.glob('[!.]*'))
+        ['README.md', 'config.json', 'model.safetensors', 'test']
+        >>> deploy.hub_id
         'me/test_repvgg.cifar10_deploy'
     """
-    records = _training_record(name), read_manifest()[name + DEPLOY_SUFFIX]
-    for record in records:
-        validate_repo_id(f'{owner}/{record.name}')
-    folders = [Path(out or owner) / record.name for record in records]
-    path, source_name = _locate(records[0], source)
-    origin = f'{source_name}, sha256 `{sha256_of(path)}`'
+    for name in publication.names:
+        validate_repo_id(f'{owner}/{name}')
+    folders = [Path(out or owner) / name for name in publication.names]
+    for folder in folders:
+        if replace_existing or folder.is_symlink() or not folder.is_dir():
+            check_replaceable(folder, overwrite=True)
     with ExitStack() as stack:
-        owned = (*MODEL_FILES, CARD)
-        new = [stack.enter_context(new_folder(folder, overwrite=True, owned=owned)) for folder in folders]
-        _write_training_form(records[0], path, new[0])
-        check = _fold(records[1], new, images, track)
-        described = [_describe(record, folder, owner, check) for record, folder in zip(records, new, strict=True)]
-        for record, folder in zip(described, new, strict=True):
-            card = model_card(record, owner=owner, source=origin, in_timm=hasattr(byobnet, record.arch))
-            (folder / CARD).write_text(str(card), 'utf-8')
-        if not replace_existing:
-            for folder, partial in zip(folders, new, strict=True):
-                _keep_existing(folder, partial)
-    training, deploy = (Published(record=r, folder=folder) for r, folder in zip(described, folders, strict=True))
-    return training, deploy
+        new = [stack.enter_context(workspace(folder)) for folder in folders]
+        save_model(_open(publication), new[0])
+        check, facts = _fold(publication, new, images, track)
+        published = [
+            _describe(publication, new[index], folders[index], owner, check, facts[index]) for index in range(2)
+        ]
+        changed = [i for i in range(2) if replace_existing or not _holds_the_same(folders[i], new[i])]
+        for index in changed:
+            put_in_place(new[index], folders[index], overwrite=True)
+    return published[0], published[1]
 
 
-def _locate(record: WeightsRecord, source: str | Path | None) -> tuple[Path, str]:
-    """Find the file of a source, and what a card may call it."""
-    if source is None:
-        path = locate(cast('PretrainedCfg', timm.get_pretrained_cfg(record.name)), use_override_dir=False)
-        return path, record.hub_ref or path.name
-    path = Path(source)
-    if str(source) and path.is_dir():
-        path = weights_in(path)
-    elif not path.exists() and _HUB_REF.fullmatch(str(source)) and not str(source).endswith(FILE_SUFFIXES):
-        hub_ref = str(source).removeprefix('hf-hub:')
-        return download_weights(hub_ref), hub_ref
-    if not path.is_file():
-        raise FileNotFoundError(f'{str(source)!r} is no checkpoint file, no model folder and no Hub repository')
-    return path, path.name
+def _open(publication: Publication) -> RepVGG:
+    """Build the training form, with the description that `config.json` gets."""
+    source, record = publication.source, publication.record
+    if publication.model_kwargs and source.model != str(source.path):
+        raise ValueError(f'the arguments of {source.title} are in its config.json, so it takes no others')
+    if record is not None:
+        model = _open_recorded(publication, record)
+    else:
+        model = open_model(
+            source.model,
+            variant=publication.variant,
+            block=publication.block,
+            use_ema=publication.use_ema,
+            model_kwargs=publication.model_kwargs,
+        )
+    if model.deploy:
+        raise CheckpointError(f'{source.title} is of the deploy form; both forms are made from the training form')
+    if model.num_classes == 0:
+        raise CheckpointError(f'{source.title} has no classifier; what is published here are image classifiers')
+    _describe_model(model, publication)
+    return model
 
 
-def _write_training_form(record: WeightsRecord, path: Path, folder: Path) -> None:
-    checkpoint = read(path)
-    if checkpoint.form == 'deploy':
-        raise CheckpointError(f'{str(path)!r} is of the deploy form; both forms are made from the training form')
+def _open_recorded(publication: Publication, record: WeightsRecord) -> RepVGG:
+    """Build the model of a record, with its auxiliary heads if the file has their weights."""
+    checkpoint = read(publication.source.path, use_ema=publication.use_ema)
     model = cast(
         'RepVGG',
         timm.create_model(
-            record.name,
+            publication.name,
             num_classes=record.preprocessing.num_classes,
             aux_heads=any(key.startswith('aux_heads.') for key in checkpoint.state_dict) or None,
+            deploy=checkpoint.form == 'deploy',
             device='meta',
         ),
     )
     assign(model, convert_form(checkpoint, model))
     model._model_args = {}  # aux_heads=True is for the user to ask for; the file has their weights
-    save_model(model, folder)
+    return model
 
 
-def _fold(deploy_record: WeightsRecord, folders: Sequence[Path], images: str | Path | None, track: Track) -> FoldCheck:
+def _describe_model(model: RepVGG, publication: Publication) -> None:
+    cfg, arch = model.pretrained_cfg, model.variant.name
+    begin = publication.name.split('.')[0]
+    if begin in VARIANTS and begin != arch:
+        raise ValueError(f'the name {publication.name!r} says {begin}, and the weights are of {arch}; begin it so')
+    cfg['tag'] = publication.name.removeprefix(f'{arch}.')
+    cfg.update(publication.preprocessing)
+    _, height, width = cfg['input_size']
+    cfg['input_size'] = (model.in_chans, height, width)
+    cfg['pool_size'] = tuple(-(-side // model.output_stride) for side in (height, width))
+    cfg['license'], cfg['num_classes'] = publication.license, model.num_classes
+    if labels := publication.label_names:
+        if len(labels) != model.num_classes:
+            raise ValueError(f'there are {len(labels)} label names for {model.num_classes} classes')
+        cfg['label_names'] = list(labels)
+        cfg['label_descriptions'] = dict(publication.label_descriptions) or None
+
+
+def _fold(
+    publication: Publication, folders: Sequence[Path], images: str | Path | None, track: Track
+) -> tuple[FoldCheck, list[ModelFacts]]:
     """Fold the training form of the first folder into the second folder, and compare both forms.
 
     One model at a time is in memory. Raises `CheckpointError` if the forms differ.
     """
-    name = deploy_record.training_name
+    facts = []
 
-    def logits(model: RepVGG) -> Tensor:
-        form = 'deploy' if model.deploy else 'training'
-        batches = track(images_for(model, images), description=f'{name}: {form} form', total=None)
+    def run(model: RepVGG, folder: Path) -> Tensor:
+        write_reference(model, folder)
+        facts.append(facts_of(model))
+        description = f'{publication.name}: {facts[-1].form} form'
         with torch.inference_mode(), disable_fast_path():
+            batches = track(images_for(model, images), description=description, total=None)
             return torch.cat([model(batch) for batch in batches]).double()
 
     model = open_model(folders[0]).eval()
     float64 = float64_rel_diff(model, next(images_for(model, images))[:1])
-    training = logits(model)
+    training = run(model, folders[0])
     model.switch_to_deploy()
-    model.pretrained_cfg['tag'] = deploy_record.tag
+    model.pretrained_cfg['tag'] += DEPLOY_SUFFIX
     save_model(model, folders[1])
     del model
-    deploy = logits(open_model(folders[1]).eval())
+    deploy = run(open_model(folders[1]).eval(), folders[1])
     float32 = rel_diff(deploy, training)
     if not (float64 <= MAX_REL_DIFF[torch.float64] and float32 <= MAX_REL_DIFF[torch.float32]):
         raise CheckpointError(
-            f'the two forms of {name} differ by {float64:.1e} of the largest logit in float64 and {float32:.1e} in '
-            f'float32, more than {MAX_REL_DIFF[torch.float64]:.0e} and {MAX_REL_DIFF[torch.float32]:.0e}, so nothing '
-            'is written'
+            f'the two forms of {publication.name} differ by {float64:.1e} of the largest logit in float64 and '
+            f'{float32:.1e} in float32, more than {MAX_REL_DIFF[torch.float64]:.0e} and '
+            f'{MAX_REL_DIFF[torch.float32]:.0e}, so nothing is written'
         )
     same_class = (training.argmax(1) == deploy.argmax(1)).double().mean().item()
-    return FoldCheck(
+    check = FoldCheck(
         float64_rel_diff=float64,
         float32_rel_diff=float32,
         images=len(training),
         top1_agreement_pct=100 * same_class if images else None,
     )
+    return check, facts
 
 
-def _describe(record: WeightsRecord, folder: Path, owner: str, check: FoldCheck) -> WeightsRecord:
-    weights = folder / WEIGHT_FILES[0]
-    sha256 = sha256_of(weights)
-    if record.file and sha256 != record.sha256:
-        raise CheckpointError(f'{record.name} is bundled as {record.file}, and these are other weights: {sha256}')
-    return replace(
-        record,
-        hub_id=f'{owner}/{record.name}',
-        revision=None,
+def _describe(
+    publication: Publication, new: Path, folder: Path, owner: str, check: FoldCheck, facts: ModelFacts
+) -> Published:
+    """Write the card of a folder, and return what a record of it says."""
+    name = publication.names[facts.form == 'deploy']
+    weights = new / WEIGHT_FILES[0]
+    sha256, size_bytes = sha256_of(weights), weights.stat().st_size
+    record = read_manifest().get(name)
+    if record is not None and record.file and sha256 != record.sha256:
+        raise CheckpointError(f'{name} is bundled as {record.file}, and these are other weights: {sha256}')
+    if record is not None and record.fold_check and sha256 == record.sha256:
+        check = record.fold_check
+    card = model_card(publication, facts, check, owner=owner, sha256=sha256, size_bytes=size_bytes)
+    (new / CARD).write_text(str(card), 'utf-8')
+    return Published(
+        name=name,
+        form=facts.form,
+        folder=folder,
+        hub_id=f'{owner}/{name}',
         sha256=sha256,
-        size_bytes=weights.stat().st_size,
-        fold_check=record.fold_check if record.fold_check and sha256 == record.sha256 else check,
+        size_bytes=size_bytes,
+        fold_check=check,
+        in_manifest=record is not None and publication.vouched,
     )
 
 
-def _keep_existing(folder: Path, new: Path) -> None:
-    """Keep the card of a folder that holds the same weights. Raises `FileExistsError` if it holds others."""
+def _holds_the_same(folder: Path, new: Path) -> bool:
+    """Tell whether a folder has what was to be written, apart from measured figures.
+
+    Raises `FileExistsError` if it has something else.
+    """
     if not folder.exists() or not any(folder.iterdir()):
-        return
-    for path in new.iterdir():
-        if path.name != CARD and not ((folder / path.name).is_file() and filecmp.cmp(folder / path.name, path, False)):
+        return False
+    names, present = (
+        {path.relative_to(root).as_posix() for path in root.rglob('*') if not path.is_dir()} - {MARKER}
+        for root in (new, folder)
+    )
+    if foreign := sorted(present - names):
+        raise FileExistsError(
+            f'{str(folder)!r} holds {foreign[0]!r}, which is not one of the files to replace; remove it or choose '
+            'another folder (--out)'
+        )
+    for name in sorted(names):
+        if name not in present or (name not in MEASURED and not filecmp.cmp(folder / name, new / name, False)):
             raise FileExistsError(
-                f'{str(folder)!r} holds another {path.name}, or none; look at it, and pass replace (--replace) to '
-                'replace it'
+                f'{str(folder)!r} holds another {name}, or none; look at it, and pass replace (--replace) to replace it'
             )
-    if (folder / CARD).is_file():
-        shutil.copyfile(folder / CARD, new / CARD)
-
-
-def _training_record(name: str) -> WeightsRecord:
-    names = [record.name for record in read_manifest().values() if record.form == 'training']
-    if name in names:
-        return read_manifest()[name]
-    if name.removesuffix(DEPLOY_SUFFIX) in names:
-        raise ValueError(f'{name!r} names the deploy form only; {name.removesuffix(DEPLOY_SUFFIX)!r} publishes both')
-    raise ValueError(f'unknown weights {name!r};{suggestion(name, names)} there are: {", ".join(names)}')
+    return True

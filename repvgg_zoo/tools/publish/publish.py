@@ -3,74 +3,176 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import os
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from ...pretrained.hub import WEIGHT_FILES, sha256_of
-from ...pretrained.manifest import DEPLOY_SUFFIX, manifest_path, read_manifest
-from ..console import print_error, progress
-from .folders import Published, build_folders
-from .manifest_file import record_weights
-from .upload import HubError, push_folder
+from timm.utils import ParseKwargs
 
-__all__ = ['add_arguments', 'main', 'names_to_publish', 'publish', 'push_folders']
+from ...pretrained.hub import WEIGHT_FILES
+from ...pretrained.manifest import read_manifest
+from ..console import positive, print_error, progress
+from .publication import Publication, own_publication, recorded_publication
+from .push import names_to_publish, publish
 
-_logger = logging.getLogger(__name__)
+__all__ = ['add_arguments', 'main']
+
+_EPILOG = (
+    'The forms are compared before anything is written. Without --push nothing is uploaded. A run that was stopped can '
+    'be started again: what is on the Hub already is not uploaded twice. Example: repvgg-zoo publish --from '
+    'last.pth.tar --model repvgg_a0 --name repvgg_a0.my_flowers --owner me --label-names labels.txt --dataset flowers '
+    '--top1 93.5 --license mit --push'
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `repvgg-zoo publish`."""
-    parser.epilog = (
-        'The forms are compared before anything is written. Without --push nothing is uploaded. A run that was stopped '
-        'can be started again: what is on the Hub already is not uploaded twice.'
-    )
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument('name', metavar='ARCH.TAG', nargs='?', help='name of the training weights')
+    parser.epilog = _EPILOG
+    which = parser.add_argument_group('what to publish, one of these').add_mutually_exclusive_group(required=True)
+    which.add_argument('name', metavar='ARCH.TAG', nargs='?', help='weights that the manifest describes')
+    which.add_argument('--name', dest='own_name', metavar='ARCH.NAME', help='weights of your own, under this name')
     which.add_argument('--all', action='store_true', help='all weights whose source the manifest knows')
     parser.add_argument(
         '--from',
         dest='source',
         metavar='SRC',
-        help='checkpoint file of any layout, model folder, or Hub repository, with the weights that the manifest '
-        'describes (default: what the manifest names)',
+        help='checkpoint file of any layout, model folder, or Hub repository (default: what the manifest names)',
+    )
+    parser.add_argument(
+        '--from-folder',
+        metavar='DIR',
+        help='with --all: folder of the .pth files of the official release, instead of what the manifest names',
+    )
+    parser.add_argument(
+        '--trust-source',
+        action='store_true',
+        help='SRC holds the weights that the manifest describes. Without your word, or a sha256 that the manifest '
+        'knows, the cards claim neither origin nor accuracy, and the manifest does not record them',
     )
     parser.add_argument('--owner', required=True, help='Hub account to publish under')
     parser.add_argument('--out', metavar='DIR', help='folder for the model folders (default: OWNER)')
-    parser.add_argument('--push', action='store_true', help='upload, and record in the manifest where the weights are')
+    parser.add_argument('--push', action='store_true', help='upload; the manifest records where its own weights are')
     parser.add_argument(
         '--replace', action='store_true', help='replace model folders and repositories that hold other weights'
     )
     parser.add_argument(
         '--verify-images', metavar='FOLDER', help='real images to compare the forms on (default: random ones)'
     )
+    _add_own_arguments(parser)
+
+
+def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('weights of your own, with --name')
+    group.add_argument('--model', metavar='ARCH', help='variant of SRC, if its shapes do not tell')
+    group.add_argument(
+        '--model-kwargs', metavar='KEY=VALUE', nargs='*', default={}, action=ParseKwargs,
+        help='arguments of timm.create_model, as in timm\'s scripts: "strides=(1, 1, 2, 2, 2)"',
+    )  # fmt: skip
+    group.add_argument('--block', help='training-time block of SRC, if its keys do not tell')
+    group.add_argument('--no-ema', action='store_true', help='take the plain weights if SRC holds an average too')
+    group.add_argument(
+        '--base', metavar='NAME', help='what SRC was fine-tuned from: a name of the zoo, whose preprocessing it has '
+        'unless you say otherwise, or OWNER/NAME'
+    )  # fmt: skip
+    group.add_argument('--label-names', metavar='FILE', help='class names, one a line; a description behind a tab')
+    group.add_argument('--dataset', metavar='NAME', help='data set that it was trained on, or its id on the Hub')
+    group.add_argument('--top1', metavar='PCT', type=float, help='its accuracy there, in per cent')
+    group.add_argument('--top5', metavar='PCT', type=float, help='the same for the five best classes')
+    group.add_argument(
+        '--license', metavar='ID', help='licence, by the name that the Hub has for it: mit, cc-by-4.0, …'
+    )
+    group.add_argument('--img-size', metavar='PX', type=positive, help='preprocessing: side of the image')
+    group.add_argument('--crop-pct', metavar='N', type=float, help='preprocessing: part that the crop keeps, 0 to 1')
+    group.add_argument('--interpolation', metavar='NAME', help='preprocessing: bilinear, bicubic, …')
+    group.add_argument('--mean', metavar='N', type=float, nargs='+', help='preprocessing: mean of each channel')
+    group.add_argument('--std', metavar='N', type=float, nargs='+', help='preprocessing: deviation of each channel')
 
 
 def main(args: argparse.Namespace) -> int:
     """Run `repvgg-zoo publish`."""
+    if args.from_folder and not args.all:
+        raise ValueError('--from-folder goes with --all; for one file use --from')
+    _check_own_arguments(args)
+    if args.own_name:
+        _publish_and_print(_own(args), args)
+        return 0
     if not args.all:
-        _publish_and_print(args.name, args)
+        _publish_and_print(recorded_publication(args.name, args.source, trust_source=args.trust_source), args)
         return 0
     if args.source:
-        raise ValueError('--all takes every source from the manifest, so it goes without --from')
+        raise ValueError('--all takes every source from the manifest, or from --from-folder, so it goes without --from')
     failed = False
-    for name in names_to_publish(args.owner):
+    for name, source in _all_sources(args):
         try:
-            _publish_and_print(name, args)
+            if source is not None and not source.is_file():
+                raise FileNotFoundError(f'{name} is not published: {str(source)!r} is missing')
+            _publish_and_print(recorded_publication(name, source, trust_source=args.trust_source), args)
         except (RuntimeError, ValueError, OSError) as error:
             failed = True
             print_error(error)
     return int(failed)
 
 
-def _publish_and_print(name: str, args: argparse.Namespace) -> None:
+def _all_sources(args: argparse.Namespace) -> Iterator[tuple[str, Path | None]]:
+    """Names, and files of the official release to publish them from."""
+    if not args.from_folder:
+        yield from ((name, None) for name in names_to_publish(args.owner))
+        return
+    folder = Path(args.from_folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f'no folder at {args.from_folder!r}')
+    for record in read_manifest().values():
+        if record.form == 'training' and record.upstream:
+            yield record.name, folder / record.upstream
+
+
+_OWN = (
+    *('model', 'model_kwargs', 'block', 'no_ema', 'base', 'label_names', 'dataset', 'top1', 'top5', 'license'),
+    *('img_size', 'crop_pct', 'interpolation', 'mean', 'std'),
+)
+
+
+def _check_own_arguments(args: argparse.Namespace) -> None:
+    if args.own_name:
+        if not args.source:
+            raise ValueError('--name publishes a checkpoint of your own; say with --from where it is')
+        if args.trust_source:
+            raise ValueError('--trust-source is for weights of the manifest, so it goes without --name')
+        return
+    if given := [name for name in _OWN if getattr(args, name)]:
+        option = f'--{given[0].replace("_", "-")}'
+        raise ValueError(f'{option} describes weights of your own; give them a name with --name')
+
+
+def _own(args: argparse.Namespace) -> Publication:
+    preprocessing: dict[str, Any] = {
+        'input_size': args.img_size and (3, args.img_size, args.img_size),
+        'crop_pct': args.crop_pct,
+        'interpolation': args.interpolation,
+        'mean': args.mean and tuple(args.mean),
+        'std': args.std and tuple(args.std),
+    }
+    return own_publication(
+        args.own_name,
+        args.source,
+        base=args.base,
+        preprocessing={key: value for key, value in preprocessing.items() if value is not None},
+        dataset=args.dataset,
+        top1_pct=args.top1,
+        top5_pct=args.top5,
+        labels=args.label_names,
+        license=args.license,
+        variant=args.model,
+        model_kwargs=args.model_kwargs,
+        block=args.block,
+        use_ema=not args.no_ema,
+    )
+
+
+def _publish_and_print(publication: Publication, args: argparse.Namespace) -> None:
     with progress() as track:
         published = publish(
-            name,
-            args.source,
+            publication,
             owner=args.owner,
             out=args.out,
             push=args.push,
@@ -81,94 +183,12 @@ def _publish_and_print(name: str, args: argparse.Namespace) -> None:
     for item in published:
         done = 'published' if args.push else 'would publish'
         size_mb = (item.folder / WEIGHT_FILES[0]).stat().st_size / 1e6
-        print(f'{item.folder}: {size_mb:.1f} MB, {done} as {item.record.hub_id}')
-    if check := published[0].record.fold_check:
-        print(f'the forms differ by {check.float64_rel_diff:.1e} in float64, {check.float32_rel_diff:.1e} in float32')
-
-
-def publish(
-    name: str,
-    source: str | Path | None = None,
-    *,
-    push: bool = False,
-    replace_existing: bool = False,
-    **options: Any,
-) -> tuple[Published, Published]:
-    """Write the model folders of both forms of a checkpoint, and upload them.
-
-    Args:
-        name: See `build_folders`.
-        source: See `build_folders`.
-        push: Upload the folders, see `push_folders`.
-        replace_existing: Replace model folders, and with `push` repositories, that hold other weights.
-        options: Other options of `build_folders`. `owner` is required.
-
-    Returns:
-        The training form and the deploy form.
-
-    Raises:
-        PermissionError: The manifest cannot be written, so that publishing could not be recorded.
-        Exception: Those of `build_folders` and `push_folders`.
-
-    Example:
-        >>> import tempfile
-        >>> training, deploy = publish('test_repvgg.cifar10', owner='me', out=tempfile.mkdtemp())
-        >>> training.record.hub_id
-        'me/test_repvgg.cifar10'
-    """
-    weights_dir = manifest_path().parent
-    if push and not os.access(weights_dir, os.W_OK):
-        raise PermissionError(f'{str(weights_dir)!r} cannot be written, so publishing could not be recorded there')
-    published = build_folders(name, source, replace_existing=replace_existing, **options)
-    if push:
-        push_folders(published, replace_existing=replace_existing)
-    return published
-
-
-def names_to_publish(owner: str) -> list[str]:
-    """List the training weights that the manifest knows a source of and that `owner` has not published.
-
-    Args:
-        owner: Hub account.
-
-    Returns:
-        Names, `arch.tag`.
-
-    Example:
-        >>> 'test_repvgg.cifar10' in names_to_publish('me')
-        True
-    """
-    manifest = read_manifest()
-
-    def is_published(name: str) -> bool:
-        record = manifest[name]
-        return record.hub_id == f'{owner}/{name}' and record.revision is not None
-
-    return [
-        r.name
-        for r in manifest.values()
-        if r.form == 'training' and r.has_source and not (is_published(r.name) and is_published(r.name + DEPLOY_SUFFIX))
-    ]
-
-
-def push_folders(published: Iterable[Published], *, replace_existing: bool = False) -> None:
-    """Upload model folders to their repositories, and record in the manifest where they are.
-
-    Args:
-        published: What `build_folders` returns.
-        replace_existing: Replace other files that a repository holds.
-
-    Raises:
-        HubError: A folder has changed, or the Hub did not take it. Folders that were uploaded before stay on the Hub
-            and are not uploaded again.
-
-    Example:
-        >>> push_folders(build_folders('test_repvgg.cifar10', owner='me'))  # doctest: +SKIP
-    """
-    for item in published:
-        weights = item.folder / WEIGHT_FILES[0]
-        if sha256_of(weights) != item.record.sha256:
-            raise HubError(f'{str(weights)!r} has changed since it was written; publish it again')
-        revision = push_folder(item.folder, cast('str', item.record.hub_id), replace=replace_existing)
-        record_weights(replace(item.record, revision=revision))
-        _logger.info('%s is on the Hub at revision %s', item.record.hub_id, revision)
+        print(f'{item.folder}: {size_mb:.1f} MB, {done} as {item.hub_id}')
+    check = published[0].fold_check
+    print(f'the forms differ by {check.float64_rel_diff:.1e} in float64, {check.float32_rel_diff:.1e} in float32')
+    if not publication.vouched:
+        print(
+            f'{publication.source.title} has a sha256 that the manifest does not know, so the cards claim neither '
+            'origin nor accuracy, and the manifest does not record it; if it holds the weights that the manifest '
+            'describes, say so with --trust-source'
+        )

@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, cast
 
 from ...pretrained.hub import sha256_of
 from ...pretrained.network import is_http_error, is_transient, retrying, short_message
+from ..own_files import MARKER
+from ..reference import REFERENCE
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
-__all__ = ['CARD', 'HubError', 'push_folder']
+__all__ = ['CARD', 'MEASURED', 'HubError', 'push_folder']
 
 CARD = 'README.md'
 """Name of the model card in a model folder."""
+MEASURED = (CARD, REFERENCE)
+"""Files that depend on the machine, and on the images that the forms were compared on."""
 
 
 class HubError(RuntimeError):
@@ -28,19 +32,21 @@ def push_folder(folder: Path, repo_id: str, *, replace: bool = False) -> str:
     """Make a Hub repository hold the files of a folder.
 
     The repository is created if necessary, and all files arrive in one commit. Nothing is uploaded if the repository
-    holds the same files already. A card that is the only difference is kept unless `replace=True`: its measured
-    figures vary between runs. Each try looks first at what the Hub has, so an upload that was cut off can be repeated.
+    holds the same files already. A card and reference outputs that are the only difference are kept unless
+    `replace=True`: measured figures vary between runs. Files of the repository that the folder does not have stay.
+    Each try looks first at what the Hub has, so an upload that was cut off can be repeated.
 
     Args:
-        folder: Files on one level.
+        folder: The files.
         repo_id: `owner/name`.
-        replace: Replace other files that the repository holds.
+        replace: Replace files of the repository by others of the same name.
 
     Returns:
         Id of the commit that holds the files.
 
     Raises:
-        HubError: The repository holds other files, the Hub refused, or it could not be reached in five tries.
+        HubError: The repository holds other files of the same names, the Hub refused, or it could not be reached in
+            five tries.
 
     Example:
         >>> push_folder(Path('published/test_repvgg.cifar10'), 'me/test_repvgg.cifar10')  # doctest: +SKIP
@@ -66,24 +72,24 @@ def _push_once(folder: Path, repo_id: str, *, replace: bool) -> str:
     info = _get_or_create(api, repo_id)
     sha = cast('str', info.sha)  # every repository has a first commit
     remote = {sibling.rfilename: sibling for sibling in info.siblings or () if sibling.rfilename != '.gitattributes'}
-    local = {path.name: path for path in folder.iterdir()}
-    surplus = [name for name in remote if name not in local]
+    local = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob('*')) if path.is_file()}
+    local.pop(MARKER, None)
     different = [name for name in local if name not in remote or not _has_same_content(local[name], remote[name])]
-    if not different and not surplus:
+    if not different:
         return sha
     if remote and not replace:
-        if not surplus and different == [CARD]:
+        if all(name in MEASURED and name in remote for name in different):
             return sha
         raise HubError(
-            f'{repo_id} on the Hub holds other files than {str(folder)!r} (first: {(surplus or different)[0]}); look '
-            'at it, and pass replace (--replace) to replace them'
+            f'{repo_id} on the Hub holds other files than {str(folder)!r} (first: {different[0]}); look at it, and '
+            'pass replace (--replace) to replace them'
         )
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         commit_message=f'Publish {repo_id.split("/")[-1]}',
         parent_commit=sha,  # a commit that somebody else makes meanwhile is not buried
-        delete_patterns='*' if surplus else None,
+        allow_patterns=different,
     )
     return commit.oid
 

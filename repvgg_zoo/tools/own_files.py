@@ -1,0 +1,93 @@
+"""Which files in a folder this package wrote, so that it replaces these and nothing of the user's."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from ..pretrained.hub import sha256_of
+
+__all__ = ['MARKER', 'check_replaceable', 'foreign_entry', 'write_marker']
+
+MARKER = '.repvgg-zoo.sha256'
+"""File in each folder that this package writes: the sha256 of its other files, as `sha256sum` writes them.
+
+What it lists, and is unchanged, may be replaced. Everything else is the user's.
+"""
+
+
+def write_marker(folder: Path) -> None:
+    """Record the files of a folder as this package's.
+
+    Args:
+        folder: The folder, with all its files.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / 'config.json').touch()
+        >>> write_marker(folder)
+        >>> (folder / MARKER).read_text().split()[1]
+        'config.json'
+    """
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file())
+    (folder / MARKER).write_text(''.join(f'{sha256_of(folder / name)}  {name}\n' for name in names), 'utf-8')
+
+
+def check_replaceable(path: str | Path, *, overwrite: bool) -> None:
+    """Raise an error if writing a folder would lose something.
+
+    Args:
+        path: The folder to write.
+        overwrite: The folder may be replaced if it holds nothing but unchanged files of an earlier run.
+
+    Raises:
+        FileExistsError: The path exists, and `overwrite` is off or it holds something else.
+
+    Example:
+        >>> check_replaceable('nowhere', overwrite=False)
+    """
+    path = Path(path)
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
+        raise FileExistsError(f'{str(path)!r} exists; choose another path or pass overwrite (--overwrite)')
+    if path.is_symlink() or not path.is_dir():
+        raise FileExistsError(f'{str(path)!r} is no folder, so it is not overwritten; choose another path')
+    if foreign := foreign_entry(path):
+        raise FileExistsError(
+            f'{str(path)!r} holds {foreign!r}, which is not one of the files to replace: those that an earlier run '
+            'wrote, unchanged. So it is not overwritten; remove it or choose another path'
+        )
+
+
+def foreign_entry(folder: Path) -> str | None:
+    """Find something in a folder that this package did not write, or that has changed since.
+
+    Args:
+        folder: An existing folder.
+
+    Returns:
+        Path relative to the folder, or None if there is no such thing.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / 'thesis.txt').touch()
+        >>> foreign_entry(folder)
+        'thesis.txt'
+    """
+    marker = folder / MARKER
+    text = marker.read_text('utf-8') if marker.is_file() else ''
+    written = {name: sha256 for sha256, name in re.findall(r'^([0-9a-f]{64})  (.+)$', text, re.MULTILINE)}
+    for entry in sorted(folder.rglob('*')):
+        name = entry.relative_to(folder).as_posix()
+        if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
+            return name
+        if entry.is_dir():
+            if not any(entry.iterdir()):
+                return name
+        elif name != MARKER and (name not in written or sha256_of(entry) != written[name]):
+            return name
+    return None

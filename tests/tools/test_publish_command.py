@@ -1,0 +1,146 @@
+"""What `repvgg-zoo publish` understands: weights of the user's own, and the folder of the official release."""
+
+import json
+import re
+
+import pytest
+import timm
+import torch
+from helpers import images, randomise, rel_diff
+
+from repvgg_zoo.pretrained.manifest import read_manifest
+from repvgg_zoo.tools.cli import main
+from repvgg_zoo.tools.publish import publish as command
+from repvgg_zoo.tools.publish.publication import own_publication, read_labels
+
+OWN = ('--owner', 'me', '--out', 'out')
+UPSTREAM = [r for r in read_manifest().values() if r.form == 'training' and r.upstream]
+WITHOUT_SOURCE = [r for r in UPSTREAM if not r.has_source]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ('create', 'arguments'),
+    [
+        (dict(block='acb'), ['--model', 'test_repvgg']),
+        (
+            dict(depths=(1, 1, 1, 1), strides=(1, 1, 2, 2, 2)),
+            ['--model', 'test_repvgg', '--model-kwargs', 'depths=(1, 1, 1, 1)', 'strides=(1, 1, 2, 2, 2)'],
+        ),
+    ],
+    ids=['block', 'numbers'],
+)
+def test_publish_own_architecture_loads_from_both_folders(here, create, arguments):
+    model = randomise(timm.create_model('test_repvgg', num_classes=5, **create), px=32)
+    torch.save(model.state_dict(), 'c.pth')
+    assert main(['publish', '--from', 'c.pth', '--name', 'test_repvgg.mine', *arguments, *OWN]) == 0
+    x = images(2, px=32)
+    for suffix in ('', '_deploy'):
+        folder = here / 'out' / f'test_repvgg.mine{suffix}'
+        loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+        assert rel_diff(loaded(x), model(x)) < 1e-5
+        assert 'Plain timm does not know this' in (folder / 'README.md').read_text()
+
+
+def test_publish_own_folder_keeps_its_configuration(here):
+    """A model folder describes its weights itself: the block, the labels and the preprocessing."""
+    model = randomise(timm.create_model('test_repvgg', num_classes=2, block='dbb'), px=32)
+    torch.save(model.state_dict(), 'c.pth')
+    (here / 'labels.txt').write_text('no\nyes\tof course')
+    first = ['publish', '--from', 'c.pth', '--model', 'test_repvgg', '--block', 'dbb', '--name', 'test_repvgg.a', *OWN]
+    assert main([*first, '--label-names', 'labels.txt', '--crop-pct', '0.8', '--mean', '0.1', '0.2', '0.3']) == 0
+    assert main(['publish', '--from', 'out/test_repvgg.a', '--name', 'test_repvgg.b', *OWN]) == 0
+    for name in ('test_repvgg.a', 'test_repvgg.b', 'test_repvgg.b_deploy'):
+        config = json.loads((here / 'out' / name / 'config.json').read_text())
+        assert config['label_names'] == ['no', 'yes']
+        assert config['label_descriptions'] == {'yes': 'of course'}
+        assert config['pretrained_cfg']['crop_pct'] == 0.8
+        assert config['pretrained_cfg']['mean'] == [0.1, 0.2, 0.3]
+        assert 'license' not in config['pretrained_cfg']
+    assert json.loads((here / 'out' / 'test_repvgg.b' / 'config.json').read_text())['model_args']['block'] == 'dbb'
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--name', 'test_repvgg.mine'], 'say with --from where it is'),
+        (['--name', 'test_repvgg.mine', '--from', 'none.pth'], 'is no checkpoint file'),
+        (['--name', 'test_repvgg.cifar10', '--from', 'c.pth'], 'is a name of the manifest'),
+        (['--name', 'test_repvgg.mine_deploy', '--from', 'c.pth'], "ends in '_deploy'"),
+        (['--name', 'repvgg_a0.mine', '--from', 'c.pth'], 'says repvgg_a0, and the weights are of test_repvgg'),
+        (['--name', 'test_repvgg.a/b', '--from', 'c.pth'], 'epo id'),
+        (['--name', 'test_repvgg.mine', '--from', 'c.pth', '--top1', '90'], 'give both --dataset and --top1'),
+        (['--name', 'x', '--from', 'c.pth', '--dataset', 'd', '--top1', '930'], 'not between 0 and 100'),
+        (['--name', 'x', '--from', 'c.pth', '--base', 'repvgg_a9'], "unknown base 'repvgg_a9'; did you mean"),
+        (['--name', 'x', '--from', 'c.pth', '--label-names', 'labels.txt'], '2 label names for 5 classes'),
+        (['--name', 'x', '--from', 'c.pth', '--trust-source'], 'goes without --name'),
+        (['--name', 'x', '--from', 'headless.pth'], 'has no classifier'),
+        (['--name', 'x', '--from', 'deploy.pth'], 'is of the deploy form'),
+        (['test_repvgg.cifar10', '--license', 'mit'], '--license describes weights of your own'),
+        (['--all', '--from', 'c.pth'], 'goes without --from'),
+        (['test_repvgg.cifar10', '--from-folder', '.'], '--from-folder goes with --all'),
+        (['--all', '--from-folder', 'nowhere'], "no folder at 'nowhere'"),
+    ],
+)
+def test_publish_mistake_says_what_to_do(here, capsys, arguments, message):
+    torch.save(timm.create_model('test_repvgg', num_classes=5).state_dict(), 'c.pth')
+    torch.save(timm.create_model('test_repvgg', num_classes=5, deploy=True).state_dict(), 'deploy.pth')
+    torch.save(timm.create_model('test_repvgg', num_classes=0).state_dict(), 'headless.pth')
+    (here / 'labels.txt').write_text('a\nb\n')
+    assert main(['publish', *arguments, *OWN]) == 1
+    assert message in capsys.readouterr().err
+    assert not list(here.glob('out/*'))
+
+
+def test_read_labels_empty_or_repeated_line_raises(tmp_path):
+    for text, message in (('a\n\nb', 'line 2 .* is empty'), ('a\nb\na\tagain', "line 3 .* repeats 'a'")):
+        (tmp_path / 'labels.txt').write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_labels(tmp_path / 'labels.txt')
+
+
+def test_own_publication_base_gives_preprocessing(tmp_path):
+    torch.save({}, tmp_path / 'c.pth')
+    own = own_publication('x', tmp_path / 'c.pth', base='test_repvgg.cifar10', preprocessing=dict(crop_pct=0.5))
+    expected = read_manifest()['test_repvgg.cifar10'].preprocessing
+    assert own.preprocessing['mean'] == expected.mean
+    assert own.preprocessing['crop_pct'] == 0.5
+    assert own_publication('x', tmp_path / 'c.pth', base='somebody/weights').preprocessing == {}
+
+
+def test_publish_all_takes_the_folder_of_the_official_release(here, capsys, monkeypatch):
+    published = []
+    monkeypatch.setattr(command, '_publish_and_print', lambda publication, args: published.append(publication))
+    (here / 'official').mkdir()
+    *present, missing = UPSTREAM
+    for record in present:
+        (here / 'official' / record.upstream).touch()
+    assert main(['publish', '--all', '--from-folder', 'official', *OWN]) == 1
+    assert [(p.name, p.source.title) for p in published] == [(r.name, r.upstream) for r in present]
+    assert re.search(
+        rf'{missing.name} is not published: .*{re.escape(missing.upstream)}. is missing', capsys.readouterr().err
+    )
+    (here / 'official' / missing.upstream).touch()
+    published.clear()
+    assert main(['publish', '--all', '--from-folder', 'official', '--trust-source', *OWN]) == 0
+    assert [p.name for p in published] == [r.name for r in UPSTREAM]
+    assert all(p.vouched for p in published)
+
+
+@pytest.mark.skipif(not WITHOUT_SOURCE, reason='the manifest knows all files')
+def test_publish_without_source_gives_advice_that_works(here, capsys, monkeypatch):
+    record = WITHOUT_SOURCE[0]
+    assert main(['publish', record.name, *OWN]) == 1
+    said = capsys.readouterr().err
+    assert record.origin in said
+    advice = re.search(r'pass (--from .*)$', said.strip()).group(1).split()
+    (here / record.upstream).touch()
+    published = []
+    monkeypatch.setattr(command, '_publish_and_print', lambda publication, args: published.append(publication))
+    assert main(['publish', record.name, *advice, *OWN]) == 0
+    assert [str(publication.source.path) for publication in published] == [record.upstream]
