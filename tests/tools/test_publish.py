@@ -28,7 +28,6 @@ from repvgg_zoo import VARIANTS, CheckpointError
 from repvgg_zoo.pretrained.locate import locate
 from repvgg_zoo.pretrained.manifest import FoldCheck, read_manifest, weights_dir
 from repvgg_zoo.repvgg import _pretrained_cfg
-from repvgg_zoo.tools.cli import main
 from repvgg_zoo.tools.convert import convert
 from repvgg_zoo.tools.publish.cards import model_card
 from repvgg_zoo.tools.publish.folders import build_folders
@@ -36,6 +35,7 @@ from repvgg_zoo.tools.publish.manifest_file import write_manifest
 from repvgg_zoo.tools.publish.publish import names_to_publish, publish, push_folders
 from repvgg_zoo.tools.publish.upload import HubError, push_folder
 from repvgg_zoo.tools.publish.weights_page import weights_page
+from repvgg_zoo_cli import main
 
 ROOT = Path(__file__).parents[2]
 NAME = 'test_repvgg.cifar10'
@@ -534,7 +534,7 @@ def test_publish_killed_and_repeated_ends_as_undisturbed(checkout, tmp_path):
 
 MEASURED = """
 import re, sys
-from repvgg_zoo.tools.cli import main
+from repvgg_zoo_cli import main
 status = main()
 print('peak_kb=' + re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])  # rusage has the parent's peak
 sys.exit(status)
