@@ -227,7 +227,8 @@ class RepVGG(nn.Module):
         self._creation_args = {
             name: value
             for name, value in args.items()
-            if name not in ('deploy', 'block')  # the model knows them, and timm's own RepVGG does not take them
+            # the model knows the former two, and timm's own RepVGG does not take them; unfolding is done once
+            if name not in ('deploy', 'block', 'unfold')
         }
 
     @torch.jit.ignore
