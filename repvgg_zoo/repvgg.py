@@ -105,7 +105,7 @@ def _create_repvgg(
         **kwargs,
     )
     if isinstance(model, RepVGG):
-        model._describe_first_conv()
+        model._describe_form()
     return model
 
 

@@ -88,11 +88,12 @@ def test_open_model_other_architecture_raises(name, tmp_path):
         open_model(tmp_path)
 
 
-def test_convert_unfolded_model_saved_by_timm_builds_without_weights(tmp_path):
+def test_open_unfolded_model_saved_by_timm_builds_training_form(tmp_path):
     model = timm.create_model('test_repvgg.cifar10_deploy', pretrained=True, unfold=True)
     save_for_hf(model, tmp_path)
     assert 'unfold' not in json.loads((tmp_path / 'config.json').read_text()).get('model_args', {})
-    assert not timm.create_model(f'local-dir:{tmp_path}').deploy
+    for pretrained in (False, True):
+        assert not timm.create_model(f'local-dir:{tmp_path}', pretrained=pretrained).deploy
 
 
 def test_convert_folder_saved_by_timm_has_classes_once(tmp_path):
