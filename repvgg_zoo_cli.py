@@ -31,7 +31,7 @@ class Command(NamedTuple):
 COMMANDS = MappingProxyType(
     {
         'list': Command('.listing', 'list the variants, their sizes, published accuracy and weights'),
-        'demo': Command('.demo', 'evaluate, fine-tune, fold and evaluate again on bundled images'),
+        'demo': Command('.demo.demo', 'fine-tune on bundled images, fold, compare both forms, and draw a picture'),
         'convert': Command('.convert', 'write a checkpoint of any layout and form as a model folder'),
         'quantize': Command('.quantize', 'write the deploy form in INT8, and report what it costs and gains'),
         'verify': Command('.verify', 'tell whether two checkpoints, or both forms of one, compute the same function'),

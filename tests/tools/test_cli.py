@@ -175,20 +175,3 @@ def test_mistake_gives_one_line_and_status(args, message, tmp_path):
     assert done.stderr.strip().splitlines()[-1].startswith(f'repvgg-zoo: {message}')
     assert len(done.stderr.strip().splitlines()) == 1
     assert os.listdir(tmp_path) == []
-
-
-def test_demo_writes_both_forms(tmp_path):
-    done = zoo('demo', cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    forms = ('pretrained, training', 'fine-tuned, training', 'fine-tuned, deploy', 'deploy form, reloaded')
-    lines = [line.strip() for line in done.stdout.splitlines()]
-    pretrained, finetuned, deployed, reloaded = (
-        next(line for line in lines if line.startswith(form)).split() for form in forms
-    )
-    assert float(pretrained[-1]) > 80
-    assert float(finetuned[-1]) == float(deployed[-2]) == float(reloaded[-2]) > 80
-    assert float(deployed[-1]) == float(reloaded[-1]) < 1e-4
-    assert sorted(path.name for path in (tmp_path / 'repvgg-demo').iterdir()) == ['deploy', 'training']
-    again = zoo('demo', cwd=tmp_path)
-    assert again.returncode == 1
-    assert "'repvgg-demo' exists" in again.stderr
