@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
 from safetensors import SafetensorError
@@ -214,7 +214,8 @@ def open_model(
 
     Raises:
         FileNotFoundError: There is no such file, folder or name.
-        CheckpointError: The file fits no known variant, or the source is of another variant or block than asked for.
+        CheckpointError: The file fits no known variant, the source is of another variant or block than asked for, or
+            of another architecture.
 
     Example:
         >>> open_model('test_repvgg.cifar10_deploy').deploy
@@ -259,7 +260,13 @@ def open_model(
 
 
 def _create(name: str, **kwargs: Any) -> RepVGG:
-    return cast('RepVGG', timm.create_model(name, **kwargs))
+    model: Any = timm.create_model(name, **kwargs)
+    if not isinstance(model, RepVGG):
+        raise CheckpointError(
+            f'{name!r} holds {model.pretrained_cfg["architecture"]}, a {type(model).__name__} of timm, and no RepVGG; '
+            'the variants are those of `repvgg-zoo list`. For other networks there is timm.utils.reparameterize_model'
+        )
+    return model
 
 
 def _checked(model: RepVGG, source: str | Path, variant: str | None, block: str | None) -> RepVGG:

@@ -11,13 +11,13 @@ from helpers import TIMM_NAMES, randomise
 from huggingface_hub import RepoCard
 
 from repvgg_zoo.pretrained.manifest import FoldCheck, read_manifest, weights_dir
-from repvgg_zoo.tools.cli import main
 from repvgg_zoo.tools.publish.card_usage import SAMPLE_IMAGE_URL
 from repvgg_zoo.tools.publish.cards import model_card
 from repvgg_zoo.tools.publish.facts import facts_of
 from repvgg_zoo.tools.publish.folders import build_folders
 from repvgg_zoo.tools.publish.publication import own_publication, recorded_publication
 from repvgg_zoo.tools.publish.push import push_folders
+from repvgg_zoo_cli import main
 
 NAME = 'test_repvgg.cifar10'
 CHECK = FoldCheck(float64_rel_diff=1e-15, float32_rel_diff=2e-7, images=8, top1_agreement_pct=None)

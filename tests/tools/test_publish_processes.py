@@ -258,7 +258,7 @@ def test_publish_killed_and_repeated_ends_as_undisturbed(checkout, tmp_path):
 
 MEASURED = """
 import re, sys
-from repvgg_zoo.tools.cli import main
+from repvgg_zoo_cli import main
 status = main()
 print('peak_kb=' + re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])  # rusage has the parent's peak
 sys.exit(status)

@@ -7,12 +7,12 @@ from helpers import randomise
 from safetensors.torch import load_file, save_file
 
 from repvgg_zoo import CheckpointError
-from repvgg_zoo.tools.cli import main
 from repvgg_zoo.tools.publish.folders import build_folders
 from repvgg_zoo.tools.publish.publication import recorded_publication
 from repvgg_zoo.tools.publish.push import push_folders
 from repvgg_zoo.tools.reference import REFERENCE, check_reference, find_reference, write_reference
 from repvgg_zoo.tools.verify import verify_reference
+from repvgg_zoo_cli import main
 
 NAME = 'test_repvgg.cifar10'
 
