@@ -19,6 +19,7 @@ from .checkpoints.contents import check_loadable
 from .checkpoints.inserted_bn import fold_inserted_bn
 from .checkpoints.layouts import to_timm_layout
 from .checkpoints.state_dicts import StateDict, drop_aux_heads
+from .pretrained.manifest import DEPLOY_SUFFIX
 from .reparam import switch as _deploy
 from .variants import OVERRIDES, VARIANTS, Variant
 
@@ -231,8 +232,8 @@ class RepVGG(nn.Module):
         self._creation_args = {
             name: value
             for name, value in args.items()
-            # the model knows them, and timm's own RepVGG does not take them
-            if name not in ('deploy', 'block', *OVERRIDES)
+            # the model knows them, and timm's own RepVGG does not take them; unfolding is done once
+            if name not in ('deploy', 'block', 'unfold', *OVERRIDES)
         }
 
     @torch.jit.ignore
@@ -248,11 +249,11 @@ class RepVGG(nn.Module):
     @torch.jit.ignore
     def _on_switch_to_deploy(self) -> None:
         self._remove_aux_heads()
-        self._describe_first_conv()
+        self._describe_form()
 
     @torch.jit.ignore
-    def _describe_first_conv(self) -> None:
-        """Tell timm which convolutions read the images."""
+    def _describe_form(self) -> None:
+        """Tell timm which convolutions read the images, and take back a tag that stands for the other form."""
         parts = [
             '.'.join(filter(None, ('stem', path, conv)))
             for path, block in self.stem.named_modules()
@@ -264,11 +265,14 @@ class RepVGG(nn.Module):
         for description in ('pretrained_cfg', '_traits'):  # where timm looks it up
             if hasattr(self, description):
                 getattr(self, description)['first_conv'] = first_conv
+        cfg = getattr(self, 'pretrained_cfg', {})
+        if not self.deploy and (cfg.get('tag') or '').endswith(DEPLOY_SUFFIX):
+            cfg['tag'] = None
 
     @torch.jit.ignore
     def _on_unfold(self, block: str) -> None:
         self.block = block
-        self._describe_first_conv()
+        self._describe_form()
 
     @torch.jit.ignore
     def fold_state_dict(self, state_dict: StateDict) -> None:

@@ -85,6 +85,8 @@ def _create_repvgg(
         )
     source: Any = pretrained_cfg  # timm annotates no PretrainedCfg, but takes one
     cfg = resolve_pretrained_cfg(variant.name, source, pretrained_cfg_overlay)
+    saved_args = kwargs.get('pretrained_model_args') or {}  # of a config.json, beside what the caller wants instead
+    cfg = dataclasses.replace(cfg, num_classes=saved_args.get('num_classes', cfg.num_classes))
     if unfold:  # even if the config.json of a model folder says deploy
         deploy = False
     elif deploy is None:
@@ -112,7 +114,7 @@ def _create_repvgg(
         **kwargs,
     )
     if isinstance(model, RepVGG):
-        model._describe_first_conv()
+        model._describe_form()
     return model
 
 

@@ -194,9 +194,15 @@ def customized(variant: Variant, **overrides: Any) -> Variant:
 def suggestion(name: str, options: Iterable[str]) -> str:
     """Return ` did you mean …?` with the nearest option, or nothing if none is near.
 
+    Papers' spellings and short names, like `RepVGG-B1g2` and `b1g2`, are near too.
+
     Example:
         >>> suggestion('repvgg_b11', VARIANTS)
         " did you mean 'repvgg_b1'?"
+        >>> suggestion('B1g2', VARIANTS)
+        " did you mean 'repvgg_b1g2'?"
     """
-    nearest = difflib.get_close_matches(name, options, n=1)
+    options, name = list(options), name.lower().replace('-', '_')
+    nearest = [option for option in options if option.endswith(f'_{name}')]
+    nearest = nearest or difflib.get_close_matches(name, options, n=1)
     return f' did you mean {nearest[0]!r}?' if nearest else ''

@@ -116,15 +116,13 @@ def upward_imports(package: Path) -> set[str]:
 
 
 def imports_of_tools(package: Path) -> set[str]:
-    """Return the imports of a tool by the library; `__main__` may import the command line."""
+    """Return the imports of a tool by the library."""
     tools = f'{package.name}.tools'
     return {
         f'{name} -> {other}'
         for name, found in import_graph(modules(package)).items()
         for other in found
-        if f'{other}.'.startswith(f'{tools}.')
-        and not f'{name}.'.startswith(f'{tools}.')
-        and name != f'{package.name}.__main__'
+        if f'{other}.'.startswith(f'{tools}.') and not f'{name}.'.startswith(f'{tools}.')
     }
 
 
@@ -286,13 +284,13 @@ def test_upward_imports_are_found(tmp_path):
     package = write_package(
         tmp_path,
         __init__='from .repvgg import RepVGG',
-        __main__='from .tools.cli import main',
+        __main__='from .tools.listing import main',
         variants='',
         repvgg='from .model import RepVGG',
         model='from .blocks.base import Block',
         blocks__base='from ..reparam import fold\nfrom ..variants import VARIANTS',
         reparam__fold='def f():\n    from ..blocks.base import Block',
-        tools__cli='from .. import __version__\nfrom ..repvgg import RepVGG',
+        tools__listing='from .. import __version__\nfrom ..repvgg import RepVGG',
     )
     assert upward_imports(package) == {'zoo.reparam.fold -> zoo.blocks.base'}
 
@@ -304,11 +302,10 @@ def test_upward_imports_of_a_module_without_a_layer_are_found(tmp_path):
 def test_imports_of_tools_by_the_library_are_found(tmp_path):
     package = write_package(
         tmp_path,
-        __main__='from .tools.cli import main',
         model='import zoo.tools.atomic',
         training__groups='def f():\n    from ..tools import atomic',
         tools__atomic='',
-        tools__cli='from . import atomic',
+        tools__listing='from . import atomic',
         tools_of_others='',
         variants='from . import tools_of_others',
     )

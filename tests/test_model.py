@@ -507,7 +507,8 @@ def test_entry_points_match_the_variants():
 def test_registry_new_entries_are_listed():
     assert timm.list_models('*', module='repvgg') == timm.list_models('*repvgg*') == sorted(NAMES)
     assert timm.models.is_model_pretrained('repvgg_b3.rvgg_in1k_deploy')
-    assert not timm.models.is_model_pretrained('repvgg_b1g2.rvgg_in1k')
+    assert timm.models.is_model_pretrained('repvgg_b1g2.rvgg_in1k')  # at an address
+    assert not timm.models.is_model_pretrained('repvgg_b2g2.rvgg_in1k')
     assert timm.get_pretrained_cfg('repvggplus_l2pse').input_size == (3, 320, 320)
     assert timm.get_pretrained_cfg('repvgg_a0.rvgg_in1k_deploy').first_conv == 'stem.reparam_conv'
 

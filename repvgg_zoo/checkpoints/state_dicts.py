@@ -69,8 +69,8 @@ def folded_shapes(state_dict: Mapping[str, Tensor]) -> StateDict:
 
     Example:
         >>> import timm
-        >>> model = timm.create_model('test_repvgg', device='meta')
-        >>> folded_shapes(model.state_dict()).keys() == model.switch_to_deploy().state_dict().keys()
+        >>> training, deploy = (timm.create_model('test_repvgg', deploy=deploy) for deploy in (False, True))
+        >>> folded_shapes(training.state_dict()).keys() == deploy.state_dict().keys()
         True
     """
     folded = {}

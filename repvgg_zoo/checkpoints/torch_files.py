@@ -54,7 +54,7 @@ def _load(path: Path, others: set[str]) -> Any:
     """Load a file with stand-ins; add what torch refuses next to `others`, and load again."""
     while True:
         try:
-            with torch.serialization.safe_globals(stand_ins(others)):
+            with torch.serialization.safe_globals([*stand_ins(others)]):
                 return torch.load(path, map_location='cpu', weights_only=True)
         except pickle.UnpicklingError as error:
             match = re.search(r'Unsupported global: GLOBAL (\S+) was', str(error))

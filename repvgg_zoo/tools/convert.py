@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
 from safetensors import SafetensorError
@@ -218,7 +218,8 @@ def open_model(
 
     Raises:
         FileNotFoundError: There is no such file, folder or name.
-        CheckpointError: The file fits no known variant, or the source is of another variant or block than asked for.
+        CheckpointError: The file fits no known variant, the source is of another variant or block than asked for, or
+            of another architecture.
 
     Example:
         >>> open_model('test_repvgg.cifar10_deploy').deploy
@@ -270,7 +271,13 @@ def _differ_in_strides(a: Variant, b: Variant) -> bool:
 
 
 def _create(name: str, **kwargs: Any) -> RepVGG:
-    return cast('RepVGG', timm.create_model(name, **kwargs))
+    model: Any = timm.create_model(name, **kwargs)
+    if not isinstance(model, RepVGG):
+        raise CheckpointError(
+            f'{name!r} holds {model.pretrained_cfg["architecture"]}, a {type(model).__name__} of timm, and no RepVGG; '
+            'the variants are those of `repvgg-zoo list`. For other networks there is timm.utils.reparameterize_model'
+        )
+    return model
 
 
 def _checked(model: RepVGG, source: str | Path, variant: str | None, block: str | None) -> RepVGG:

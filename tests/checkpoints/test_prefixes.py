@@ -7,7 +7,7 @@ from helpers import LAYOUTS, images, randomise, rename
 
 from repvgg_zoo import CheckpointError, load_checkpoint
 from repvgg_zoo.checkpoints.layouts import to_timm_layout
-from repvgg_zoo.tools.cli import main
+from repvgg_zoo_cli import main
 
 
 @pytest.fixture(scope='module')

@@ -15,7 +15,7 @@ import pytest
 
 import repvgg_zoo
 
-MODULES = ['repvgg_zoo', *(m.name for m in pkgutil.walk_packages(repvgg_zoo.__path__, 'repvgg_zoo.'))]
+MODULES = ['repvgg_zoo', 'repvgg_zoo_cli', *(m.name for m in pkgutil.walk_packages(repvgg_zoo.__path__, 'repvgg_zoo.'))]
 PUBLIC = [name for name in repvgg_zoo.__all__ if callable(getattr(repvgg_zoo, name))]
 
 

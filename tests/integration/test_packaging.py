@@ -29,6 +29,7 @@ def test_wheel_and_sdist_hold_data_files(dist):
     assert sum(name.endswith('.jpg') for name in names) == 1000
     assert {name.split('/')[0] for name in names} == {
         'repvgg_zoo',
+        'repvgg_zoo_cli.py',
         next(n for n in names if 'dist-info' in n).split('/')[0],
     }
     with tarfile.open(sdist) as archive:
@@ -54,7 +55,7 @@ def test_installed_wheel_runs_outside_checkout(dist, tmp_path):
         'import repvgg_zoo, timm\n'
         f'assert repvgg_zoo.__file__.startswith({site.stdout.strip()!r}), repvgg_zoo.__file__\n'
         "print(timm.create_model('test_repvgg.cifar10_deploy', pretrained=True).deploy)\n"
-        'from repvgg_zoo.tools.cli import main; sys.exit(main(["demo"]))'
+        'from repvgg_zoo_cli import main; sys.exit(main(["demo"]))'
     )
     env = {'PATH': os.environ['PATH'], 'HOME': str(tmp_path)}
     done = subprocess.run([python, '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True)

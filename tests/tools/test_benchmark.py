@@ -11,7 +11,6 @@ import torchvision
 from helpers import FORMS
 
 from repvgg_zoo import VARIANTS
-from repvgg_zoo.tools import cli
 from repvgg_zoo.tools.benchmark.benchmark import run_benchmark, write_results
 from repvgg_zoo.tools.benchmark.cases import Case, WrongOutputError, baseline_of, gmacs
 from repvgg_zoo.tools.benchmark.measure import matmul_peak_gmacs_per_s, time_rounds
@@ -20,6 +19,7 @@ from repvgg_zoo.tools.benchmark.plan import FULL, QUICK, plan
 from repvgg_zoo.tools.benchmark.report import Results, latency_quantiles_ms
 from repvgg_zoo.tools.benchmark.runtimes import RUNTIMES, Runtime
 from repvgg_zoo.tools.console import no_progress
+from repvgg_zoo_cli import main
 
 
 def run(cases, **kwargs) -> Results:
@@ -168,7 +168,7 @@ def test_plan_impossible_setting_raises(tmp_path, capsys):
     for option in ('--batch-sizes', '--rounds', '--threads'):
         for value in ('0', '-1', 'x'):
             with pytest.raises(SystemExit):
-                cli.main(['benchmark', 'test_repvgg', option, value])
+                main(['benchmark', 'test_repvgg', option, value])
             assert f'{value!r} is no number from 1 on' in capsys.readouterr().err
 
 
@@ -177,7 +177,7 @@ def test_main_nothing_measured_fails(monkeypatch, tmp_path, capsys):
         raise WrongOutputError('off')
 
     monkeypatch.setitem(RUNTIMES, 'openvino', Runtime(prepare=fails))
-    assert cli.main(['benchmark', 'test_repvgg', '--runtimes', 'openvino', '--out', str(tmp_path / 'out')]) == 1
+    assert main(['benchmark', 'test_repvgg', '--runtimes', 'openvino', '--out', str(tmp_path / 'out')]) == 1
     assert 'nothing could be measured: test_repvgg, training' in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()
 
@@ -277,10 +277,10 @@ def test_table_omits_empty_and_constant_columns():
 def test_main_benchmark_writes_folder(tmp_path, capsys):
     out = tmp_path / 'out'
     arguments = ['benchmark', 'test_repvgg', '--forms', 'deploy', '--rounds', '1', '--no-memory', '--out', str(out)]
-    assert cli.main(arguments) == 0
+    assert main(arguments) == 0
     assert 'test_repvgg' in capsys.readouterr().out
-    assert cli.main(arguments) == 1  # the folder exists
-    assert cli.main([*arguments, '--overwrite']) == 0
-    assert cli.main(['benchmark', 'nothing']) == 1
+    assert main(arguments) == 1  # the folder exists
+    assert main([*arguments, '--overwrite']) == 0
+    assert main(['benchmark', 'nothing']) == 1
     assert "unknown model 'nothing'" in capsys.readouterr().err
     assert all(name in VARIANTS or ':' in name for name in FULL.models)

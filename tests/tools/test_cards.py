@@ -3,7 +3,6 @@
 import io
 import re
 import urllib.request
-from dataclasses import replace
 
 import pytest
 import timm
@@ -12,13 +11,13 @@ from helpers import TIMM_NAMES, randomise
 from huggingface_hub import RepoCard
 
 from repvgg_zoo.pretrained.manifest import FoldCheck, read_manifest, weights_dir
-from repvgg_zoo.tools.cli import main
 from repvgg_zoo.tools.publish.card_usage import SAMPLE_IMAGE_URL
 from repvgg_zoo.tools.publish.cards import model_card
 from repvgg_zoo.tools.publish.facts import facts_of
 from repvgg_zoo.tools.publish.folders import build_folders
 from repvgg_zoo.tools.publish.publication import own_publication, recorded_publication
 from repvgg_zoo.tools.publish.push import push_folders
+from repvgg_zoo_cli import main
 
 NAME = 'test_repvgg.cifar10'
 CHECK = FoldCheck(float64_rel_diff=1e-15, float32_rel_diff=2e-7, images=8, top1_agreement_pct=None)
@@ -69,9 +68,10 @@ def test_model_card_of_unknown_file_claims_nothing(name, file):
     assert card.data.get('model-index') is None
     assert card.data.get('license') is None
     assert card.data.get('datasets') is None
-    text = card.text.split('## Model Comparison')[0]
+    text, comparison = card.text.split('## Model Comparison')
     for metrics in record.published:
         assert f'{metrics.top1_pct:g}' not in text
+    assert name not in comparison
     assert record.origin not in card.text
     assert 'Nobody has told the accuracy' in card.text
     assert 'nothing vouches' in card.text
@@ -176,7 +176,7 @@ def test_model_card_code_for_other_channels_runs(hub, tmp_path):
 
 
 def test_model_card_of_both_forms_differ_in_form_only(file):
-    publication = replace(recorded_publication(NAME, file, trust_source=True))
+    publication = recorded_publication(NAME, file, trust_source=True)
     training, deploy = (card_of(publication, deploy=deploy) for deploy in (False, True))
     assert 'This is the training form' in training.text
     assert 'This is the deploy form' in deploy.text

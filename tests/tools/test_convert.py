@@ -10,6 +10,7 @@ import timm
 import torch
 from helpers import images, rel_diff
 from safetensors.torch import save_file
+from timm.models import save_for_hf
 
 from repvgg_zoo import CheckpointError
 from repvgg_zoo.tools.convert import convert, open_model, save_model
@@ -73,6 +74,49 @@ def test_open_model_bad_configuration_raises(text, tmp_path):
     (tmp_path / 'config.json').write_text(text)
     with pytest.raises(CheckpointError, match=r'config\.json.* is no configuration of a timm model'):
         open_model(tmp_path)
+
+
+def edit_config(folder, edit):
+    config = json.loads((folder / 'config.json').read_text())
+    edit(config)
+    (folder / 'config.json').write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize('name', ['mobileone_s0', 'resnet10t'])
+def test_open_model_other_architecture_raises(name, tmp_path):
+    save_for_hf(timm.create_model(name), tmp_path)
+    with pytest.raises(CheckpointError, match=f'holds {name}, a .* of timm, and no RepVGG; .*`repvgg-zoo list`'):
+        open_model(tmp_path)
+
+
+def test_open_unfolded_model_saved_by_timm_builds_training_form(tmp_path):
+    model = timm.create_model('test_repvgg.cifar10_deploy', pretrained=True, unfold=True)
+    save_for_hf(model, tmp_path)
+    assert 'unfold' not in json.loads((tmp_path / 'config.json').read_text()).get('model_args', {})
+    for pretrained in (False, True):
+        assert not timm.create_model(f'local-dir:{tmp_path}', pretrained=pretrained).deploy
+
+
+def test_convert_folder_saved_by_timm_has_classes_once(tmp_path):
+    """transformers takes no second number of classes, which some versions of timm write for every model."""
+    save_for_hf(timm.create_model('test_repvgg', num_classes=7), tmp_path / 'timm')
+    edit_config(tmp_path / 'timm', lambda config: config.setdefault('model_args', {}).update(num_classes=7))
+    convert(tmp_path / 'timm', tmp_path / 'out')
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert config['num_classes'] == 7
+    assert 'num_classes' not in config.get('model_args', {})
+
+
+@pytest.mark.parametrize('part', ['num_classes', 'model_args'])
+def test_open_model_configuration_of_other_classes_raises(part, tmp_path):
+    save_model(timm.create_model('test_repvgg', num_classes=7), tmp_path)
+    if part == 'model_args':
+        edit_config(tmp_path, lambda config: config.setdefault('model_args', {}).update(num_classes=3))
+    else:
+        edit_config(tmp_path, lambda config: config.update(num_classes=3))
+    with pytest.raises(CheckpointError, match=r'head\.fc\.bias: \(7,\) in the checkpoint, \(3,\) in the model'):
+        open_model(tmp_path)
+    assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=5).num_classes == 5
 
 
 def test_convert_failure_leaves_nothing(tmp_path):

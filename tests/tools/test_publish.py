@@ -18,7 +18,6 @@ from repvgg_zoo import CheckpointError
 from repvgg_zoo.pretrained.locate import locate
 from repvgg_zoo.pretrained.manifest import read_manifest, weights_dir
 from repvgg_zoo.repvgg import _pretrained_cfg
-from repvgg_zoo.tools.cli import main
 from repvgg_zoo.tools.convert import convert
 from repvgg_zoo.tools.own_files import MARKER
 from repvgg_zoo.tools.publish.folders import build_folders
@@ -28,6 +27,7 @@ from repvgg_zoo.tools.publish.push import names_to_publish, publish, push_folder
 from repvgg_zoo.tools.publish.upload import HubError, push_folder
 from repvgg_zoo.tools.publish.weights_page import weights_page
 from repvgg_zoo.tools.reference import REFERENCE
+from repvgg_zoo_cli import main
 
 ROOT = Path(__file__).parents[2]
 NAME = 'test_repvgg.cifar10'

@@ -9,9 +9,9 @@ import torch
 from helpers import images, randomise, rel_diff
 
 from repvgg_zoo.pretrained.manifest import read_manifest
-from repvgg_zoo.tools.cli import main
 from repvgg_zoo.tools.publish import publish as command
 from repvgg_zoo.tools.publish.publication import own_publication, read_labels
+from repvgg_zoo_cli import main
 
 OWN = ('--owner', 'me', '--out', 'out')
 UPSTREAM = [r for r in read_manifest().values() if r.form == 'training' and r.upstream]

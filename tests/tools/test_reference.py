@@ -7,12 +7,12 @@ from helpers import randomise
 from safetensors.torch import load_file, save_file
 
 from repvgg_zoo import CheckpointError
-from repvgg_zoo.tools.cli import main
 from repvgg_zoo.tools.publish.folders import build_folders
 from repvgg_zoo.tools.publish.publication import recorded_publication
 from repvgg_zoo.tools.publish.push import push_folders
 from repvgg_zoo.tools.reference import REFERENCE, check_reference, find_reference, write_reference
 from repvgg_zoo.tools.verify import verify_reference
+from repvgg_zoo_cli import main
 
 NAME = 'test_repvgg.cifar10'
 
@@ -105,12 +105,14 @@ def test_find_reference_repository_without_is_none(hub, folder):
     assert verify_reference('hf-hub:zoo/bare') is None
 
 
-def test_find_reference_override_folder_asks_no_hub(hub, tmp_path, monkeypatch, published, own_weights):
+def test_find_reference_override_folder_asks_no_hub(hub, tmp_path, monkeypatch):
     """The weights are not those of the Hub, so the reference there is not theirs."""
-    push_folders(published)
-    override = tmp_path / 'override'
-    (override / NAME).mkdir(parents=True)
-    source = randomise(timm.create_model('test_repvgg'), px=32)
-    save_file(source.state_dict(), override / NAME / 'model.safetensors')
-    monkeypatch.setenv('REPVGG_ZOO_WEIGHTS', str(override))
-    assert find_reference(NAME, timm.create_model(NAME, pretrained=True).eval()) is None
+    name = 'repvgg_a0.rvgg_in1k'
+    (tmp_path / 'override' / name).mkdir(parents=True)
+    source = timm.create_model('repvgg_a0').eval()
+    save_file(source.state_dict(), tmp_path / 'override' / name / 'model.safetensors')
+    monkeypatch.setenv('REPVGG_ZOO_WEIGHTS', str(tmp_path / 'override'))
+    assert find_reference(name, timm.create_model(name, pretrained=True)) is None
+    write_reference(source, tmp_path / 'override' / name)
+    assert find_reference(name, source) is not None
+    assert hub.requests == []

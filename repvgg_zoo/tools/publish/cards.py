@@ -178,6 +178,8 @@ def _comparison(publication: Publication) -> str:
             str(record.preprocessing.input_px),
         )
         for top1_pct, record in _models_on(dataset)
+        # unknown weights would get the figures of their name
+        if publication.vouched or record.name != publication.name
     ]
     table = markdown_table(rows, ('model', 'top-1 %', 'params (M)', 'GMACs', 'px'), text_columns=('model',))
     return f'The models of the zoo on {dataset}, with sizes of the deploy form:\n\n{table}'

@@ -1,0 +1,1 @@
+"""The demo: a model learns what it did not know, in both forms."""
