@@ -2,8 +2,11 @@
 
 from repvgg_zoo.repvgg import (  # noqa: F401
     repvgg_a0,
+    repvgg_a0_cifar,
     repvgg_a1,
+    repvgg_a1_cifar,
     repvgg_a2,
+    repvgg_a2_cifar,
     repvgg_b0,
     repvgg_b1,
     repvgg_b1g2,

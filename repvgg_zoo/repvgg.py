@@ -45,7 +45,7 @@ def _pretrained_cfg(record: WeightsRecord) -> PretrainedCfg:
     variant, preprocessing = VARIANTS[record.arch], record.preprocessing
     input_size = (3, preprocessing.input_px, preprocessing.input_px)
     return PretrainedCfg(
-        url='',  # as timm has it for weights on the Hub
+        url=record.available.url or '',  # as timm has it for weights on the Hub
         hf_hub_id=record.available.hub_ref,
         file=str(record.path) if record.path else None,
         input_size=input_size,
@@ -229,6 +229,24 @@ def repvgg_d2se(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def repvggplus_l2pse(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """RepVGGplus-L2pse of the official code: squeeze-and-excitation last, auxiliary heads to train with."""
     return _create_repvgg('repvggplus_l2pse', pretrained=pretrained, **kwargs)
+
+
+@register_model
+def repvgg_a0_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepVGG-A0 for images of 32 pixels: the stem and the first stage keep the resolution."""
+    return _create_repvgg('repvgg_a0_cifar', pretrained=pretrained, **kwargs)
+
+
+@register_model
+def repvgg_a1_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepVGG-A1 for images of 32 pixels: the stem and the first stage keep the resolution."""
+    return _create_repvgg('repvgg_a1_cifar', pretrained=pretrained, **kwargs)
+
+
+@register_model
+def repvgg_a2_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepVGG-A2 for images of 32 pixels: the stem and the first stage keep the resolution."""
+    return _create_repvgg('repvgg_a2_cifar', pretrained=pretrained, **kwargs)
 
 
 @register_model

@@ -1,7 +1,7 @@
 """The variants: one frozen row each, and the only place that holds an architecture number.
 
 Sources: "RepVGG: Making VGG-style ConvNets Great Again", arXiv 2101.03697, section 4.1 and tables 2, 4 and 5; the
-README of the official code for D2se and RepVGGplus.
+README of the official code for D2se and RepVGGplus; Yaofo Chen's models for CIFAR for the strides of those.
 """
 
 from __future__ import annotations
@@ -117,6 +117,7 @@ class Variant:
 _A, _A2 = (0.75, 0.75, 0.75, 2.5), (1.5, 1.5, 1.5, 2.75)
 _W1, _W2, _W25, _W3 = (1, 1, 1, 2.5), (2, 2, 2, 4), (2.5, 2.5, 2.5, 5), (3, 3, 3, 5)
 _DEPTHS_A, _DEPTHS_B, _DEPTHS_D = (2, 4, 14, 1), (4, 6, 16, 1), (8, 14, 24, 1)
+_STRIDES_CIFAR = (1, 1, 2, 2, 2)
 _SE_D = SqueezeExcite(rd_ratio=1 / 16, position='before_act')
 _SE_PLUS = SqueezeExcite(rd_ratio=1 / 4, position='after_act')
 
@@ -139,6 +140,9 @@ VARIANTS = MappingProxyType(
             Variant(name='repvgg_b3g4', depths=_DEPTHS_B, width=_W3, groups=4),
             Variant(name='repvgg_d2se', depths=_DEPTHS_D, width=_W25, se=_SE_D),
             Variant(name='repvggplus_l2pse', depths=_DEPTHS_D, width=_W25, se=_SE_PLUS, aux_heads=True),
+            Variant(name='repvgg_a0_cifar', depths=_DEPTHS_A, width=_A, strides=_STRIDES_CIFAR),
+            Variant(name='repvgg_a1_cifar', depths=_DEPTHS_A, width=_W1, strides=_STRIDES_CIFAR),
+            Variant(name='repvgg_a2_cifar', depths=_DEPTHS_A, width=_A2, strides=_STRIDES_CIFAR),
             Variant(
                 name='test_repvgg',  # for images of 32 pixels
                 depths=(4, 4, 1, 1),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import shutil
+import urllib.request
 
 import numpy as np
 import pytest
 import timm
 import torch
 from helpers import randomise
-from hub_server import TOKEN, hub_server
+from hub_server import TOKEN, ToLoopback, hub_server
 from huggingface_hub import constants
 from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
@@ -88,9 +89,18 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, 'ENDPOINT', server.url)
         monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
         monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
-        monkeypatch.setattr('repvgg_zoo.pretrained.hub._WAITS_S', (0, 0))
+        monkeypatch.setattr('repvgg_zoo.pretrained.network._WAITS_S', (0, 0))
         monkeypatch.setenv('HF_TOKEN', TOKEN)
         yield server
+
+
+@pytest.fixture
+def web(hub, tmp_path, monkeypatch):
+    """A server on loopback in the place of all others, with an empty cache of torch.hub."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    urllib.request.install_opener(urllib.request.build_opener(ToLoopback(hub)))
+    yield hub
+    urllib.request.install_opener(None)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from repvgg_pytorch.repvgg import get_RepVGG_func_by_name
+from repvgg_pytorch.repvgg import RepVGGBlock, get_RepVGG_func_by_name
 from repvgg_pytorch.repvggplus import RepVGGplus
 from timm.layers import BatchNormAct2d, SEModule
 from torch import Tensor, nn
@@ -112,8 +112,14 @@ def official(name: str) -> torch.nn.Module:
     if name == PLUS:
         variant = VARIANTS[PLUS]
         return RepVGGplus(variant.depths, 1000, variant.width, use_post_se=True)
-    size = name.removeprefix('repvgg_')
-    return get_RepVGG_func_by_name(f'RepVGG-{size[0].upper()}{size[1:]}')()
+    size = name.removeprefix('repvgg_').removesuffix('_cifar')
+    model = get_RepVGG_func_by_name(f'RepVGG-{size[0].upper()}{size[1:]}')()
+    if name.endswith('_cifar'):  # https://github.com/chenyaofo/pytorch-cifar-models: stride 1 twice, 10 classes
+        stem, first = model.stage0.rbr_dense.conv.out_channels, model.stage1[0].rbr_dense.conv.out_channels
+        model.stage0 = RepVGGBlock(3, stem, 3, stride=1, padding=1)
+        model.stage1[0] = RepVGGBlock(stem, first, 3, stride=1, padding=1)
+        model.linear = nn.Linear(model.linear.in_features, 10)
+    return model
 
 
 def logits(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A Hub on loopback: the part of the Hub's HTTP interface that huggingface-hub's client uses.
+"""A Hub on loopback: the part of the Hub's HTTP interface that huggingface-hub's client uses, and plain files.
 
 Large files go through LFS and small ones into the commit, as on the real Hub. Ids of commits follow from their content,
 so that two histories can be compared. `fail` makes the next requests fail.
@@ -14,6 +14,7 @@ import re
 import socket
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -69,6 +70,8 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(('127.0.0.1', 0), Handler)
         self.blobs = blobs
         self.repositories: dict[str, Repository] = {}
+        self.files: dict[str, str] = {}
+        """Plain files of other servers, `host/path` to sha256."""
         self.requests: list[tuple[str, str]] = []
         self.faults: list[Fault] = []
         self.delay_s = 0.0
@@ -114,6 +117,17 @@ def hub_server(folder: Path) -> Iterator[HubServer]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
+
+
+class ToLoopback(urllib.request.HTTPSHandler):
+    """Sends what urllib asks of other servers to this one."""
+
+    def __init__(self, server: HubServer) -> None:
+        super().__init__()
+        self.server = server
+
+    def https_open(self, request: urllib.request.Request) -> object:
+        return self.parent.open(f'{self.server.url}/web/{request.host}{request.selector}')
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -271,17 +285,25 @@ class Handler(BaseHTTPRequestHandler):
         if commit is None:
             return
         sha, files = commit
-        if path not in files:
+        if path in files:
+            self._send(files[path], {'X-Repo-Commit': sha, 'ETag': f'"{files[path]}"'})
+        else:
             self._json({'error': 'Entry not found'}, 404, {'X-Error-Code': 'EntryNotFound', 'X-Repo-Commit': sha})
-            return
-        blob = self.server.blobs / files[path]
+
+    def _web(self, path: str) -> None:
+        if path in self.server.files:
+            self._send(self.server.files[path], {})
+        else:
+            self._json({'error': 'no such file'}, 404)
+
+    def _send(self, sha256: str, headers: dict[str, str]) -> None:
+        blob = self.server.blobs / sha256
         size, begin = blob.stat().st_size, 0
         if ranged := re.match(r'bytes=(\d+)-', self.headers.get('range', '')):
             begin = int(ranged.group(1))
         self.send_response(206 if begin else 200)
-        self.send_header('X-Repo-Commit', sha)
-        self.send_header('ETag', f'"{files[path]}"')
-        self.send_header('Content-Length', str(size - begin))
+        for name, value in (headers | {'Content-Length': str(size - begin)}).items():
+            self.send_header(name, value)
         if begin:
             self.send_header('Content-Range', f'bytes {begin}-{size - 1}/{size}')
         self.end_headers()
@@ -306,6 +328,7 @@ class Handler(BaseHTTPRequestHandler):
         ('POST', r'/api/models/([^/]+/[^/]+)/commit/([^/]+)', _commit),
         ('HEAD', r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)', _resolve),
         ('GET', r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)', _resolve),
+        ('GET', r'/web/(.+)', _web),
     )
 
     # ------------------------------------------------------------------------------------------ answers

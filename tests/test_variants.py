@@ -16,13 +16,14 @@ def numbers(text: str) -> tuple[float, ...]:
 
 @pytest.mark.parametrize('row', OFFICIAL, ids=lambda row: row['name'])
 def test_variant_equals_the_official_one(row):
-    variant = VARIANTS[row['name']]
+    variant, classes = VARIANTS[row['name']], int(row['num_classes'])
+    assert variant.strides == numbers(row['strides'])
     assert variant.depths == numbers(row['depths'])
     assert variant.stem_channels == int(row['stem_channels'])
     assert variant.stage_channels == numbers(row['stage_channels'])
-    assert count_params(variant, deploy=False) == int(row['params_train'])
-    assert count_params(variant, deploy=True) == int(row['params_deploy'])
-    gmacs = count_gmacs(variant, input_px=int(row['gmacs_at_px']))
+    assert count_params(variant, deploy=False, num_classes=classes) == int(row['params_train'])
+    assert count_params(variant, deploy=True, num_classes=classes) == int(row['params_deploy'])
+    gmacs = count_gmacs(variant, input_px=int(row['gmacs_at_px']), num_classes=classes)
     assert round(gmacs, 3) == float(row['gmacs_deploy'])
 
 

@@ -122,6 +122,9 @@ def check_fit(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
 def identify_variant(state_dict: Mapping[str, Tensor]) -> Variant | None:
     """Find the variant with the depths, channels, groups and squeeze-excite of a state dict in timm's layout.
 
+    Strides leave no trace, except the identity branch that a block of stride 1 may have in the training form. Of
+    variants that differ in strides only, it decides, and the first one is found if it does not.
+
     Returns:
         The variant; None if no variant has these shapes, or if the training-form blocks are not of the default type.
 
@@ -137,6 +140,8 @@ def identify_variant(state_dict: Mapping[str, Tensor]) -> Variant | None:
         if key.endswith(suffix) and value.ndim == 4
     }
     squeezed = state_dict.get(f'stages.0.0.{TIMM.squeeze}.weight')
+    has_identity = f'stages.0.0.{TIMM.identity}.weight' in state_dict
+    found = []
     for variant in VARIANTS.values():
         channels = {
             f'stages.{stage}.{block}': width
@@ -149,5 +154,9 @@ def identify_variant(state_dict: Mapping[str, Tensor]) -> Variant | None:
             continue
         ratio = variant.se.rd_ratio if variant.se else 0
         if (0 if squeezed is None else squeezed.shape[0] / squeezed.shape[1]) == ratio:
-            return variant
-    return None
+            found.append(variant)
+    return min(found, key=lambda variant: _starts_with_identity(variant) != has_identity, default=None)
+
+
+def _starts_with_identity(variant: Variant) -> bool:
+    return variant.strides[1] == 1 and variant.stem_channels == variant.stage_channels[0]

@@ -3,45 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
-import time
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from ..checkpoints.errors import CheckpointError
+from .network import is_http_error, is_transient, is_unreachable, retrying, short_message
 
-__all__ = [
-    'WEIGHT_FILES',
-    'cached_sha256',
-    'download_weights',
-    'is_http_error',
-    'is_transient',
-    'retrying',
-    'sha256_of',
-    'short_message',
-]
-
-_logger = logging.getLogger(__name__)
-T = TypeVar('T')
+__all__ = ['WEIGHT_FILES', 'cached_sha256', 'download_weights', 'sha256_of']
 
 WEIGHT_FILES = ('model.safetensors', 'pytorch_model.bin')
 """Names of the weights file in a model folder, the preferred one first."""
-
-_WAITS_S = (1, 2, 4, 8)
-"""Seconds to wait before each new try."""
-_MAX_WAIT_S = 300
-"""Longest wait that a server may ask for."""
-_HTTP_LIBRARIES = {'requests', 'urllib3', 'httpx', 'httpx2', 'httpcore', 'httpcore2'}
-_TRANSIENT_STATUS = {408, 409, 412, 429, 500, 502, 503, 504}
-"""Answers that may change: the server is busy, or the repository has just changed."""
-_MESSAGES = {
-    401: 'the Hub does not know you; log in with `hf auth login`, or set HF_TOKEN',
-    403: 'your token has no right to that; use another one',
-    429: 'you have sent too many requests to the Hub; wait some minutes',
-}
 
 
 def download_weights(hub_ref: str, filename: str | None = None, *, cache_dir: str | Path | None = None) -> Path:
@@ -75,14 +47,12 @@ def download_weights(hub_ref: str, filename: str | None = None, *, cache_dir: st
     names = (filename,) if filename else WEIGHT_FILES
     for name in names:
         download = partial(hf_hub_download, repo_id, name, revision=revision or None, cache_dir=cache_dir)
+        _check_network(repo_id, name, revision or None, cache_dir)
         try:
             # huggingface_hub resumes a cut download, but gives up when the server answers 5xx
             path = Path(retrying(download, retry=lambda e: isinstance(e, HfHubHTTPError) and is_transient(e)))
         except LocalEntryNotFoundError as error:
-            cause = error.__cause__ or error
-            raise CheckpointError(
-                f'cannot get {name} of {repo_id} from the Hub, and it is not in the cache: {short_message(cause)}'
-            ) from error
+            raise _not_cached(repo_id, name, error.__cause__ or error) from error
         except EntryNotFoundError:
             continue
         except RepositoryNotFoundError as error:
@@ -99,6 +69,30 @@ def download_weights(hub_ref: str, filename: str | None = None, *, cache_dir: st
         _check_blob(path)
         return path
     raise CheckpointError(f'{repo_id} on the Hub has no weights: neither {" nor ".join(names)}')
+
+
+def _check_network(repo_id: str, name: str, revision: str | None, cache_dir: str | Path | None) -> None:
+    """Raise an error at once if a file is not in the cache and there is no network.
+
+    huggingface_hub itself would ask again and again for half a minute.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE or isinstance(
+        try_to_load_from_cache(repo_id, name, cache_dir=cache_dir, revision=revision), str
+    ):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(repo_id, name, revision=revision))
+    except Exception as error:  # any other is for the download to judge
+        if is_unreachable(error):
+            raise _not_cached(repo_id, name, error) from error
+
+
+def _not_cached(repo_id: str, name: str, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f'cannot get {name} of {repo_id} from the Hub, and it is not in the cache: {short_message(error)}'
+    )
 
 
 def sha256_of(path: Path) -> str:
@@ -143,109 +137,3 @@ def _check_blob(path: Path) -> None:
         raise CheckpointError(
             f'{str(path)!r} is not the file that the Hub has: its sha256 is not {expected}; delete it and get it again'
         )
-
-
-# ------------------------------------------------------------------------------------- errors of the Hub
-
-
-def retrying(action: Callable[[], T], *, retry: Callable[[Exception], bool]) -> T:
-    """Call a function; if it fails, wait and call it again, five times in all.
-
-    Args:
-        action: The function.
-        retry: Tells whether another try may help. `is_transient` answers it for errors of the Hub.
-
-    Returns:
-        What the function returns.
-
-    Raises:
-        Exception: The error of the last try, or the first one that `retry` turns down.
-
-    Example:
-        >>> retrying(lambda: 'done', retry=is_transient)
-        'done'
-    """
-    for wait_s in _WAITS_S:
-        try:
-            return action()
-        except Exception as error:
-            if not retry(error):
-                raise
-            wait_s = max(wait_s, min(_retry_after_s(error), _MAX_WAIT_S))
-            _logger.warning('the Hub failed (%s); next try in %d s', short_message(error), wait_s)
-            time.sleep(wait_s)
-    return action()
-
-
-def is_http_error(error: BaseException) -> bool:
-    """Tell whether an exception, or one of its causes, comes from the network.
-
-    Args:
-        error: The exception. huggingface_hub lets exceptions of its HTTP library through (requests or httpx).
-
-    Returns:
-        Whether it comes from the network.
-
-    Example:
-        >>> is_http_error(ConnectionError()), is_http_error(KeyError())
-        (True, False)
-    """
-    return _status(error) is not None or any(
-        isinstance(e, ConnectionError) or type(e).__module__.split('.')[0] in _HTTP_LIBRARIES for e in _causes(error)
-    )
-
-
-def is_transient(error: BaseException) -> bool:
-    """Tell whether another try may succeed after an error of the Hub.
-
-    Args:
-        error: An exception for which `is_http_error` is true.
-
-    Returns:
-        Whether the server was busy or out of reach. False in huggingface_hub's offline mode.
-
-    Example:
-        >>> is_transient(ConnectionError())
-        True
-    """
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    status = _status(error)
-    return not isinstance(error, OfflineModeIsEnabled) and (status is None or status in _TRANSIENT_STATUS)
-
-
-def short_message(error: BaseException) -> str:
-    """Say in one line what is wrong, and what to do about it if that is known.
-
-    Args:
-        error: The exception. Its first cause speaks.
-
-    Returns:
-        The message.
-
-    Example:
-        >>> short_message(ConnectionError('no route to host'))
-        'no route to host'
-    """
-    root = list(_causes(error))[-1]
-    return _MESSAGES.get(_status(error) or 0) or str(root).strip().split('\n', 1)[0] or type(root).__name__
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception, its cause, the cause of that, and so on."""
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status of an exception or of one of its causes."""
-    statuses = (getattr(getattr(e, 'response', None), 'status_code', None) for e in _causes(error))
-    return next((status for status in statuses if status is not None), None)
-
-
-def _retry_after_s(error: BaseException) -> int:
-    """The seconds that the server asked to wait, or 0."""
-    headers = (getattr(getattr(e, 'response', None), 'headers', None) for e in _causes(error))
-    asked = next((h['retry-after'] for h in headers if h and 'retry-after' in h), '')
-    return int(asked) if asked.isdigit() else 0

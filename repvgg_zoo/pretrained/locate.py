@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from urllib.parse import urlparse
 
-import torch
 from timm.models import PretrainedCfg
 
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.files import INDEX_SUFFIX
 from .hub import WEIGHT_FILES, cached_sha256, download_weights, sha256_of
 from .manifest import WeightsRecord, read_manifest
+from .urls import download_url
 
 __all__ = ['WEIGHTS_VARIABLE', 'locate', 'weights_in']
 
@@ -54,7 +53,7 @@ def locate(cfg: PretrainedCfg, *, cache_dir: str | Path | None = None, use_overr
     elif cfg.hf_hub_id:
         path = download_weights(cfg.hf_hub_id, cfg.hf_hub_filename, cache_dir=cache_dir)
     elif cfg.url:
-        path = _from_url(cfg.url, cache_dir)
+        path = download_url(cfg.url, cache_dir=cache_dir)
     else:
         raise CheckpointError(_how_to_get(cfg, record))
     if record is not None and record.available.sha256 is not None:
@@ -67,8 +66,9 @@ def _record_of(cfg: PretrainedCfg) -> WeightsRecord | None:
     record = read_manifest().get(f'{cfg.architecture}.{cfg.tag}')
     if record is None or cfg.source:
         return None
-    file, hub_id = cfg.file or None, cfg.hf_hub_id or None
-    return record if (file, hub_id) == (record.path and str(record.path), record.available.hub_ref) else None
+    named = cfg.file or None, cfg.hf_hub_id or None, cfg.url or None
+    known = record.path and str(record.path), record.available.hub_ref, record.available.url
+    return record if named == known else None
 
 
 def _in_override_dir(record: WeightsRecord) -> Path | None:
@@ -78,9 +78,20 @@ def _in_override_dir(record: WeightsRecord) -> Path | None:
     if not Path(override).is_dir():
         raise CheckpointError(f'{WEIGHTS_VARIABLE} is {override!r}, which is no folder; set it to one, or unset it')
     for name in (record.name, record.training_name):
-        if (folder := Path(override) / name).is_dir():
+        folder = Path(override) / name
+        if folder.is_dir():
             return weights_in(folder)
+        if os.path.lexists(folder):
+            raise CheckpointError(
+                f'{str(folder)!r}, in the folder that {WEIGHTS_VARIABLE} names, is {_kind(folder, "folder")}; delete '
+                f'it, or make a model folder in its place, by `repvgg-zoo convert SRC {folder}`'
+            )
     return None
+
+
+def _kind(path: Path, wanted: str) -> str:
+    broken = path.is_symlink() and not path.exists()
+    return f'a broken link to {os.readlink(path)!r}' if broken else f'no {wanted}'
 
 
 def _how_to_get(cfg: PretrainedCfg, record: WeightsRecord | None) -> str:
@@ -99,20 +110,12 @@ def _how_to_get(cfg: PretrainedCfg, record: WeightsRecord | None) -> str:
 def weights_in(folder: Path) -> Path:
     """Find the file of weights in a model folder; raise `CheckpointError` if there is none."""
     for name in (*WEIGHT_FILES, *(f'{name}{INDEX_SUFFIX}' for name in WEIGHT_FILES)):
-        if (folder / name).is_file():
-            return folder / name
+        path = folder / name
+        if path.is_file():
+            return path
+        if os.path.lexists(path):
+            raise CheckpointError(f'{str(path)!r} is {_kind(path, "file")}; put the weights there, or delete it')
     raise CheckpointError(f'no weights in {str(folder)!r}: neither {" nor ".join(WEIGHT_FILES)}')
-
-
-def _from_url(source: str | tuple[str, str], cache_dir: str | Path | None) -> Path:
-    # a pair of URL and file name, as in timm
-    url, name = (source, Path(urlparse(source).path).name) if isinstance(source, str) else source
-    folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / 'checkpoints'
-    path = folder / name
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), progress=False)
-    return path
 
 
 def _check_sha256(path: Path, record: WeightsRecord) -> None:

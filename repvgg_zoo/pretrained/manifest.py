@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from ..checkpoints.state_dicts import Form
+from ..variants import get_variant
 
 __all__ = [
     'DEPLOY_SUFFIX',
@@ -75,6 +76,8 @@ class WeightsRecord:
     hub_id: str | None
     """Hub repository that holds the file. None if nobody has published it there."""
     revision: str | None
+    url: str | None
+    """Address of the file, of the training form, in any layout. Its name ends in the first digits of its sha256."""
     file: str | None
     """Name of a bundled file in `weights_dir()`."""
     sha256: str | None
@@ -83,7 +86,7 @@ class WeightsRecord:
     origin: str
     """Origin of the weights."""
     upstream: str | None
-    """The official file, if it is the only source of the training weights."""
+    """File of the official release, of weights that its authors have nowhere else."""
     recipe: str | None
     """How the weights were trained, with the source of that information."""
     params: int
@@ -108,8 +111,13 @@ class WeightsRecord:
 
     @property
     def has_source(self) -> bool:
-        """True if the file is bundled or on the Hub."""
-        return bool(self.hub_id or self.file)
+        """True if the file is bundled, on the Hub or at an address."""
+        return bool(self.file or self.hub_id or self.url)
+
+    @property
+    def dataset(self) -> str:
+        """Data set of the figures; ImageNet-1k if there are none."""
+        return next((metrics.dataset for metrics in (*self.published, *self.measured)), 'ImageNet-1k')
 
     @property
     def hub_ref(self) -> str | None:
@@ -163,28 +171,58 @@ def read_manifest() -> Mapping[str, WeightsRecord]:
         Records by `arch.tag`, in the order of the file.
 
     Raises:
-        TypeError: A record lacks a field, or has an unknown one.
+        ValueError: The file cannot be read, or is no manifest; the error names the record and the field.
 
     Example:
         >>> record = read_manifest()['test_repvgg.cifar10_deploy']
         >>> record.form, record.training_name, record.params
         ('deploy', 'test_repvgg.cifar10', 597546)
     """
-    records = json.loads(manifest_path().read_text('utf-8'))
-    return MappingProxyType({name: _record(name, fields) for name, fields in records.items()})
+    path = manifest_path()
+    try:
+        content = json.loads(path.read_text('utf-8'))
+        if not isinstance(content, dict):
+            raise ValueError('it holds no records by name')
+        records = {name: _record(name, fields) for name, fields in content.items()}
+        if orphans := [record.name for record in records.values() if record.training_name not in records]:
+            raise ValueError(f'it has no training form of {orphans[0]!r}')
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f'{str(path)!r} is no manifest of weights: {error}; install repvgg-zoo again, or restore the file of a '
+            'checkout by `git checkout`'
+        ) from error
+    return MappingProxyType(records)
 
 
-def _record(name: str, fields: dict[str, Any]) -> WeightsRecord:
-    arch, tag = name.split('.', 1)
-    preprocessing, fold_check = fields.pop('preprocessing'), fields.pop('fold_check')
-    mean, std = tuple(preprocessing.pop('mean')), tuple(preprocessing.pop('std'))
-    published, measured = (tuple(Metrics(**m) for m in fields.pop(kind)) for kind in ('published', 'measured'))
-    return WeightsRecord(
-        arch=arch,
-        tag=tag,
-        preprocessing=Preprocessing(mean=mean, std=std, **preprocessing),
-        published=published,
-        measured=measured,
-        fold_check=FoldCheck(**fold_check) if fold_check else None,
-        **fields,
-    )
+def _record(name: str, fields: Any) -> WeightsRecord:
+    arch, _, tag = name.partition('.')
+    if not tag or not isinstance(fields, dict):
+        raise ValueError(f'{name!r} is no `arch.tag` with fields')
+    get_variant(arch)
+    return cast('WeightsRecord', _convert(fields | {'arch': arch, 'tag': tag}, WeightsRecord, repr(name)))
+
+
+_type_hints = cache(get_type_hints)
+
+
+def _convert(value: Any, hint: Any, what: str) -> Any:
+    """Convert a value of JSON to its annotation. Raises `ValueError` if it is of another type."""
+    options = get_args(hint)
+    if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, dict):
+        hints = _type_hints(hint)
+        for problem, names in (
+            ('lacks', hints.keys() - value.keys()),
+            ('has the unknown', value.keys() - hints.keys()),
+        ):
+            if names:
+                raise ValueError(f'{what} {problem} {", ".join(sorted(names))}')
+        return hint(**{name: _convert(value[name], hints[name], f'{what}, {name}') for name in hints})
+    if get_origin(hint) is tuple and isinstance(value, list):
+        items = options[:1] * len(value) if options[-1] is Ellipsis else options
+        if len(items) == len(value):
+            return tuple(_convert(*pair, what) for pair in zip(value, items, strict=True))
+    elif type(None) in options:
+        return None if value is None else _convert(value, options[0], what)
+    elif value in options or (not options and isinstance(value, (int, float) if hint is float else hint)):
+        return value
+    raise ValueError(f'{what} is {value!r}')

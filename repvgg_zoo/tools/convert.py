@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,12 @@ from ..checkpoints.state_dicts import Form, identify_variant
 from ..model import RepVGG
 from ..pretrained.load import assign, convert_form, read
 from ..pretrained.locate import weights_in
-from ..variants import get_variant
+from ..variants import VARIANTS, Variant, get_variant
 from .atomic import new_folder
 
 __all__ = ['MODEL_FILES', 'add_arguments', 'convert', 'main', 'open_model', 'save_model']
+
+_logger = logging.getLogger(__name__)
 
 MODEL_FILES = ('model.safetensors', 'config.json')
 """What `save_model` writes."""
@@ -243,6 +247,9 @@ def open_model(
             'another block than the default one, name the variant'
         )
     classifier = state_dict.get('head.fc.weight')
+    twin = next((v.name for v in VARIANTS.values() if v != chosen and _differ_in_strides(v, chosen)), None)
+    if variant is None and twin and classifier is not None and len(classifier) != 1000:
+        _logger.warning('%s is taken for %s; if it is %s, with other strides, say so', path, chosen.name, twin)
     stem = [
         v.shape[1] for key, v in state_dict.items() if key.startswith('stem.') and v.ndim == 4 and '.attn.' not in key
     ]
@@ -257,6 +264,10 @@ def open_model(
     )
     assign(model, convert_form(checkpoint, model))
     return model
+
+
+def _differ_in_strides(a: Variant, b: Variant) -> bool:
+    return replace(a, name=b.name, strides=b.strides) == b
 
 
 def _create(name: str, **kwargs: Any) -> RepVGG:

@@ -18,8 +18,8 @@ from torch import Tensor
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.state_dicts import Form
 from ..model import RepVGG
-from ..pretrained.hub import is_http_error, is_transient, retrying, short_message
 from ..pretrained.locate import WEIGHTS_VARIABLE, locate
+from ..pretrained.network import is_http_error, is_transient, retrying, short_message
 from ..reparam.evaluation import disable_fast_path
 from ..reparam.tolerance import MAX_REL_DIFF, rel_diff
 

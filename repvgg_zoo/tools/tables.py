@@ -150,6 +150,7 @@ def _untrained(variant: Variant) -> list[WeightsRecord]:
         form='training',
         hub_id=None,
         revision=None,
+        url=None,
         file=None,
         sha256=None,
         size_bytes=None,

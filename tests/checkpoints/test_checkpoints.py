@@ -174,6 +174,8 @@ def test_load_deploy_weights_into_training_model_raises(state_dict, tmp_path):
 @pytest.mark.parametrize('name', repvgg_zoo.VARIANTS)
 def test_identify_variant_every_variant_is_found(name, deploy):
     state_dict = timm.create_model(name, device='meta', deploy=deploy, num_classes=3).state_dict()
+    if deploy or name == 'repvgg_a2_cifar':  # strides leave no trace there
+        name = name.removesuffix('_cifar')
     assert identify_variant(state_dict).name == name
 
 

@@ -11,6 +11,8 @@ from repvgg_zoo import load_checkpoint, switch_to_deploy
 NAMES = [
     'repvgg_a0',
     'repvgg_b1g2',
+    'repvgg_a2_cifar',  # no identity in the first block of a stage that keeps the resolution
+    'repvgg_a0_cifar',  # an identity there
     pytest.param('repvgg_d2se', marks=pytest.mark.slow),
     pytest.param(PLUS, marks=pytest.mark.slow),
 ]

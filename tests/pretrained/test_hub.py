@@ -1,5 +1,7 @@
 """Weights from a Hub, over HTTP on loopback, through the real client."""
 
+import socket
+
 import pytest
 import timm
 import torch
@@ -8,7 +10,7 @@ from huggingface_hub import constants
 
 from repvgg_zoo import CheckpointError, load_checkpoint
 from repvgg_zoo.pretrained.hub import download_weights
-from repvgg_zoo.tools.publish.upload import push_folder
+from repvgg_zoo.tools.publish.upload import HubError, push_folder
 
 ID = 'zoo/model'
 
@@ -110,6 +112,38 @@ def test_download_weights_offline_needs_cache(hub, folder, monkeypatch):
     path = download_weights(ID)
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     assert download_weights(ID) == path
+
+
+@pytest.fixture
+def no_network(hub, monkeypatch):
+    """A function that ends the network; waiting is then an error."""
+
+    def end():
+        with socket.create_server(('127.0.0.1', 0)) as closed:
+            nowhere = f'http://127.0.0.1:{closed.getsockname()[1]}'
+        url = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(hub.url, nowhere)
+        monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', url)
+        monkeypatch.setattr(constants, 'ENDPOINT', nowhere)
+        monkeypatch.setattr('time.sleep', lambda seconds: pytest.fail(f'it waited {seconds} s'))
+
+    return end
+
+
+def test_download_weights_without_network_needs_cache_and_does_not_wait(hub, folder, no_network):
+    push_folder(folder, ID)
+    path = download_weights(ID)
+    no_network()
+    assert download_weights(ID) == path
+    with pytest.raises(
+        CheckpointError, match=r'cannot get model\.safetensors of zoo/other .*not in the cache: .*refused'
+    ):
+        download_weights('zoo/other')
+
+
+def test_push_folder_without_network_does_not_wait(folder, no_network):
+    no_network()
+    with pytest.raises(HubError, match=r'cannot publish zoo/model: .*refused'):
+        push_folder(folder, ID)
 
 
 def test_create_model_hub_name_loads_weights(hub, folder):

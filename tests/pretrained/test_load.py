@@ -364,7 +364,7 @@ def test_pretrained_offline_without_cache_raises(name, hub_cache):
         timm.create_model(name, pretrained=True)
 
 
-@pytest.mark.parametrize('name', ['repvgg_b1g2', 'repvggplus_l2pse.rvgg_in1k_deploy'])
+@pytest.mark.parametrize('name', ['repvgg_b2g2', 'repvggplus_l2pse.rvgg_in1k_deploy'])
 def test_pretrained_unpublished_weights_raise(name):
     with pytest.raises(CheckpointError, match=r'nobody has published weights of .*; get RepVGG.*\.pth from'):
         timm.create_model(name, pretrained=True)

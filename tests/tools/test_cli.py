@@ -119,9 +119,12 @@ def test_list_shows_all_variants():
     done = zoo('list')
     rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.split()}
     assert all(name in rows for name in VARIANTS)
-    assert rows['repvgg_b1g2'] == ['45.78', '41.36', '8.810', '224', '77.78', '.pth', '.pth']
-    assert rows['repvgg_b2'] == ['89.02', '80.32', '18.377', '224', '78.78', 'Hub', 'fold']
-    assert all(len(line) <= 80 for line in done.stdout.splitlines() if line.split() and line.split()[0] in VARIANTS)
+    assert rows['repvgg_b1g2'] == ['45.78', '41.36', '8.810', '224', '77.78']
+    assert rows['repvgg_b1g2.mm_in1k'] == ['224', '77.87', 'URL', 'fold', 'no']
+    assert rows['repvgg_b2.rvgg_in1k'] == ['224', '78.78', 'Hub', 'fold', 'no']
+    tables = [line for line in done.stdout.splitlines() if line.strip().split('.')[0].split(' ')[0] in VARIANTS]
+    assert len(tables) > len(VARIANTS)
+    assert all(len(line) <= 80 for line in tables)
 
 
 def test_list_narrow_terminal_keeps_cells():
@@ -164,7 +167,7 @@ def test_verify_other_weights_fails(tmp_path):
         (('convert', 'test_repvgg', '.'), "'.' exists; choose another path or pass overwrite (--overwrite)"),
         (('verify', 'repvgg_b4'), "no checkpoint file or folder at 'repvgg_b4', and unknown variant 'repvgg_b4'; did"),
         (('verify', 'test_repvgg.cifar'), "unknown tag 'cifar' of test_repvgg; did you mean 'cifar10'"),
-        (('convert', 'repvgg_b1g2', 'out'), 'nobody has published weights of repvgg_b1g2.rvgg_in1k on the Hub'),
+        (('convert', 'repvgg_b2g2', 'out'), 'nobody has published weights of repvgg_b2g2.rvgg_in1k on the Hub'),
         (('demo', '--out', '.'), "'.' exists"),
     ],
 )

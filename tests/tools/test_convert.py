@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from helpers import images, rel_diff
+from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 from repvgg_zoo import CheckpointError
@@ -188,3 +189,14 @@ def test_convert_overwrite_keeps_foreign_files(checkpoint, tmp_path, name):
     with pytest.raises(FileExistsError, match=f'holds {name!r}, which is not one of the files to replace'):
         convert(checkpoint, tmp_path / 'project', overwrite=True)
     assert path.read_text() == 'mine'
+
+
+@pytest.mark.parametrize('num_classes', [10, 1000])
+def test_open_model_of_a_shape_that_two_variants_have_warns(num_classes, tmp_path, caplog):
+    model = timm.create_model('repvgg_a0_cifar', deploy=True, num_classes=num_classes)
+    save_file(model.state_dict(), tmp_path / 'cifar.safetensors')
+    assert open_model(tmp_path / 'cifar.safetensors').variant.name == 'repvgg_a0'
+    assert ('taken for repvgg_a0; if it is repvgg_a0_cifar' in caplog.text) == (num_classes == 10)
+    caplog.clear()
+    assert open_model(tmp_path / 'cifar.safetensors', variant='repvgg_a0_cifar').variant.name == 'repvgg_a0_cifar'
+    assert caplog.text == ''

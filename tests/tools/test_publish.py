@@ -221,7 +221,7 @@ def test_push_folders_records_weights(hub, own_weights, tmp_path):
         assert record.revision == hub.repositories[item.hub_id].commits[-1][0]
         assert record.sha256 == item.sha256
         assert record.fold_check == item.fold_check
-        assert f'[{item.hub_id}](' in (own_weights / 'README.md').read_text()
+        assert f'(https://huggingface.co/{item.hub_id})' in (own_weights / 'README.md').read_text()
     assert NAME not in names_to_publish('zoo')
     assert NAME in names_to_publish('other')
     pages = tree(own_weights)
@@ -276,7 +276,7 @@ def test_write_manifest_writes_page_first(hub, own_weights, tmp_path, monkeypatc
     monkeypatch.setattr('repvgg_zoo.tools.publish.manifest_file.manifest_text', lambda records: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         push_folders(build(owner='zoo', out=tmp_path / 'out'))
-    assert f'[zoo/{NAME}](' in (own_weights / 'README.md').read_text()
+    assert f'(https://huggingface.co/zoo/{NAME})' in (own_weights / 'README.md').read_text()
     assert read_manifest()[NAME].revision is None
 
 
@@ -365,8 +365,8 @@ def test_create_model_override_folder_goes_first(tmp_path, monkeypatch):
     save_file(timm.create_model('repvgg_a0').state_dict(), tmp_path / 'own' / NAME / 'model.safetensors')
     with pytest.raises(CheckpointError, match=rf'{tmp_path}/own/.*does not fit test_repvgg'):
         timm.create_model('test_repvgg', pretrained=True)
-    with pytest.raises(CheckpointError, match=rf"{tmp_path}/own' has no folder repvgg_b1g2\.rvgg_in1k"):
-        timm.create_model('repvgg_b1g2', pretrained=True)
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}/own' has no folder repvgg_b2g2\.rvgg_in1k"):
+        timm.create_model('repvgg_b2g2', pretrained=True)
     monkeypatch.setenv('REPVGG_ZOO_WEIGHTS', str(tmp_path / 'nowhere'))
     with pytest.raises(CheckpointError, match=r"REPVGG_ZOO_WEIGHTS is '.*nowhere', which is no folder"):
         timm.create_model('test_repvgg', pretrained=True)

@@ -125,7 +125,7 @@ def test_push_folder_other_card_needs_replace(hub, folder):
 
 def test_push_folder_retry_after_waits_as_told(hub, folder, monkeypatch):
     waits = []
-    monkeypatch.setattr('repvgg_zoo.pretrained.hub.time', SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr('repvgg_zoo.pretrained.network.time', SimpleNamespace(sleep=waits.append))
     hub.fail('POST', '/commit/', status=429, headers={'Retry-After': '17'})
     hub.fail('POST', '/commit/', status=503, headers={'Retry-After': '86400'})
     push_folder(folder, ID)

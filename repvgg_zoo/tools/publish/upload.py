@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from ...pretrained.hub import is_http_error, is_transient, retrying, sha256_of, short_message
+from ...pretrained.hub import sha256_of
+from ...pretrained.network import is_http_error, is_transient, retrying, short_message
 from ..own_files import MARKER
 from ..reference import REFERENCE
 
