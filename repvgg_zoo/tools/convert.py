@@ -262,8 +262,8 @@ def open_model(
     if chosen is None:
         raise CheckpointError(
             f'{str(path)!r} has the shapes of no known variant; `repvgg-zoo list` shows them. If it was trained with '
-            'another block than the default one, name the variant; if with other depths, width, strides or groups, name it '
-            'and give these as model_kwargs (--model-kwargs)'
+            'another block than the default one, name the variant; if with other depths, width, strides or groups, '
+            'name it and give these as model_kwargs (--model-kwargs)'
         )
     classifier = state_dict.get('head.fc.weight')
     twin = next((v.name for v in VARIANTS.values() if v != chosen and _differ_in_strides(v, chosen)), None)
