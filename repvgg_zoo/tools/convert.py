@@ -13,6 +13,7 @@ from typing import Any
 import timm
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from timm.utils import ParseKwargs
 
 from .._compat import save_config_for_hf
 from ..blocks.factory import block_type
@@ -46,6 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='training-time block of SRC, if that is a bare file whose keys do not tell; with --unfold, the block to '
         'make (repvgg)',
     )
+    parser.add_argument(
+        '--model-kwargs', metavar='KEY=VALUE', nargs='*', default={}, action=ParseKwargs,
+        help='arguments of timm.create_model for a bare file, with --variant: "strides=(1, 1, 2, 2, 2)"',
+    )  # fmt: skip
     parser.add_argument('--unfold', action='store_true', help='make branches that compute the same as a deploy form')
     parser.add_argument('--no-ema', action='store_true', help='take the plain weights if SRC holds an average too')
     parser.add_argument('--prefix', help='take only the part of a larger network whose keys start with this')
@@ -67,6 +72,7 @@ def main(args: argparse.Namespace) -> int:
         unfold=args.unfold,
         use_ema=not args.no_ema,
         prefix=args.prefix,
+        model_kwargs=args.model_kwargs,
         overwrite=args.overwrite,
     )
     form = 'deploy' if model.deploy else 'training'
@@ -84,6 +90,7 @@ def convert(
     unfold: bool = False,
     use_ema: bool = True,
     prefix: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> RepVGG:
     """Write a checkpoint as a model folder.
@@ -102,6 +109,7 @@ def convert(
             wanted branches stay as they are. Other branches are folded first.
         use_ema: Take the averaged weights of a training checkpoint that has them.
         prefix: Take only the part of a larger network whose keys start with this.
+        model_kwargs: Further arguments of `timm.create_model` for a bare file.
         overwrite: Replace the target if it is such a folder.
 
     Returns:
@@ -121,7 +129,14 @@ def convert(
         ['config.json', 'model.safetensors']
     """
     with new_folder(target, overwrite=overwrite) as folder:
-        model = open_model(source, variant=variant, block=None if unfold else block, use_ema=use_ema, prefix=prefix)
+        model = open_model(
+            source,
+            variant=variant,
+            block=None if unfold else block,
+            use_ema=use_ema,
+            prefix=prefix,
+            model_kwargs=model_kwargs,
+        )
         if unfold:
             _unfold(model, form, block or 'repvgg')
         elif form == 'deploy':
@@ -227,7 +242,10 @@ def open_model(
     """
     block_type(block or 'repvgg')  # an error now if there is none of that name
     path = Path(source)
-    if (config := path / 'config.json').is_file():
+    config = path / 'config.json'
+    if model_kwargs and (config.is_file() or _is_model_name(source)):
+        raise ValueError(f'{str(source)!r} knows its own arguments, so it takes no others; a bare file does')
+    if config.is_file():
         try:
             model = _create(f'local-dir:{path}', pretrained=True)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
@@ -244,7 +262,8 @@ def open_model(
     if chosen is None:
         raise CheckpointError(
             f'{str(path)!r} has the shapes of no known variant; `repvgg-zoo list` shows them. If it was trained with '
-            'another block than the default one, name the variant'
+            'another block than the default one, name the variant; if with other depths, width, strides or groups, '
+            'name it and give these as model_kwargs (--model-kwargs)'
         )
     classifier = state_dict.get('head.fc.weight')
     twin = next((v.name for v in VARIANTS.values() if v != chosen and _differ_in_strides(v, chosen)), None)

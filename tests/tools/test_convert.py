@@ -8,7 +8,7 @@ import sys
 import pytest
 import timm
 import torch
-from helpers import images, rel_diff
+from helpers import images, randomise, rel_diff
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
@@ -200,3 +200,16 @@ def test_open_model_of_a_shape_that_two_variants_have_warns(num_classes, tmp_pat
     caplog.clear()
     assert open_model(tmp_path / 'cifar.safetensors', variant='repvgg_a0_cifar').variant.name == 'repvgg_a0_cifar'
     assert caplog.text == ''
+
+
+def test_convert_custom_architecture_needs_its_numbers(tmp_path):
+    small = dict(depths=(1, 2, 3, 1), strides=(1, 1, 2, 2, 2))
+    model = randomise(timm.create_model('test_repvgg', **small), px=32)
+    torch.save(model.state_dict(), tmp_path / 'last.pth')
+    with pytest.raises(CheckpointError, match=r'shapes of no known variant.*give these as model_kwargs'):
+        convert(tmp_path / 'last.pth', tmp_path / 'out')
+    convert(tmp_path / 'last.pth', tmp_path / 'out', variant='test_repvgg', model_kwargs=small, form='deploy')
+    x = images(2, px=32)
+    assert rel_diff(open_model(tmp_path / 'out').eval()(x), model(x)) < 1e-5  # float32 over 8 blocks
+    with pytest.raises(ValueError, match='knows its own arguments'):
+        open_model(tmp_path / 'out', model_kwargs=small)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import repvgg_zoo
 from repvgg_zoo import CheckpointError
+from repvgg_zoo.pretrained.hub import sha256_of
 from repvgg_zoo.pretrained.locate import locate
 from repvgg_zoo.pretrained.manifest import read_manifest, weights_dir
 from repvgg_zoo.repvgg import _pretrained_cfg
@@ -205,6 +206,17 @@ def test_build_folders_source_on_hub_is_used(hub, own_weights, tmp_path, revisio
     assert f'Converted from {source.removeprefix("hf-hub:")}, sha256' in (again.folder / 'README.md').read_text()
 
 
+@pytest.mark.parametrize('known', [True, False])
+def test_recorded_publication_hash_in_address_vouches(known, own_weights, tmp_path):
+    file, manifest = tmp_path / 'tiny.pth', own_weights / 'manifest.json'
+    torch.save(timm.create_model('test_repvgg').state_dict(), file)
+    fields = json.loads(manifest.read_text())
+    fields[NAME]['url'] = f'https://example.org/tiny-{sha256_of(file)[:8] if known else "0" * 8}.pth'
+    manifest.write_text(json.dumps(fields))
+    read_manifest.cache_clear()
+    assert recorded_publication(NAME, file).vouched is known
+
+
 def test_weights_page_is_current():
     assert (ROOT / 'weights' / 'README.md').read_text('utf-8') == weights_page(read_manifest())
 
@@ -230,17 +242,17 @@ def test_push_folders_records_weights(hub, own_weights, tmp_path):
     assert hub.count('POST', '/commit/') == 2
 
 
-def test_main_publish_all_continues_after_failure(hub, own_weights, tmp_path, capsys):
-    """The Hub here has none of timm's repositories, so the bundled weights alone can be published."""
+def test_main_publish_all_continues_after_failure(web, own_weights, tmp_path, capsys):
+    """The servers here have no weights, so the bundled weights alone can be published."""
     command = ['publish', '--all', '--owner', 'zoo', '--out', str(tmp_path / 'out'), '--push']
     assert main(command) == 1
     said = capsys.readouterr()
     assert f'published as zoo/{NAME}' in said.out
     complaints = re.findall(r'^repvgg-zoo: there is no repository (\S+)', said.err, re.MULTILINE)
     assert complaints == [r.hub_id for r in read_manifest().values() if (r.hub_id or '').startswith('timm/')]
-    before = len(hub.requests)
+    before = len(web.requests)
     assert main(command) == 1
-    assert ('POST', f'/api/models/zoo/{NAME}/commit/main') not in hub.requests[before:]
+    assert ('POST', f'/api/models/zoo/{NAME}/commit/main') not in web.requests[before:]
     assert 'published as' not in capsys.readouterr().out
 
 

@@ -15,6 +15,7 @@ import torch
 from helpers import images, rel_diff
 from timm.data import create_dataset, create_transform, resolve_model_data_config
 
+from repvgg_zoo import VARIANTS
 from repvgg_zoo.pretrained.manifest import weights_dir
 from repvgg_zoo.tools.console import no_progress
 from repvgg_zoo.tools.convert import save_model
@@ -62,8 +63,8 @@ def test_quantize_top1_loses_at_most_one_point(quantized):
     with torch.inference_mode():
         right = (model(torch.stack(x)).argmax(1) == torch.tensor(labels)).double().mean().item()
     assert report.float32_top1_pct == pytest.approx(100 * right, abs=0.21)  # of 500 images, one may be a near tie
-    assert report.int8_top1_pct >= report.float32_top1_pct - 1.6  # one point, and a standard error of 0.6 on 500
-    assert report.same_top_class_pct > 97
+    assert report.int8_top1_pct >= report.float32_top1_pct - 2.2  # one point, and two standard errors of 0.6 on 500
+    assert report.same_top_class_pct > 96
     assert report.images == 500
     assert report.calibration_images == 300
 
@@ -78,6 +79,29 @@ def test_quantize_weights_have_eight_bits(quantized):
     kernels = [t for t in tensors.values() if len(t.dims) == 4]
     assert len(kernels) == 11
     assert {onnx.TensorProto.DataType.Name(kernel.data_type) for kernel in kernels} == {'INT8'}
+
+
+def largest_weights(path):
+    """Return the largest absolute 8-bit weight of each layer."""
+    import onnx
+
+    tensors = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer]
+    return [abs(weights.astype(int)).max() for weights in tensors if weights.dtype == np.int8 and weights.ndim > 1]
+
+
+def test_quantize_two_products_fit_into_16_bits(quantized):
+    """So many does an x86 processor without VNNI add, and ONNX Runtime lets the sum saturate."""
+    folder, report = quantized
+    largest = largest_weights(folder / 'model.onnx')
+    assert len(largest) == 1 + sum(VARIANTS['test_repvgg'].depths) + 1  # stem, blocks, classifier
+    assert 2 * 255 * max(largest) < 2**15
+    assert not report.full_range
+
+
+def test_quantize_full_range_uses_eight_bits(tmp_path):
+    report = quantize('test_repvgg', tmp_path / 'out', images=VALIDATION, subset=2, full_range=True, track=no_progress)
+    assert min(largest_weights(tmp_path / 'out' / 'model.onnx')) >= 127
+    assert report.full_range
 
 
 def test_quantize_folder_holds_model_and_report_only(quantized):

@@ -117,8 +117,6 @@ def build_folders(
 def _open(publication: Publication) -> RepVGG:
     """Build the training form, with the description that `config.json` gets."""
     source, record = publication.source, publication.record
-    if publication.model_kwargs and source.model != str(source.path):
-        raise ValueError(f'the arguments of {source.title} are in its config.json, so it takes no others')
     if record is not None:
         model = _open_recorded(publication, record)
     else:

@@ -16,6 +16,7 @@ from ...checkpoints.files import FILE_SUFFIXES
 from ...pretrained.hub import download_weights, sha256_of
 from ...pretrained.locate import locate, weights_in
 from ...pretrained.manifest import DEPLOY_SUFFIX, Metrics, WeightsRecord, read_manifest
+from ...pretrained.urls import sha256_prefix
 from ...variants import VARIANTS, suggestion
 
 __all__ = ['Publication', 'Source', 'own_publication', 'read_labels', 'recorded_publication']
@@ -109,7 +110,7 @@ def recorded_publication(name: str, source: str | Path | None = None, *, trust_s
     record = _training_record(name)
     found = _recorded_source(record) if source is None else _given_source(source)
     publication = Publication(name=name, source=found, record=record, variant=record.arch)
-    if not (source is None or trust_source or found.sha256 == record.sha256):
+    if not (source is None or trust_source or _is_known(record, found.sha256)):
         return replace(publication, vouched=False)
     dataset = next((m.dataset for m in (*record.measured, *record.published)), None)
     return replace(
@@ -260,6 +261,12 @@ def _given_source(source: str | Path) -> Source:
     if record := read_manifest().get(text):
         return _recorded_source(record)
     raise FileNotFoundError(f'{text!r} is no checkpoint file, no model folder and no Hub repository')
+
+
+def _is_known(record: WeightsRecord, sha256: str) -> bool:
+    """Compare a hash with the record's, or with the digits of it in the record's address."""
+    digits = sha256_prefix(Path(record.url).name) if record.url else None
+    return sha256 == record.sha256 or bool(digits and sha256.startswith(digits))
 
 
 def _training_record(name: str) -> WeightsRecord:
