@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: The arguments are wrong, or ask for help.
 
     Example:
-        >>> main(['verify', 'test_repvgg.cifar10_deploy'])  # which says on stderr what is wrong
+        >>> main(['convert', 'nowhere.pth', 'out'])  # which says on stderr what is wrong
         1
     """
     try:
