@@ -116,7 +116,12 @@ class _Parser(argparse.ArgumentParser):
         import difflib
 
         wrong = re.search(r"(?:invalid choice: '|unrecognized arguments: )([^\s'=]+)", message)
-        options = re.findall(r'[\w-]+', message.partition('choose from')[2] or self.format_usage())
-        nearest = difflib.get_close_matches(wrong[1], options, n=1) if wrong else []
+        choices = re.findall(r'[\w-]+', message.partition('choose from')[2])
+        options = choices or [option for action in self._actions for option in action.option_strings]
+        nearest = difflib.get_close_matches(wrong[1], options, n=1, cutoff=0.7) if wrong else []
         meant = f'; did you mean {nearest[0]!r}?' if nearest else ';'
         self.exit(2, f'{self.prog}: {message}{meant} `{self.prog} --help` explains\n')
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -34,7 +34,8 @@ def check_contents(state_dict: Mapping[str, Any]) -> StateDict:
         The tensors, detached. Those of 8 bits, which nothing computes with, are widened to float32.
 
     Raises:
-        CheckpointError: A value is no dense tensor with real values in memory, an expanded one, or not finite.
+        CheckpointError: A value is no dense tensor with real values in memory, is expanded or not finite, or is a
+            negative variance.
 
     Example:
         >>> check_contents({'stem.reparam_conv.bias': torch.zeros(1, device='meta')})
@@ -51,6 +52,8 @@ def check_contents(state_dict: Mapping[str, Any]) -> StateDict:
             raise CheckpointError(f'{key} {problem}')
         if value.is_floating_point() and value.itemsize == 1:
             value = value.float()
+        if key.endswith('.running_var') and bool((value < 0).any()):
+            raise CheckpointError(f'{key} holds variances below 0; the file is damaged, so get it again')
         checked[key] = value.detach() if value.requires_grad or isinstance(value, nn.Parameter) else value
     return checked
 

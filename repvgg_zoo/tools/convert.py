@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import logging
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from ..checkpoints.state_dicts import Form, identify_variant
 from ..model import RepVGG
 from ..pretrained.load import assign, convert_form, read
 from ..pretrained.locate import weights_in
-from ..variants import VARIANTS, Variant, get_variant
+from ..variants import OVERRIDES, VARIANTS, Variant, get_variant, suggestion
 from .atomic import new_folder
 
 __all__ = ['MODEL_FILES', 'add_arguments', 'convert', 'main', 'open_model', 'save_model']
@@ -243,6 +244,7 @@ def open_model(
     block_type(block or 'repvgg')  # an error now if there is none of that name
     path = Path(source)
     config = path / 'config.json'
+    _check_model_kwargs(model_kwargs or {})
     if model_kwargs and (config.is_file() or _is_model_name(source)):
         raise ValueError(f'{str(source)!r} knows its own arguments, so it takes no others; a bare file does')
     if config.is_file():
@@ -283,6 +285,17 @@ def open_model(
     )
     assign(model, convert_form(checkpoint, model))
     return model
+
+
+def _check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:
+    told_by_the_file = ('variant', 'num_classes', 'in_chans', 'block', 'deploy', 'aux_heads', 'device', 'dtype')
+    possible = [*OVERRIDES, *(name for name in inspect.signature(RepVGG).parameters if name not in told_by_the_file)]
+    for name in model_kwargs:
+        if name not in possible:
+            raise ValueError(
+                f'{name!r} is no argument of a model that can be given here;{suggestion(name, possible)} these can: '
+                f'{", ".join(possible)}'
+            )
 
 
 def _differ_in_strides(a: Variant, b: Variant) -> bool:

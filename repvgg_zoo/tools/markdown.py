@@ -25,4 +25,4 @@ def markdown_table(rows: Iterable[Sequence[str]], header: Sequence[str], *, text
         | test_repvgg | 32 |
     """
     lines = [header, ['---' if title in text_columns else '---:' for title in header], *rows]
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+    return '\n'.join('| ' + ' | '.join(cell.replace('|', r'\|') for cell in line) + ' |' for line in lines)

@@ -130,7 +130,8 @@ def verify(
     """
     model_a = open_model(a, variant=variant, block=block)
     if b is not None:
-        model_b = open_model(b, variant=model_a.variant.name)
+        overrides = model_a.variant.overrides if Path(b).is_file() else None
+        model_b = open_model(b, variant=model_a.variant.name, model_kwargs=overrides)
     elif model_a.deploy:
         raise CheckpointError(f'{str(a)!r} is of the deploy form, so there is no other form of it to compare with')
     else:

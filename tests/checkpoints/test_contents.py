@@ -56,6 +56,18 @@ def test_load_odd_values_raise_and_change_nothing(kind, deploy, model, tmp_path)
 
 
 @FORMS
+def test_load_negative_variance_raises_and_changes_nothing(deploy, model, tmp_path):
+    key = 'stages.0.0.conv_kxk.bn.running_var'
+    held = model.state_dict() | {key: -model.state_dict()[key]}
+    torch.save(held, tmp_path / 'odd.pth')
+    check_refused(
+        timm.create_model('test_repvgg', deploy=deploy),
+        lambda m: load_checkpoint(m, tmp_path / 'odd.pth'),
+        f'{key} holds variances below 0',
+    )
+
+
+@FORMS
 def test_load_keys_that_are_no_strings_raise_and_change_nothing(deploy, model, tmp_path):
     torch.save(model.state_dict() | {0: torch.zeros(1)}, tmp_path / 'odd.pth')
     target = timm.create_model('test_repvgg', deploy=deploy)

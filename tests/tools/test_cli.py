@@ -101,6 +101,7 @@ def test_main_interrupted_command_ends_in_one_line(monkeypatch, capsys):
         ('convert a b --form deplo', "repvgg-zoo convert: argument --form: invalid choice: ... did you mean 'deploy'?"),
         ('convert a b --fom deploy', "repvgg-zoo convert: unrecognized arguments: ... did you mean '--form'?"),
         ('list --markdwn=yes', "repvgg-zoo list: unrecognized arguments: ... did you mean '--markdown'?"),
+        ('list repvgg_a9', 'repvgg-zoo list: unrecognized arguments: ... `repvgg-zoo list --help`'),
         ('convert a', 'repvgg-zoo convert: the following arguments are required: DST; `repvgg-zoo convert --help`'),
     ],
 )

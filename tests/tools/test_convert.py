@@ -14,6 +14,7 @@ from timm.models import save_for_hf
 
 from repvgg_zoo import CheckpointError
 from repvgg_zoo.tools.convert import convert, open_model, save_model
+from repvgg_zoo.tools.verify import verify
 
 
 @pytest.mark.parametrize('form', [None, 'training', 'deploy'])
@@ -211,5 +212,13 @@ def test_convert_custom_architecture_needs_its_numbers(tmp_path):
     convert(tmp_path / 'last.pth', tmp_path / 'out', variant='test_repvgg', model_kwargs=small, form='deploy')
     x = images(2, px=32)
     assert rel_diff(open_model(tmp_path / 'out').eval()(x), model(x)) < 1e-5  # float32 over 8 blocks
+    assert verify(tmp_path / 'out', tmp_path / 'last.pth')['float32'].same
     with pytest.raises(ValueError, match='knows its own arguments'):
         open_model(tmp_path / 'out', model_kwargs=small)
+
+
+@pytest.mark.parametrize(('name', 'hint'), [('strid', "did you mean 'strides'"), ('num_classes', 'these can: depths')])
+def test_open_model_argument_that_cannot_be_given_raises(name, hint, tmp_path):
+    torch.save(timm.create_model('test_repvgg').state_dict(), tmp_path / 'last.pth')
+    with pytest.raises(ValueError, match=f"'{name}' is no argument of a model that can be given here;.*{hint}"):
+        open_model(tmp_path / 'last.pth', model_kwargs={name: 5})

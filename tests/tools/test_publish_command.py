@@ -97,6 +97,14 @@ def test_publish_mistake_says_what_to_do(here, capsys, arguments, message):
     assert not list(here.glob('out/*'))
 
 
+def test_read_labels_windows_text_gives_the_names(tmp_path):
+    (tmp_path / 'labels.txt').write_bytes(b'\xef\xbb\xbfdaisy\r\nrose\r\n\r\n')
+    assert read_labels(tmp_path / 'labels.txt')[0] == ('daisy', 'rose')
+    (tmp_path / 'labels.txt').write_bytes(b'\x80\x81')
+    with pytest.raises(ValueError, match=r'labels\.txt.* is no text in UTF-8'):
+        read_labels(tmp_path / 'labels.txt')
+
+
 def test_read_labels_empty_or_repeated_line_raises(tmp_path):
     for text, message in (('a\n\nb', 'line 2 .* is empty'), ('a\nb\na\tagain', "line 3 .* repeats 'a'")):
         (tmp_path / 'labels.txt').write_text(text)

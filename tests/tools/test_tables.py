@@ -10,6 +10,7 @@ from repvgg_zoo.pretrained.locate import locate
 from repvgg_zoo.pretrained.manifest import DEPLOY_SUFFIX, FoldCheck, read_manifest
 from repvgg_zoo.repvgg import _pretrained_cfg
 from repvgg_zoo.tools.listing import weights_rows
+from repvgg_zoo.tools.markdown import markdown_table
 from repvgg_zoo.tools.publish.weights_page import weights_page
 from repvgg_zoo.tools.reproduce import reproduction_lines
 from repvgg_zoo.tools.tables import count_params, main, updated_records
@@ -141,3 +142,8 @@ def test_reproduction_lines_tell_the_data_set_and_what_is_verified():
         index = lines.index(f'repvgg-zoo run validate.py --data-dir {data} --model {name} --pretrained')
         verified = '# measured here' if name.startswith('test_') else '# published, not verified here'
         assert lines[index - 1] == verified
+
+
+def test_markdown_table_bar_in_cell_is_escaped():
+    table = markdown_table([('a|b', 'c')], ('name', 'px'), text_columns=('name', 'px'))
+    assert table.splitlines()[-1] == r'| a\|b | c |'

@@ -204,7 +204,7 @@ def read_labels(path: str | Path) -> tuple[tuple[str, ...], dict[str, str]]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A line is empty, or a name occurs twice.
+        ValueError: The file is no text, a line is empty, or a name occurs twice.
 
     Example:
         >>> import tempfile
@@ -213,7 +213,11 @@ def read_labels(path: str | Path) -> tuple[tuple[str, ...], dict[str, str]]:
         >>> read_labels(path)
         (('daisy', 'rose'), {'daisy': 'white petals'})
     """
-    lines = [line.split('\t', 1) for line in Path(path).read_text('utf-8').splitlines()]
+    try:
+        text = Path(path).read_text('utf-8-sig').rstrip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{str(path)!r} is no text in UTF-8 ({error}); a label in each line names a class') from error
+    lines = [line.split('\t', 1) for line in text.splitlines()]
     names = tuple(line[0].strip() for line in lines)
     for number, name in enumerate(names, start=1):
         if not name or name in names[: number - 1]:
