@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .errors import CheckpointError, abbreviate
+
 __all__ = ['AVERAGES', 'PLAIN', 'is_state_dict', 'weights_of']
 
 AVERAGES = ('state_dict_ema', 'model_ema', 'ema_state_dict', 'ema', 'params_ema')
@@ -26,6 +28,9 @@ def weights_of(content: Any, *, use_ema: bool = True) -> Mapping[Any, Any] | Non
     Returns:
         A mapping with tensors; None if there is none.
 
+    Raises:
+        CheckpointError: There is an average that is no state dict.
+
     Example:
         >>> import torch
         >>> weights_of({'epoch': 3, 'model': {'bias': torch.zeros(1)}})
@@ -33,13 +38,32 @@ def weights_of(content: Any, *, use_ema: bool = True) -> Mapping[Any, Any] | Non
     """
     if not isinstance(content, Mapping):
         return None
-    candidates = (content.get(name) for name in _containers(content, use_ema=use_ema))
-    return next(filter(is_state_dict, candidates), content if is_state_dict(content) else None)
+    for name in _containers(content, use_ema=use_ema):
+        inside = content.get(name)
+        if (found := _state_dict_in(inside)) is not None:
+            return found
+        if name in AVERAGES and isinstance(inside, Mapping) and any(map(_holds_tensors, inside.values())):
+            raise CheckpointError(
+                f'the average of the weights under {name!r} is of no known layout ({abbreviate(inside)}); save its '
+                'state dict, or take the plain weights with use_ema=False (`--no-ema`)'
+            )
+    return content if is_state_dict(content) else None
 
 
 def is_state_dict(content: Any) -> bool:
     """Tell whether this is a mapping with tensors."""
     return isinstance(content, Mapping) and any(map(torch.is_tensor, content.values()))
+
+
+def _state_dict_in(content: Any) -> Mapping[Any, Any] | None:
+    """Find a state dict: the content itself, or one level below as in averages that keep a module."""
+    if is_state_dict(content) or not isinstance(content, Mapping):
+        return content if is_state_dict(content) else None
+    return next(filter(is_state_dict, map(content.get, (*AVERAGES, *PLAIN))), None)
+
+
+def _holds_tensors(value: Any) -> bool:
+    return torch.is_tensor(value) or (isinstance(value, list | tuple) and any(map(torch.is_tensor, value)))
 
 
 def _containers(content: Mapping[Any, Any], *, use_ema: bool) -> tuple[str, ...]:

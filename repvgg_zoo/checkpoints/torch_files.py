@@ -36,7 +36,7 @@ def read_torch(path: Path) -> Any:
         content = _load(path, others)
     except Exception as error:  # bad bytes make the unpickler raise errors of any class
         raise CheckpointError(f'{str(path)!r} {_why_not(path, others, error)}') from error
-    if weights_of(content) is None and _hold_module(others):
+    if weights_of(content, use_ema=False) is None and _hold_module(others):
         raise CheckpointError(f'{str(path)!r} {_how_to_save_weights(path, others)}')
     return content
 

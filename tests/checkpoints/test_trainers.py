@@ -12,7 +12,7 @@ from helpers import LAYOUTS, images, randomise, rel_diff, rename
 from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 
-from repvgg_zoo import load_checkpoint
+from repvgg_zoo import CheckpointError, load_checkpoint
 
 X = images(2, px=32)
 
@@ -144,9 +144,26 @@ def test_load_mmengine_checkpoint(average, plain, tmp_path):
         ),
         ('model_state_dict', lambda m: {'epoch': 1, 'model_state_dict': m.state_dict(), 'loss': 0.1}),
         ('DeepSpeed', lambda m: {'module': m.state_dict(), 'optimizer': None}),
+        ('nested', lambda m: {'model': {'state_dict': m.state_dict()}}),
+        (
+            'nested average',
+            lambda m: {
+                'model': {k: v * 0 for k, v in m.state_dict().items()},
+                'ema': {'module': m.state_dict(), 'decay': 0.99},
+            },
+        ),
         ('ema_state_dict', lambda m: {'state_dict': {}, 'ema_state_dict': under('module.', m)}),
     ],
 )
 def test_load_container(name, make, average, tmp_path):
     torch.save(make(average), tmp_path / 'x.pth')
     check(tmp_path / 'x.pth', average)
+
+
+def test_load_average_of_unknown_layout_raises_unless_left_out(plain, tmp_path):
+    content = {'model': plain.state_dict(), 'ema': {'decay': 0.99, 'shadow_params': list(plain.parameters())}}
+    torch.save(content, tmp_path / 'x.pth')
+    model = timm.create_model('test_repvgg')
+    with pytest.raises(CheckpointError, match=r"under 'ema' is of no known layout .*use_ema=False"):
+        load_checkpoint(model, tmp_path / 'x.pth')
+    check(tmp_path / 'x.pth', plain, use_ema=False)
