@@ -83,14 +83,20 @@ def test_main_without_command_answers_before_torch_is_imported(args, status, sai
     assert said.replace("'", '') in (done.stdout or done.stderr).replace("'", '')  # Python 3.12 quotes no choices
 
 
+INTERRUPT = 'import signal; signal.signal(2, signal.default_int_handler); signal.raise_signal(2)'
+"""Programs that a shell starts in the background ignore the signal otherwise."""
+
+
 def test_main_interrupted_import_ends_in_one_line(no_torch):
-    done = zoo('list', env=no_torch('import signal; signal.raise_signal(signal.SIGINT)'))
+    done = zoo('list', env=no_torch(INTERRUPT))
     assert (done.returncode, done.stdout, done.stderr) == (130, '', 'repvgg-zoo: interrupted\n')
 
 
 def test_main_interrupted_command_ends_in_one_line(monkeypatch, capsys):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr('repvgg_zoo.tools.listing.main', lambda args: signal.raise_signal(signal.SIGINT))
     assert main(['list']) == 130
+    signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == 'repvgg-zoo: interrupted\n'
 
 

@@ -309,23 +309,23 @@ def test_publish_official_checkpoint_loads_from_hub(arch, checkout, tmp_path):
 
 def test_locate_error_tells_command_that_works(tmp_path):
     """The command in the error, run, makes the tag work."""
-    if read_manifest()['repvgg_b1g2.rvgg_in1k'].hub_id:
+    if read_manifest()['repvgg_b2g2.rvgg_in1k'].hub_id:
         pytest.skip('published')
     with pytest.raises(CheckpointError) as caught:
-        timm.create_model('repvgg_b1g2', pretrained=True)
+        timm.create_model('repvgg_b2g2', pretrained=True)
     message = str(caught.value)
     command, variable = (
         re.search(r'`repvgg-zoo (.*?)`', message).group(1),
         re.search(r'set (\w+=\w+)', message).group(1),
     )
-    torch.save(randomise(official('repvgg_b1g2')).state_dict(), tmp_path / 'RepVGG-B1g2-train.pth')
+    torch.save(randomise(official('repvgg_b2g2')).state_dict(), tmp_path / 'RepVGG-B2g2-train.pth')
     environment = os.environ | {'PYTHONPATH': str(ROOT)}
     subprocess.run([sys.executable, '-m', 'repvgg_zoo', *command.split()], cwd=tmp_path, env=environment, check=True)
     environment |= dict([variable.split('=')])
     code = (
         'import timm, repvgg_zoo\n'
-        "assert not timm.create_model('repvgg_b1g2', pretrained=True).deploy\n"
-        "assert timm.create_model('repvgg_b1g2.rvgg_in1k_deploy', pretrained=True).deploy\n"
-        "assert timm.create_model('local-dir:zoo/repvgg_b1g2.rvgg_in1k', pretrained=True).num_classes == 1000\n"
+        "assert not timm.create_model('repvgg_b2g2', pretrained=True).deploy\n"
+        "assert timm.create_model('repvgg_b2g2.rvgg_in1k_deploy', pretrained=True).deploy\n"
+        "assert timm.create_model('local-dir:zoo/repvgg_b2g2.rvgg_in1k', pretrained=True).num_classes == 1000\n"
     )
     subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=environment, check=True)
