@@ -188,7 +188,8 @@ def save_model(model: RepVGG, folder: Path) -> None:
     _sort_metadata(weights)
     model_args = model._model_args
     model_args.pop('num_classes', None)  # out of date if the classifier was replaced
-    save_config_for_hf(model, str(config), model_args=model_args)
+    path: Any = config  # timm annotates str, but its older versions take a Path only
+    save_config_for_hf(model, path, model_args=model_args)
     content = json.loads(config.read_text())
     content.get('model_args', {}).pop('num_classes', None)  # already at the top level; transformers rejects it here
     for key in ('label_names', 'label_descriptions'):  # which timm and transformers read at the top level

@@ -1,6 +1,7 @@
 """A checkpoint to a model, and to a model folder."""
 
 import hashlib
+import inspect
 import json
 import subprocess
 import sys
@@ -108,7 +109,11 @@ def test_convert_folder_saved_by_timm_has_classes_once(tmp_path):
     assert 'num_classes' not in config.get('model_args', {})
 
 
-@pytest.mark.parametrize('part', ['num_classes', 'model_args'])
+KNOWS_SAVED_ARGS = 'pretrained_model_args' in inspect.getsource(timm.create_model)
+OLD_TIMM = pytest.mark.skipif(not KNOWS_SAVED_ARGS, reason="this timm mixes the folder's arguments with the caller's")
+
+
+@pytest.mark.parametrize('part', ['num_classes', pytest.param('model_args', marks=OLD_TIMM)])
 def test_open_model_configuration_of_other_classes_raises(part, tmp_path):
     save_model(timm.create_model('test_repvgg', num_classes=7), tmp_path)
     if part == 'model_args':
