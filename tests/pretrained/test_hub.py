@@ -10,6 +10,7 @@ from huggingface_hub import constants
 
 from repvgg_zoo import CheckpointError, load_checkpoint
 from repvgg_zoo.pretrained.hub import download_weights
+from repvgg_zoo.tools.convert import open_model
 from repvgg_zoo.tools.publish.upload import HubError, push_folder
 
 ID = 'zoo/model'
@@ -138,6 +139,12 @@ def test_download_weights_without_network_needs_cache_and_does_not_wait(hub, fol
         CheckpointError, match=r'cannot get model\.safetensors of zoo/other .*not in the cache: .*refused'
     ):
         download_weights('zoo/other')
+
+
+def test_open_model_without_network_does_not_wait(hub, no_network):
+    no_network()
+    with pytest.raises(CheckpointError, match=r'cannot get config\.json of zoo/other .*refused'):
+        open_model('hf-hub:zoo/other')
 
 
 def test_push_folder_without_network_does_not_wait(folder, no_network):
