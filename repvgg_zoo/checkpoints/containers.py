@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -57,9 +57,10 @@ def is_state_dict(content: Any) -> bool:
 
 def _state_dict_in(content: Any) -> Mapping[Any, Any] | None:
     """Find a state dict: the content itself, or one level below as in averages that keep a module."""
-    if is_state_dict(content) or not isinstance(content, Mapping):
-        return content if is_state_dict(content) else None
-    return next(filter(is_state_dict, map(content.get, (*AVERAGES, *PLAIN))), None)
+    if is_state_dict(content):
+        return cast('Mapping[Any, Any]', content)
+    below = map(content.get, (*AVERAGES, *PLAIN)) if isinstance(content, Mapping) else ()
+    return next(filter(is_state_dict, below), None)
 
 
 def _holds_tensors(value: Any) -> bool:
