@@ -10,7 +10,7 @@ from pathlib import Path
 from ..checkpoints.errors import CheckpointError
 from .network import is_http_error, is_transient, is_unreachable, retrying, short_message
 
-__all__ = ['WEIGHT_FILES', 'cached_sha256', 'download_weights', 'sha256_of']
+__all__ = ['WEIGHT_FILES', 'cached_sha256', 'download_file', 'download_weights', 'sha256_of']
 
 WEIGHT_FILES = ('model.safetensors', 'pytorch_model.bin')
 """Names of the weights file in a model folder, the preferred one first."""
@@ -34,6 +34,32 @@ def download_weights(hub_ref: str, filename: str | None = None, *, cache_dir: st
         >>> download_weights('timm/repvgg_a0.rvgg_in1k')  # doctest: +SKIP
         PosixPath('.../model.safetensors')
     """
+    repo_id = hub_ref.partition('@')[0]
+    names = (filename,) if filename else WEIGHT_FILES
+    for name in names:
+        if path := download_file(hub_ref, name, cache_dir=cache_dir):
+            return path
+    raise CheckpointError(f'{repo_id} on the Hub has no weights: neither {" nor ".join(names)}')
+
+
+def download_file(hub_ref: str, name: str, *, cache_dir: str | Path | None = None) -> Path | None:
+    """Return a cached file of a Hub repository; download it first if necessary.
+
+    Args:
+        hub_ref: `owner/name` or `owner/name@revision`.
+        name: File name in the repository.
+        cache_dir: Folder to use instead of huggingface-hub's cache.
+
+    Returns:
+        Path of the file, or None if the repository has none of this name.
+
+    Raises:
+        CheckpointError: The repository or revision does not exist, or cannot be reached now.
+
+    Example:
+        >>> download_file('timm/repvgg_a0.rvgg_in1k', 'config.json')  # doctest: +SKIP
+        PosixPath('.../config.json')
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -44,31 +70,27 @@ def download_weights(hub_ref: str, filename: str | None = None, *, cache_dir: st
     )
 
     repo_id, _, revision = hub_ref.partition('@')
-    names = (filename,) if filename else WEIGHT_FILES
-    for name in names:
-        download = partial(hf_hub_download, repo_id, name, revision=revision or None, cache_dir=cache_dir)
-        _check_network(repo_id, name, revision or None, cache_dir)
-        try:
-            # huggingface_hub resumes a cut download, but gives up when the server answers 5xx
-            path = Path(retrying(download, retry=lambda e: isinstance(e, HfHubHTTPError) and is_transient(e)))
-        except LocalEntryNotFoundError as error:
-            raise _not_cached(repo_id, name, error.__cause__ or error) from error
-        except EntryNotFoundError:
-            continue
-        except RepositoryNotFoundError as error:
-            raise CheckpointError(
-                f'there is no repository {repo_id} on the Hub, or it is private and you are not logged in '
-                '(`hf auth login`)'
-            ) from error
-        except RevisionNotFoundError as error:
-            raise CheckpointError(f'{repo_id} on the Hub has no revision {revision!r}') from error
-        except Exception as error:
-            if not isinstance(error, OSError) and not is_http_error(error):
-                raise
-            raise CheckpointError(f'cannot get {name} of {repo_id} from the Hub: {short_message(error)}') from error
-        _check_blob(path)
-        return path
-    raise CheckpointError(f'{repo_id} on the Hub has no weights: neither {" nor ".join(names)}')
+    download = partial(hf_hub_download, repo_id, name, revision=revision or None, cache_dir=cache_dir)
+    _check_network(repo_id, name, revision or None, cache_dir)
+    try:
+        # huggingface_hub resumes a cut download, but gives up when the server answers 5xx
+        path = Path(retrying(download, retry=lambda e: isinstance(e, HfHubHTTPError) and is_transient(e)))
+    except LocalEntryNotFoundError as error:
+        raise _not_cached(repo_id, name, error.__cause__ or error) from error
+    except EntryNotFoundError:
+        return None
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f'there is no repository {repo_id} on the Hub, or it is private and you are not logged in (`hf auth login`)'
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f'{repo_id} on the Hub has no revision {revision!r}') from error
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_http_error(error):
+            raise
+        raise CheckpointError(f'cannot get {name} of {repo_id} from the Hub: {short_message(error)}') from error
+    _check_blob(path)
+    return path
 
 
 def _check_network(repo_id: str, name: str, revision: str | None, cache_dir: str | Path | None) -> None:

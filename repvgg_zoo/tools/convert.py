@@ -23,7 +23,7 @@ from ..checkpoints.errors import CheckpointError
 from ..checkpoints.files import FILE_SUFFIXES
 from ..checkpoints.state_dicts import Form, identify_variant
 from ..model import RepVGG
-from ..pretrained.hub import download_weights
+from ..pretrained.hub import download_file
 from ..pretrained.load import assign, convert_form, read
 from ..pretrained.locate import weights_in
 from ..variants import OVERRIDES, VARIANTS, Variant, get_variant, suggestion
@@ -306,7 +306,7 @@ def _differ_in_strides(a: Variant, b: Variant) -> bool:
 
 def _create(name: str, **kwargs: Any) -> RepVGG:
     if name.startswith('hf-hub:'):  # timm would try again for half a minute where there is no network
-        download_weights(name.removeprefix('hf-hub:'), 'config.json')
+        download_file(name.removeprefix('hf-hub:'), 'config.json')
     model: Any = timm.create_model(name, **kwargs)
     if not isinstance(model, RepVGG):
         raise CheckpointError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +17,8 @@ from torch import Tensor
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.state_dicts import Form
 from ..model import RepVGG
+from ..pretrained.hub import download_file
 from ..pretrained.locate import WEIGHTS_VARIABLE, locate
-from ..pretrained.network import is_http_error, is_transient, retrying, short_message
 from ..reparam.evaluation import disable_fast_path
 from ..reparam.tolerance import MAX_REL_DIFF, rel_diff
 
@@ -138,25 +137,7 @@ def find_reference(source: str | Path, model: RepVGG) -> Path | None:
     override = os.environ.get(WEIGHTS_VARIABLE)
     if cfg.file or not cfg.hf_hub_id or (override and weights.is_relative_to(override)):
         return None
-    return _download(cfg.hf_hub_id)
-
-
-def _download(hub_ref: str) -> Path | None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    repo_id, _, revision = hub_ref.partition('@')
-    download = partial(hf_hub_download, repo_id, REFERENCE, revision=revision or None)
-    try:
-        return Path(retrying(download, retry=lambda e: is_http_error(e) and is_transient(e)))
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(f'cannot get {REFERENCE} of {repo_id} from the Hub: {short_message(error)}') from error
-    except EntryNotFoundError:
-        return None
-    except Exception as error:
-        if not is_http_error(error):
-            raise
-        raise CheckpointError(f'cannot get {REFERENCE} of {repo_id} from the Hub: {short_message(error)}') from error
+    return download_file(cfg.hf_hub_id, REFERENCE)
 
 
 def _outputs(model: RepVGG, x: Tensor) -> dict[str, Tensor]:
