@@ -41,8 +41,8 @@ def test_plan_all_work_has_every_combination():
         for kind in ('infer', 'train', 'load', 'fold')
     }
     # eager: 2 batches, 2 dtypes; ncnn: batch 1 in float32
-    assert [count['test_repvgg', kind] for kind in ('infer', 'train', 'load', 'fold')] == [10, 2, 2, 1]
-    assert [count['timm:resnet18', kind] for kind in ('infer', 'train', 'load', 'fold')] == [5, 2, 0, 0]
+    assert [count['test_repvgg', kind] for kind in ('infer', 'train', 'load', 'fold')] == [10, 4, 2, 1]
+    assert [count['timm:resnet18', kind] for kind in ('infer', 'train', 'load', 'fold')] == [5, 4, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -234,15 +234,16 @@ def test_matmul_peak_slow_dtype_stops_early(monkeypatch, gmacs_per_s, sizes):
         def __init__(self, size):
             self.size = size
 
-        def __matmul__(self, other):
-            now[0] += self.size**3 / gmacs_per_s / 1e9
+    def mm(a, b):
+        now[0] += a.size**3 / gmacs_per_s / 1e9
 
-    def randn(count, size, _, dtype):
+    def randn(count, size, _, dtype, device):
         made.append(size)
         return [Product(size)] * count
 
     monkeypatch.setattr('repvgg_zoo.tools.benchmark.measure.time.perf_counter', lambda: now[0])
     monkeypatch.setattr('repvgg_zoo.tools.benchmark.measure.torch.randn', randn)
+    monkeypatch.setattr('repvgg_zoo.tools.benchmark.measure.torch.mm', mm)
     assert matmul_peak_gmacs_per_s('bfloat16') == pytest.approx(gmacs_per_s)
     assert made == sizes
 

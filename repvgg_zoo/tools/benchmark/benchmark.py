@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,16 @@ from safetensors.torch import save_file
 
 from ..atomic import new_folder
 from ..console import Track, positive, print_table, progress
+from ..devices import add_device_argument
 from .cases import DTYPES, LAYOUTS, WORK, Case, baseline_of, gmacs
-from .measure import matmul_peak_gmacs_per_s, peak_memory_bytes, time_rounds
+from .measure import matmul_peak_gmacs_per_s, peak_device_bytes, peak_memory_bytes, time_rounds
 from .models import ModelName
 from .plan import FULL, QUICK, plan
 from .plots import save_plots
 from .report import Results, Row, latency_quantiles_ms
 from .runtimes import RUNTIMES
 
-__all__ = ['add_arguments', 'main', 'run_benchmark', 'write_results']
+__all__ = ['add_arguments', 'machine_facts', 'main', 'run_benchmark', 'write_results']
 
 _TABLES = ('results.csv', 'results.json', 'results.md')
 
@@ -43,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--quick', action='store_true', help='few models and rounds, the runtimes that start fast: three minutes'
     )
     parser.add_argument('--work', nargs='+', choices=WORK, default=['infer'], help='kinds of work (infer)')
+    add_device_argument(parser)
     parser.add_argument(
         '--forms', nargs='+', choices=('training', 'deploy'), default=['training', 'deploy'], help='forms (both)'
     )
@@ -80,6 +83,7 @@ def main(args: argparse.Namespace) -> int:
         batches=args.batch_sizes,
         dtypes=args.dtypes,
         layouts=args.layouts,
+        device=args.device,
     )
     with new_folder(args.out, overwrite=args.overwrite) as folder:
         with progress(transient=False) as track:
@@ -126,18 +130,24 @@ def run_benchmark(
     torch.manual_seed(0)
     baselines = {case: baseline_of(case, baseline) for case in cases}
     everything = list(dict.fromkeys((*cases, *filter(None, baselines.values()))))
-    peaks = {dtype: matmul_peak_gmacs_per_s(dtype) for dtype in dict.fromkeys(case.dtype for case in everything)}
+    device = torch.device(everything[0].device)
+    dtypes = dict.fromkeys(case.dtype.removeprefix('amp_') for case in everything)
     skipped: list[str] = []
     rows: dict[Case, Row] = {}
-    with tempfile.TemporaryDirectory() as folder, _warnings_silenced():
+    with tempfile.TemporaryDirectory() as folder, _warnings_silenced(), _autotuned_convolutions():
+        peaks = {dtype: matmul_peak_gmacs_per_s(dtype, device=device) for dtype in dtypes}
         for group in _groups(everything):
-            seconds = _time(group, Path(folder), rounds, skipped, track)
+            seconds, device_bytes = _time(group, Path(folder), rounds, skipped, track)
             for case in track(seconds, description=f'counting {group[0].work}'):
                 against = baselines.get(case)
                 baseline_ms = latency_quantiles_ms(seconds[against])[0] if against in seconds else None
-                peak = _peak_memory_bytes(case, Path(folder), skipped) if memory else None
-                rows[case] = _row(case, seconds[case], peaks[case.dtype], peak, against, baseline_ms)
-    return Results(machine=_machine(peaks), rows=[rows[case] for case in everything if case in rows], skipped=skipped)
+                peak = device_bytes.get(case)
+                if memory and device.type == 'cpu':
+                    peak = _peak_memory_bytes(case, Path(folder), skipped)
+                rate = peaks[case.dtype.removeprefix('amp_')]
+                rows[case] = _row(case, seconds[case], rate, peak, against, baseline_ms)
+    machine = machine_facts(device) | {f'matrix product {k} GMAC/s': round(peak, 1) for k, peak in peaks.items()}
+    return Results(machine=machine, rows=[rows[case] for case in everything if case in rows], skipped=skipped)
 
 
 def write_results(results: Results, folder: Path) -> list[str]:
@@ -176,24 +186,30 @@ def _groups(cases: Iterable[Case]) -> list[list[Case]]:
 
 def _time(
     group: Sequence[Case], folder: Path, rounds: int, skipped: list[str], track: Track
-) -> dict[Case, list[float]]:
-    prepared = {}
+) -> tuple[dict[Case, list[float]], dict[Case, int]]:
+    """Seconds of the runs of each case that works, and on a GPU its peak memory."""
+    device = torch.device(group[0].device)
+    prepared, device_bytes = {}, {}
     for case in track(group, description=f'preparing {group[0].work}'):
         if missing := RUNTIMES[case.runtime].missing:
-            extra = f"'repvgg-zoo[{RUNTIMES[case.runtime].extra}]'"
-            line = f'{case.runtime}: {", ".join(missing)} missing; pip install {extra}'
+            extra = RUNTIMES[case.runtime].extra
+            remedy = f"'repvgg-zoo[{extra}]'" if extra else ' '.join(missing)
+            line = f'{case.runtime}: {", ".join(missing)} missing; pip install {remedy}'
             if line not in skipped:
                 skipped.append(line)
             continue
+        before = torch.cuda.memory_allocated(device) if device.type == 'cuda' else 0
         try:
             set_up, run = case.prepare(_weights(case, folder))
             run(set_up())
+            if device.type == 'cuda':
+                device_bytes[case] = peak_device_bytes(partial(run, set_up()), device) - before
         except Exception as error:  # each runtime has its own errors for a model that it cannot take
             skipped.append(f'{case}: {type(error).__name__}: {" ".join(str(error).split())[:200]}')
         else:
             prepared[case] = set_up, run
-    seconds = time_rounds(list(prepared.values()), rounds=rounds, track=track)
-    return dict(zip(prepared, seconds, strict=True))
+    seconds = time_rounds(list(prepared.values()), rounds=rounds, device=device, track=track)
+    return dict(zip(prepared, seconds, strict=True)), device_bytes
 
 
 def _peak_memory_bytes(case: Case, folder: Path, skipped: list[str]) -> int | None:
@@ -248,20 +264,32 @@ def _row(
     )
 
 
-def _machine(peaks: dict[str, float]) -> dict[str, Any]:
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """Tell what a benchmark ran on.
+
+    Args:
+        device: Where the models ran.
+
+    Returns:
+        Processor or GPU, threads or driver, versions and the date.
+
+    Example:
+        >>> 'torch' in machine_facts(torch.device('cpu'))
+        True
+    """
     versions = {}
     packages = (package for runtime in RUNTIMES.values() for package in runtime.packages)
     for package in dict.fromkeys(('torch', 'timm', 'torchvision', *packages)):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    return {
-        'processor': _processor(),
-        'threads': torch.get_num_threads(),
-        **{f'matrix product {dtype} GMAC/s': round(peak, 1) for dtype, peak in peaks.items()},
-        'Python': platform.python_version(),
-        **versions,
-        'date': datetime.now(UTC).date().isoformat(),
-    }
+    facts: dict[str, Any] = {'processor': _processor(), 'threads': torch.get_num_threads()}
+    if device.type == 'cuda':
+        facts = {
+            'GPU': torch.cuda.get_device_name(device),
+            'CUDA': torch.version.cuda,
+            'cuDNN': torch.backends.cudnn.version(),
+        } | facts
+    return facts | {'Python': platform.python_version(), **versions, 'date': datetime.now(UTC).date().isoformat()}
 
 
 def _processor() -> str:
@@ -281,3 +309,14 @@ def _warnings_silenced() -> Iterator[None]:
         yield
     finally:
         logging.disable(previous)
+
+
+@contextlib.contextmanager
+def _autotuned_convolutions() -> Iterator[None]:
+    """Let cuDNN choose the fastest of its algorithms, as timm's scripts do."""
+    previous = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = previous

@@ -19,7 +19,7 @@ from ...reparam.switch import switch_to_deploy
 from ...reparam.tolerance import MAX_REL_DIFF, rel_diff
 from ..console import silenced
 from .models import BenchmarkForm, ModelName, timms_own
-from .runtimes import RUNTIMES
+from .runtimes import COMPILE_OPTIONS, RUNTIMES, autocast, cast
 
 __all__ = [
     'DTYPES',
@@ -37,7 +37,8 @@ Work: TypeAlias = Literal['infer', 'train', 'load', 'fold']
 WORK = get_args(Work)
 """Inference; one training step (forward, loss, backward); a model from a file of training weights; the switch."""
 LAYOUTS = ('contiguous', 'channels_last')
-DTYPES = ('float32', 'bfloat16')
+DTYPES = ('float32', 'bfloat16', 'float16', 'amp_bfloat16', 'amp_float16')
+"""`amp_` is float32 under autocast, as timm's benchmark calls it; the others are the dtype of weights and images."""
 
 
 class WrongOutputError(RuntimeError):
@@ -55,16 +56,19 @@ class Case:
     batch: int = 1
     dtype: str = 'float32'
     layout: str = 'contiguous'
+    device: str = 'cpu'
 
     def __str__(self) -> str:
         parts = [str(self.model), self.form, self.work, self.runtime, f'batch {self.batch}', self.dtype, self.layout]
-        return ', '.join(parts if self.work in ('infer', 'train') else parts[:3])
+        kept = parts if self.work in ('infer', 'train') else parts[:3]
+        return ', '.join(kept if self.device == 'cpu' else [*kept, self.device])
 
     def batch_of_images(self) -> Tensor:
-        """Random images, `(N, 3, H, W)`, in float32 and the case's layout."""
+        """Random images, `(N, 3, H, W)`, in float32 and the case's layout, on its device."""
         px = self.model.input_px
         x = torch.randn(self.batch, 3, px, px, generator=torch.Generator().manual_seed(0))
-        return x.to(memory_format=getattr(torch, 'contiguous_format' if self.layout == 'contiguous' else self.layout))
+        layout = getattr(torch, 'contiguous_format' if self.layout == 'contiguous' else self.layout)
+        return x.to(self.device).contiguous(memory_format=layout)
 
     def prepare(self, weights: Path) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
         """Build the model, and check the outputs of its runtime.
@@ -80,13 +84,13 @@ class Case:
             Exception: Any error of a runtime that cannot take the model.
         """
         if self.work == 'load':
-            return _nothing, lambda _: self.model.build(self.form, weights=str(weights))
+            return _nothing, lambda _: self.model.build(self.form, device=self.device, weights=str(weights))
         if self.work == 'fold':
-            return lambda: self.model.build('training'), _fold_of(self.model)
-        model = self.model.build(self.form)
+            return lambda: self.model.build('training', device=self.device), _fold_of(self.model)
+        model = self.model.build(self.form, device=self.device)
         x = self.batch_of_images()
         if self.work == 'train':
-            return _nothing, _training_step(model, x)
+            return _nothing, _training_step(model, x, self.dtype, self.runtime)
         with torch.no_grad():
             expected = model(x)
             run = RUNTIMES[self.runtime].prepare(model, x, self.dtype)
@@ -95,20 +99,25 @@ class Case:
 
     def _check(self, output: Any, expected: Tensor) -> None:
         diff = rel_diff(torch.as_tensor(output), expected)
-        if not diff <= MAX_REL_DIFF[getattr(torch, self.dtype)]:
+        # PyTorch lets cuDNN round float32 to TF32, which has the mantissa of float16
+        is_tf32 = self.dtype == 'float32' and expected.is_cuda
+        if not diff <= MAX_REL_DIFF[torch.float16 if is_tf32 else getattr(torch, self.dtype.removeprefix('amp_'))]:
             raise WrongOutputError(f'{self.runtime} is off by {diff:.1e} of the largest output')
 
     def saved_bytes(self) -> int:
         """Bytes that autograd keeps of one image for the backward pass, see `saved_bytes`."""
-        return saved_bytes(self.model.build(self.form), replace(self, batch=1).batch_of_images())
+        batch = 1 if self.device == 'cpu' else self.batch
+        model = self.model.build(self.form, device=self.device)
+        return saved_bytes(*cast(model, replace(self, batch=batch).batch_of_images(), self.dtype), self.dtype) // batch
 
 
-def saved_bytes(model: nn.Module, x: Tensor) -> int:
+def saved_bytes(model: nn.Module, x: Tensor, dtype: str = 'float32') -> int:
     """Count the bytes that autograd keeps for the backward pass, besides parameters, buffers and the input.
 
     Args:
         model: The model. It is put into train mode.
         x: Its input.
+        dtype: One of `DTYPES`, for autocast.
 
     Returns:
         Bytes that the forward pass allocates and does not free, the output among them.
@@ -118,8 +127,14 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
         64
     """
     model.train()
+    if x.is_cuda:
+        before = torch.cuda.memory_allocated(x.device)
+        with autocast(x.device.type, dtype):
+            y = model(x)
+        return torch.cuda.memory_allocated(x.device) - before
     # not by hooks on saved tensors, under which blocks keep all outputs
-    with silenced(), torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    profile = torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with silenced(), profile as profiler, autocast(x.device.type, dtype):
         y = model(x)
     del y
     return sum(event.self_cpu_memory_usage for event in profiler.events())
@@ -163,7 +178,7 @@ def forward_gmacs(model: nn.Module, x: Tensor) -> float:
 
 
 def baseline_of(case: Case, baseline: str) -> Case | None:
-    """Choose the case that a case is compared with, in eager PyTorch.
+    """Choose the case that a case is compared with: inference in eager PyTorch, training in the same runtime.
 
     Args:
         case: The case.
@@ -172,8 +187,8 @@ def baseline_of(case: Case, baseline: str) -> Case | None:
 
     Returns:
         The baseline's case. None if timm does not have the variant, if the case is its own baseline, or if a named
-        model would have to load or fold. timm's RepVGG trains contiguous, because its channels_last crashes on some
-        CPUs.
+        model would have to load or fold. timm's RepVGG trains contiguous on a CPU, because its channels_last crashes on
+        some.
 
     Example:
         >>> case = Case(model=ModelName.parse('repvgg_a0'), form='deploy', runtime='openvino')
@@ -184,14 +199,16 @@ def baseline_of(case: Case, baseline: str) -> Case | None:
         model = timms_own(case.model)
         if model is None:
             return None
-        form = case.form if case.runtime == 'eager' else 'deploy'
+        form = case.form if case.work == 'train' or case.runtime == 'eager' else 'deploy'
     else:
         model = ModelName.parse(baseline)
         if case.work not in ('infer', 'train'):
             return None
         form = 'single' if not model.has_forms else 'training' if case.work == 'train' else 'deploy'
-    layout = 'contiguous' if case.work == 'train' and model.is_timms_repvgg else case.layout
-    found = replace(case, model=model, form=form, runtime='eager', layout=layout)
+    crashes = case.work == 'train' and model.is_timms_repvgg and case.device == 'cpu'
+    layout = 'contiguous' if crashes else case.layout
+    runtime = case.runtime if case.work == 'train' else 'eager'
+    found = replace(case, model=model, form=form, runtime=runtime, layout=layout)
     return None if found == case else found
 
 
@@ -205,12 +222,17 @@ def _fold_of(name: ModelName) -> Callable[[nn.Module], nn.Module]:
     return lambda model: reparameterize_model(model, inplace=True)
 
 
-def _training_step(model: nn.Module, x: Tensor) -> Callable[[Any], None]:
-    model.train().to(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
-    labels = torch.arange(len(x))
+def _training_step(model: nn.Module, x: Tensor, dtype: str, runtime: str) -> Callable[[Any], None]:
+    model, x = cast(model.train(), x, dtype)
+    if runtime != 'eager':
+        model.compile(**COMPILE_OPTIONS[runtime])
+    labels = torch.arange(len(x), device=x.device) % 10
+    scaler = torch.amp.GradScaler(x.device.type, enabled=dtype == 'amp_float16')
 
     def step(_: Any) -> None:
         model.zero_grad()
-        F.cross_entropy(model(x), labels).backward()
+        with autocast(x.device.type, dtype):
+            loss = F.cross_entropy(model(x), labels)
+        scaler.scale(loss).backward()
 
     return step

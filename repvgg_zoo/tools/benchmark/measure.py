@@ -1,4 +1,4 @@
-"""Time in interleaved rounds, peak memory in separate processes, and the machine's peak rate."""
+"""Time in interleaved rounds, peak memory, and the peak rate of a device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -18,14 +19,53 @@ from ..console import Track
 if TYPE_CHECKING:
     from .cases import Case
 
-__all__ = ['matmul_peak_gmacs_per_s', 'peak_memory_bytes', 'time_rounds']
+__all__ = ['matmul_peak_gmacs_per_s', 'peak_device_bytes', 'peak_memory_bytes', 'time_rounds', 'timed']
 
+_CPU = torch.device('cpu')
 _SLICE_S = 0.1
 """A turn of a case takes this long, and at least one run."""
 
 
+def timed(run: Callable[[], Any], device: torch.device) -> float:
+    """Run a function once.
+
+    Args:
+        run: The function.
+        device: Where it computes.
+
+    Returns:
+        Seconds until the device has done the work: by its own events on CUDA, by the host's clock elsewhere.
+
+    Example:
+        >>> timed(lambda: time.sleep(0.01), torch.device('cpu')) > 0.009
+        True
+    """
+    if device.type == 'cuda':
+        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start_event.record(torch.cuda.current_stream(device))
+        _ = run()  # freed after the clock has stopped
+        end_event.record(torch.cuda.current_stream(device))
+        end_event.synchronize()
+        return start_event.elapsed_time(end_event) / 1e3
+    _synchronise(device)
+    start = time.perf_counter()
+    _ = run()
+    _synchronise(device)
+    return time.perf_counter() - start
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type != 'cpu':
+        getattr(torch, device.type).synchronize()
+
+
 def time_rounds(
-    runs: list[tuple[Callable[[], Any], Callable[[Any], Any]]], *, rounds: int, track: Track
+    runs: list[tuple[Callable[[], Any], Callable[[Any], Any]]],
+    *,
+    rounds: int,
+    device: torch.device = _CPU,
+    track: Track,
 ) -> list[list[float]]:
     """Time functions in interleaved rounds, each round in a random order.
 
@@ -36,6 +76,7 @@ def time_rounds(
     Args:
         runs: Pairs of a function to call before each run, untimed, and the run, which takes its result.
         rounds: Turns of each pair.
+        device: Where all of them compute.
         track: Shows the progress.
 
     Returns:
@@ -51,19 +92,35 @@ def time_rounds(
     generator = torch.Generator().manual_seed(0)
     turns = [turn for _ in range(rounds) for turn in torch.randperm(len(runs), generator=generator).tolist()]
     for turn in track(turns, description='timing'):
-        seconds[turn] += _turn(*runs[turn])
+        seconds[turn] += _turn(*runs[turn], device)
     return seconds
 
 
-def _turn(set_up: Callable[[], Any], run: Callable[[Any], Any]) -> list[float]:
+def _turn(set_up: Callable[[], Any], run: Callable[[Any], Any], device: torch.device) -> list[float]:
     seconds: list[float] = []
     while sum(seconds) < _SLICE_S:
         state = set_up()
-        start = time.perf_counter()
-        state = run(state)
-        seconds.append(time.perf_counter() - start)
-        del state
+        seconds.append(timed(partial(run, state), device))
     return seconds[1:] or seconds
+
+
+def peak_device_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """Measure the peak of the memory of a CUDA device while a function runs.
+
+    Args:
+        run: The function. It has run before, so that buffers of the first run do not count.
+        device: The device.
+
+    Returns:
+        Bytes of all tensors on the device at the peak, those of other models too.
+
+    Example:
+        >>> peak_device_bytes(lambda: model(x), torch.device('cuda'))  # doctest: +SKIP
+        80142336
+    """
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return torch.cuda.max_memory_allocated(device)
 
 
 def peak_memory_bytes(case: Case, weights: Path, threads: int) -> int | None:
@@ -111,7 +168,7 @@ def _peak_resident_bytes() -> int | None:
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith('VmHWM'))
 
 
-def matmul_peak_gmacs_per_s(dtype: str, *, repeats: int = 5) -> float:
+def matmul_peak_gmacs_per_s(dtype: str, *, device: torch.device = _CPU, repeats: int = 5) -> float:
     """Measure the rate of the fastest of some square matrix products.
 
     The products grow until one takes longer than a turn: without instructions for the dtype they are a hundred times
@@ -119,6 +176,7 @@ def matmul_peak_gmacs_per_s(dtype: str, *, repeats: int = 5) -> float:
 
     Args:
         dtype: Name of a torch dtype.
+        device: Where to compute.
         repeats: Runs of each product.
 
     Returns:
@@ -129,14 +187,10 @@ def matmul_peak_gmacs_per_s(dtype: str, *, repeats: int = 5) -> float:
         True
     """
     best = 0.0
-    for size in (256, 512, 1024, 2048, 3072):
-        a, b = torch.randn(2, size, size, dtype=getattr(torch, dtype))
-        seconds = []
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            a @ b
-            seconds.append(time.perf_counter() - start)
-        best = max(best, size**3 / median(seconds[1:]) / 1e9)
-        if median(seconds[1:]) > _SLICE_S:
+    for size in (256, 512, 1024, 2048, 3072) if device.type == 'cpu' else (2048, 4096, 8192):
+        a, b = torch.randn(2, size, size, dtype=getattr(torch, dtype), device=device)
+        seconds = median([timed(partial(torch.mm, a, b), device) for _ in range(repeats + 1)][1:])
+        best = max(best, size**3 / seconds / 1e9)
+        if seconds > _SLICE_S:
             break
     return best

@@ -119,11 +119,12 @@ class ModelName(NamedTuple):
         published = next(r.published for r in read_manifest().values() if r.arch == self.name)
         return published[0].top1_pct if published else None
 
-    def build(self, form: BenchmarkForm, *, weights: str | None = None) -> nn.Module:
+    def build(self, form: BenchmarkForm, *, device: str = 'cpu', weights: str | None = None) -> nn.Module:
         """Build the model in eval mode.
 
         Args:
             form: The form to build.
+            device: Its device.
             weights: File of training-form weights of a RepVGG; fresh weights by default.
 
         Returns:
@@ -136,13 +137,13 @@ class ModelName(NamedTuple):
             fresh = dict(aux_logits=False, init_weights=False) if self.name == 'googlenet' else {}
             model = torchvision.models.get_model(self.name, weights=None, **fresh)
         elif self.source == 'zoo':
-            model = timm.create_model(self.name, deploy=form == 'deploy', **load)
+            model = timm.create_model(self.name, deploy=form == 'deploy', device=device, **load)
         elif self.is_timms_repvgg:
-            model = getattr(byobnet, self.name)(**load)  # not the registry, whose entry is the zoo's
+            model = getattr(byobnet, self.name)(device=device, **load)  # not the registry, whose entry is the zoo's
             model = reparameterize_model(model, inplace=True) if form == 'deploy' else model
         else:
             model = timm.create_model(self.name)
-        return model.eval()
+        return model.to(device).eval()
 
 
 def _timms_models() -> list[str]:

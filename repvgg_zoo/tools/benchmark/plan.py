@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 from ...variants import VARIANTS
 from .cases import Case, Work
 from .models import PEERS, BenchmarkForm, ModelName
-from .runtimes import RUNTIMES
+from .runtimes import COMPILE_OPTIONS, RUNTIMES
 
 __all__ = ['FULL', 'QUICK', 'Settings', 'plan']
 
+_TRAINERS = {'eager', *COMPILE_OPTIONS} - {'compile-freezing'}
+"""Runtimes with a backward pass."""
 _PAPER = [name for name, variant in VARIANTS.items() if variant.se is None and variant.total_stride == 32]
 
 
@@ -43,6 +45,7 @@ def plan(
     batches: Sequence[int] = (1,),
     dtypes: Sequence[str] = ('float32',),
     layouts: Sequence[str] = ('contiguous',),
+    device: str = 'cpu',
 ) -> list[Case]:
     """List every combination of the settings that exists.
 
@@ -52,10 +55,11 @@ def plan(
         models: Names, see `ModelName`.
         forms: Forms of the models that have two.
         work: Some of `WORK`.
-        runtimes: Some of `RUNTIMES`, for inference.
+        runtimes: Some of `RUNTIMES`. A model trains in those of PyTorch that can.
         batches: Batch sizes.
-        dtypes: Names of torch dtypes, for inference.
+        dtypes: Some of `DTYPES`. A model trains in those that are not pure float16.
         layouts: `contiguous` or `channels_last`.
+        device: Where to compute, as PyTorch names it.
 
     Returns:
         The cases.
@@ -72,16 +76,19 @@ def plan(
         own_forms: Sequence[BenchmarkForm] = forms if name.has_forms else ['single']
         if kind == 'infer':
             for batch, dtype, layout, runtime, form in itertools.product(batches, dtypes, layouts, runtimes, own_forms):
-                if RUNTIMES[runtime].takes(batch=batch, dtype=dtype, layout=layout):
-                    setting: dict[str, Any] = dict(runtime=runtime, batch=batch, dtype=dtype, layout=layout)
-                    cases.append(Case(model=name, form=form, **setting))
+                setting: dict[str, Any] = dict(batch=batch, dtype=dtype, layout=layout, device=device)
+                if RUNTIMES[runtime].takes(**setting):
+                    cases.append(Case(model=name, form=form, runtime=runtime, **setting))
         elif kind == 'train':
             trained: BenchmarkForm = 'training' if name.has_forms else 'single'
-            for batch, layout in itertools.product(batches, layouts):
-                cases.append(Case(model=name, form=trained, work=kind, batch=batch, layout=layout))
+            able = [runtime for runtime in runtimes if runtime in _TRAINERS]
+            stable = [dtype for dtype in dtypes if dtype != 'float16']
+            for batch, dtype, layout, runtime in itertools.product(batches, stable, layouts, able):
+                setting = dict(batch=batch, dtype=dtype, layout=layout, device=device)
+                cases.append(Case(model=name, form=trained, work=kind, runtime=runtime, **setting))
         elif name.has_forms:
             kept = [form for form in own_forms if kind == 'load' or form == 'training']
-            cases += [Case(model=name, form=form, work=kind) for form in kept]
+            cases += [Case(model=name, form=form, work=kind, device=device) for form in kept]
     if not cases:
         raise ValueError(
             f'there is nothing to measure: none of the runtimes {", ".join(runtimes)} takes batch sizes '

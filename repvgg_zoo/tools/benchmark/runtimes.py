@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..._compat import raised_recompile_limit
 from ..console import silenced
 
-__all__ = ['RUNTIMES', 'Runtime', 'compile_openvino']
+__all__ = ['COMPILE_OPTIONS', 'RUNTIMES', 'Runtime', 'autocast', 'cast', 'compile_openvino']
 
 Run: TypeAlias = Callable[[], Any]
 
@@ -39,6 +39,8 @@ class Runtime:
     dtypes: tuple[str, ...] = ('float32',)
     layouts: tuple[str, ...] = ('contiguous',)
     """Layouts of the images and the weights. The runtimes besides torch compute on contiguous images."""
+    devices: tuple[str, ...] | None = ('cpu',)
+    """Types of the devices that it runs on. None for all."""
     max_batch: int | None = None
 
     @property
@@ -46,47 +48,101 @@ class Runtime:
         """Packages that are not installed."""
         return [package for package in self.packages if importlib.util.find_spec(package) is None]
 
-    def takes(self, *, batch: int, dtype: str, layout: str) -> bool:
-        """Tell whether it can run a batch of that size, dtype and layout."""
-        return dtype in self.dtypes and layout in self.layouts and (self.max_batch is None or batch <= self.max_batch)
+    def takes(self, *, batch: int, dtype: str, layout: str, device: str = 'cpu') -> bool:
+        """Tell whether it can run a batch of that size, dtype and layout on a device."""
+        return (
+            dtype in self.dtypes
+            and layout in self.layouts
+            and (self.max_batch is None or batch <= self.max_batch)
+            and (self.devices is None or torch.device(device).type in self.devices)
+        )
 
 
-def _cast(model: nn.Module, x: Tensor, dtype: str) -> tuple[nn.Module, Tensor]:
-    """Cast a model and a batch to a dtype, and the model to the batch's layout."""
+def autocast(device: str, dtype: str) -> torch.autocast:
+    """Autocast for the dtypes that start with `amp_`, and nothing for others.
+
+    Example:
+        >>> with autocast('cpu', 'amp_bfloat16'):
+        ...     nn.Linear(1, 1)(torch.ones(1, 1)).dtype
+        torch.bfloat16
+    """
+    is_mixed = dtype.startswith('amp_')
+    return torch.autocast(device, getattr(torch, dtype.removeprefix('amp_')) if is_mixed else None, enabled=is_mixed)
+
+
+def cast(model: nn.Module, x: Tensor, dtype: str) -> tuple[nn.Module, Tensor]:
+    """Cast a model and a batch to a dtype, float32 under autocast, and the model to the batch's layout.
+
+    Example:
+        >>> cast(nn.Linear(1, 1), torch.ones(1, 1), 'bfloat16')[1].dtype
+        torch.bfloat16
+    """
+    kind = torch.float32 if dtype.startswith('amp_') else getattr(torch, dtype)
     layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-    return model.to(getattr(torch, dtype)).to(memory_format=layout), x.to(getattr(torch, dtype))
+    return model.to(kind).to(memory_format=layout), x.to(kind)
 
 
 def _eager(model: nn.Module, x: Tensor, dtype: str) -> Run:
-    model, x = _cast(model, x, dtype)
-    return lambda: model(x)
+    model, x = cast(model, x, dtype)
+
+    def run() -> Tensor:
+        with autocast(x.device.type, dtype):
+            return model(x)
+
+    return run
 
 
-def _compiled(model: nn.Module, x: Tensor, dtype: str, *, freezing: bool) -> Run:
-    model, x = _cast(model, x, dtype)
-    compiled = torch.compile(model, fullgraph=True, options={'freezing': freezing})
+def _compiled(model: nn.Module, x: Tensor, dtype: str, *, options: dict[str, Any]) -> Run:
+    model, x = cast(model, x, dtype)
+    compiled = torch.compile(model, fullgraph=True, **options)
+
+    def run() -> Tensor:
+        with autocast(x.device.type, dtype):
+            return compiled(x)
+
     with raised_recompile_limit(1000):
-        compiled(x)
-    return lambda: compiled(x)
+        run()
+    return run
 
 
 def _torchscript(model: nn.Module, x: Tensor, dtype: str) -> Run:
-    model, x = _cast(model, x, dtype)
+    model, x = cast(model, x, dtype)
     frozen = torch.jit.freeze(torch.jit.trace(model, x, check_trace=False))
     return lambda: frozen(x)
 
 
-def _onnxruntime(model: nn.Module, x: Tensor, dtype: str) -> Run:
+def _tensorrt(model: nn.Module, x: Tensor, dtype: str) -> Run:
+    import torch_tensorrt
+
+    model, x = cast(model, x, dtype)
+    compiled = torch_tensorrt.compile(model, inputs=[x], enabled_precisions={x.dtype})
+    return lambda: compiled(x)
+
+
+def _onnxruntime(model: nn.Module, x: Tensor, dtype: str, *, provider: str = 'CPUExecutionProvider') -> Run:
     import onnxruntime
 
+    if provider not in (providers := onnxruntime.get_available_providers()):
+        raise RuntimeError(
+            f'this onnxruntime has no {provider}, only {", ".join(providers)}; onnxruntime-gpu in its place brings it'
+        )
+    model, x = cast(model, x, dtype)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'model.onnx'
         torch.onnx.export(model, (x,), path, dynamo=True, external_data=False, verbose=False, input_names=['x'])
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-    inputs = {'x': x.numpy()}
-    return lambda: session.run(None, inputs)[0]
+        session = onnxruntime.InferenceSession(path, options, providers=[provider])
+    binding = session.io_binding()  # the images are on the device before the clock starts
+    device = ('cpu', 0) if x.device.type == 'cpu' else (x.device.type, x.device.index or 0)
+    binding.bind_ortvalue_input('x', onnxruntime.OrtValue.ortvalue_from_numpy(x.numpy(force=True), *device))
+    binding.bind_output(session.get_outputs()[0].name)
+
+    def run() -> Any:
+        session.run_with_iobinding(binding)
+        return binding.copy_outputs_to_cpu()[0]
+
+    return run
 
 
 def _openvino(model: nn.Module, x: Tensor, dtype: str) -> Run:
@@ -155,16 +211,31 @@ def _with(prepare: Callable[..., Run], **options: Any) -> Callable[[nn.Module, T
     return lambda model, x, dtype: prepare(model, x, dtype, **options)
 
 
-_TORCH: dict[str, Any] = dict(dtypes=('float32', 'bfloat16'), layouts=('contiguous', 'channels_last'))
+COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
+    'compile': {},
+    'compile-freezing': dict(options={'freezing': True}),
+    'compile-reduce-overhead': dict(mode='reduce-overhead'),
+    'compile-max-autotune': dict(mode='max-autotune'),
+}
+"""Arguments of `torch.compile`. The last two use CUDA graphs on a GPU."""
+_TORCH: dict[str, Any] = dict(
+    dtypes=('float32', 'bfloat16', 'float16', 'amp_bfloat16', 'amp_float16'),
+    layouts=('contiguous', 'channels_last'),
+    devices=None,
+)
+_ONNX: dict[str, Any] = dict(packages=('onnx', 'onnxscript', 'onnxruntime'), extra='onnxruntime')
+_ONNX_GPU: dict[str, Any] = dict(_ONNX, dtypes=('float32', 'float16'), devices=('cuda',))
 _NCNN: dict[str, Any] = dict(packages=('ncnn', 'pnnx'), extra='ncnn', max_batch=1)
 
 RUNTIMES = {
     'eager': Runtime(prepare=_eager, is_quick=True, **_TORCH),
-    'compile': Runtime(prepare=_with(_compiled, freezing=False), **_TORCH),
-    'compile-freezing': Runtime(prepare=_with(_compiled, freezing=True), **_TORCH),
-    'torchscript': Runtime(prepare=_torchscript, is_quick=True, **_TORCH),
-    'onnxruntime': Runtime(
-        prepare=_onnxruntime, packages=('onnx', 'onnxscript', 'onnxruntime'), extra='onnxruntime', is_quick=True
+    **{name: Runtime(prepare=_with(_compiled, options=options), **_TORCH) for name, options in COMPILE_OPTIONS.items()},
+    'torchscript': Runtime(prepare=_torchscript, is_quick=True, **(_TORCH | dict(dtypes=_TORCH['dtypes'][:3]))),
+    'onnxruntime': Runtime(prepare=_onnxruntime, is_quick=True, **_ONNX),
+    'onnxruntime-cuda': Runtime(prepare=_with(_onnxruntime, provider='CUDAExecutionProvider'), **_ONNX_GPU),
+    'onnxruntime-tensorrt': Runtime(prepare=_with(_onnxruntime, provider='TensorrtExecutionProvider'), **_ONNX_GPU),
+    'torch-tensorrt': Runtime(
+        prepare=_tensorrt, packages=('torch_tensorrt',), dtypes=('float32', 'float16'), devices=('cuda',)
     ),
     'openvino': Runtime(
         prepare=_openvino, packages=('openvino',), extra='openvino', is_quick=True, dtypes=('float32', 'bfloat16')

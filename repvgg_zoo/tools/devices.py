@@ -1,0 +1,37 @@
+"""The option `--device` of the commands."""
+
+from __future__ import annotations
+
+import argparse
+
+__all__ = ['add_device_argument']
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`, the name of a device of PyTorch, `cpu` by default.
+
+    Args:
+        parser: Its parsed arguments get `device`, a name that PyTorch can compute on here.
+
+    Example:
+        >>> parser = argparse.ArgumentParser()
+        >>> add_device_argument(parser)
+        >>> parser.parse_args([]).device
+        'cpu'
+    """
+    parser.add_argument(
+        '--device', type=_available, default='cpu', metavar='DEVICE', help='cpu, cuda, cuda:N or mps (%(default)s)'
+    )
+
+
+def _available(text: str) -> str:
+    import torch
+
+    found = ['cpu']
+    if torch.cuda.is_available():
+        found += ['cuda', *(f'cuda:{index}' for index in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        found.append('mps')
+    if text not in found:
+        raise argparse.ArgumentTypeError(f'there is no device {text!r} here; there is: {", ".join(found)}')
+    return text
