@@ -88,7 +88,7 @@ def train(block: str, seed: int, args: argparse.Namespace) -> None:
     threads = max(1, (os.cpu_count() or 1) // args.parallel)
     env = os.environ | {'OMP_NUM_THREADS': str(threads)}
     with (args.runs / f'{name}.log').open('ab') as log:
-        subprocess.run(command, env=env, stdout=log, stderr=log, check=True)  # noqa: S603
+        subprocess.run(command, env=env, stdout=log, stderr=log, check=True)
 
 
 def read_rows() -> dict[tuple[str, int], dict[str, str]]:
@@ -116,7 +116,7 @@ def report(args: argparse.Namespace) -> None:
         top1 = [mean_and_spread([float(run[column]) for run in runs]) for column in TOP1]
         table.append((block, *top1, str(len(runs)), *costs[block]))
     header = ('block', 'training %', 'deploy %', 'INT8 %', 'seeds', 'step', 'saved', 'parameters k')
-    print(markdown_table(table, header, text_columns=('block',)))  # noqa: T201
+    print(markdown_table(table, header, text_columns=('block',)))
     plot(rows, costs)
 
 

@@ -66,9 +66,9 @@ class Case:
     def batch_of_images(self) -> Tensor:
         """Random images, `(N, 3, H, W)`, in float32 and the case's layout, on its device."""
         px = self.model.input_px
-        x = torch.randn(self.batch, 3, px, px, generator=torch.Generator().manual_seed(0))
-        layout = getattr(torch, 'contiguous_format' if self.layout == 'contiguous' else self.layout)
-        return x.to(self.device).contiguous(memory_format=layout)
+        generator = torch.Generator(self.device).manual_seed(0)
+        x = torch.randn(self.batch, 3, px, px, generator=generator, device=self.device)
+        return x.to(memory_format=getattr(torch, 'contiguous_format' if self.layout == 'contiguous' else self.layout))
 
     def prepare(self, weights: Path) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
         """Build the model, and check the outputs of its runtime.
@@ -155,7 +155,8 @@ def gmacs(model: ModelName, form: BenchmarkForm) -> float:
         >>> round(gmacs(ModelName.parse('test_repvgg'), 'deploy'), 3)
         0.043
     """
-    return forward_gmacs(model.build(form).to('meta'), Case(model=model, form=form).batch_of_images().to('meta'))
+    built = model.build(form, device='meta' if model.source == 'zoo' else 'cpu')  # timm's fold needs values
+    return forward_gmacs(built.to('meta'), Case(model=model, form=form).batch_of_images().to('meta'))
 
 
 def forward_gmacs(model: nn.Module, x: Tensor) -> float:

@@ -1,0 +1,170 @@
+"""Train a network on CIFAR-10, with all images in the memory of the device.
+
+    python experiments/cifar10.py --data cifar10 --out runs/tiny --epochs 200 --device cuda
+
+`--data` holds the folders `train` and `test`, with a folder of images for each class. Crops of images padded by four
+pixels, and flips; SGD, whose learning rate rises and falls linearly; label smoothing; an average of the weights;
+bfloat16 autocast; `torch.compile`. `--out` gets `log.csv`, a line an epoch, and at the end `model.safetensors`, the
+averaged weights. A run that was stopped goes on where it was; its file of the state is removed at the end.
+"""
+
+import argparse
+import csv
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_model
+from timm.data import create_dataset
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3, ParseKwargs
+from torch import Tensor, nn
+
+import repvgg_zoo  # noqa: F401  registers its models
+
+PAD_PX = 4
+COLUMNS = ('epoch', 'lr', 'train_loss', 'top1_pct', 'seconds')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data', required=True, help='folder of the images')
+    parser.add_argument('--val-split', default='test', help='name of the folder of the test images (%(default)s)')
+    parser.add_argument('--out', type=Path, required=True)
+    parser.add_argument('--model', default='test_repvgg')
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
+    parser.add_argument('--epochs', type=int, default=200)
+    parser.add_argument('--batch-size', type=int, default=128)
+    parser.add_argument('--lr', type=float, default=0.1)
+    parser.add_argument('--weight-decay', type=float, default=5e-4)
+    parser.add_argument('--ema-decay', type=float, default=0.999)
+    parser.add_argument('--smoothing', type=float, default=0.1)
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--images', type=int, help='train and test on that many images only')
+    parser.add_argument('--eager', action='store_true', help='do not compile')
+    args = parser.parse_args()
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    model = timm.create_model(args.model, num_classes=10, **args.model_kwargs).to(args.device)
+    train_images, train_labels = load(args.data, 'train', args.images, args.device)
+    test_images, test_labels = load(args.data, args.val_split, args.images, args.device)
+    padded, px = pad(train_images), train_images.shape[1]
+    mean, std = (255 * torch.tensor(model.pretrained_cfg[key], device=args.device) for key in ('mean', 'std'))
+    ema = ModelEmaV3(model, decay=args.ema_decay)
+    optimizer = create_optimizer_v2(model, 'sgd', lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    state_file, log, begun = args.out / 'state.pt', args.out / 'log.csv', 0
+    if state_file.exists():
+        state = torch.load(state_file, map_location=args.device, weights_only=True)
+        model.load_state_dict(state['model'])
+        ema.module.load_state_dict(state['ema'])
+        optimizer.load_state_dict(state['optimizer'])
+        begun = state['epochs']
+    else:
+        log.write_text(','.join(COLUMNS) + '\n')
+    model.to(memory_format=torch.channels_last)
+    if not args.eager:
+        model.compile(mode='reduce-overhead' if args.device.startswith('cuda') else None)
+
+    steps = len(train_labels) // args.batch_size
+    for epoch in range(begun, args.epochs):
+        start = time.perf_counter()
+        generator = torch.Generator().manual_seed(1000 * args.seed + epoch)
+        order = torch.randperm(len(train_labels), generator=generator)
+        corners = torch.randint(0, 2 * PAD_PX + 1, (2, len(order)), generator=generator)
+        flipped = torch.rand(len(order), generator=generator) < 0.5
+        batches = [t.to(args.device).split(args.batch_size) for t in (order, *corners, flipped)]
+        model.train()
+        total = torch.zeros((), device=args.device)
+        for step, (chosen, top, left, flip) in zip(range(steps), zip(*batches, strict=True), strict=False):
+            lr = args.lr * triangle(epoch * steps + step, 2 * steps, args.epochs * steps)
+            for group in optimizer.param_groups:
+                group['lr'] = lr
+            x = normalise(crop(padded, chosen, top, left, flip, px), mean, std)
+            with autocast(args.device):
+                logits = model(x)
+            loss = F.cross_entropy(logits.float(), train_labels[chosen], label_smoothing=args.smoothing)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update(model)
+            total += loss.detach()
+        is_last = epoch == args.epochs - 1
+        score = (
+            f'{top1_pct(ema.module, normalise(test_images, mean, std), test_labels):.2f}'
+            if is_last or epoch % 5 == 4
+            else ''
+        )
+        if tested or args.device == 'cpu':
+            save_state(state_file, model=model, ema=ema.module, optimizer=optimizer, epochs=epoch + 1)
+        seconds = time.perf_counter() - start
+        with log.open('a') as file:
+            csv.writer(file, lineterminator='\n').writerow(
+                (epoch, f'{lr:.5f}', f'{total.item() / steps:.4f}', score, f'{seconds:.1f}')
+            )
+        print(log.read_text().splitlines()[-1], flush=True)
+    save_model(ema.module, str(args.out / 'model.safetensors'))
+    state_file.unlink(missing_ok=True)
+
+
+def load(root: str, split: str, count: int | None, device: str) -> tuple[Tensor, Tensor]:
+    """Images `(N, H, W, 3)` as bytes, and their classes."""
+    samples = create_dataset('', root=root, split=split)
+    chosen = range(len(samples)) if count is None else torch.linspace(0, len(samples) - 1, count).long().tolist()
+    with ThreadPoolExecutor() as pool:
+        pairs = list(pool.map(lambda index: samples[index], chosen))
+    images = torch.from_numpy(np.stack([np.asarray(image) for image, _ in pairs]))
+    return images.to(device), torch.tensor([label for _, label in pairs], device=device)
+
+
+def pad(images: Tensor) -> Tensor:
+    """Reflect the borders of `(N, H, W, 3)`."""
+    chw = images.permute(0, 3, 1, 2).float()
+    return F.pad(chw, (PAD_PX,) * 4, mode='reflect').to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def crop(padded: Tensor, chosen: Tensor, top: Tensor, left: Tensor, flip: Tensor, px: int) -> Tensor:
+    """Cut `(B, px, px, 3)` out of padded images, each at its own corner and some of them mirrored."""
+    pixels = torch.arange(px, device=padded.device)
+    rows = top[:, None] + pixels
+    columns = left[:, None] + torch.where(flip[:, None], px - 1 - pixels, pixels)
+    return padded[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """`(B, 3, H, W)` in channels_last from bytes `(B, H, W, 3)`."""
+    return ((images - mean) / std).permute(0, 3, 1, 2)
+
+
+def triangle(step: int, peak: int, end: int) -> float:
+    """Rise from 0 to 1 until `peak`, fall to 0 until `end`."""
+    return (step + 1) / peak if step < peak else (end - step) / max(1, end - peak)
+
+
+def autocast(device: str) -> torch.autocast:
+    return torch.autocast(torch.device(device).type, torch.bfloat16)
+
+
+@torch.no_grad()
+def top1_pct(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    model.eval()
+    right = torch.zeros((), device=images.device)
+    with autocast(str(images.device)):
+        for x, y in zip(images.split(500), labels.split(500), strict=True):
+            right += (model(x).argmax(1) == y).sum()
+    return 100 * right.item() / len(labels)
+
+
+def save_state(path: Path, *, epochs: int, **modules) -> None:
+    unfinished = path.with_suffix('.unfinished')
+    torch.save({name: module.state_dict() for name, module in modules.items()} | {'epochs': epochs}, unfinished)
+    unfinished.replace(path)
+
+
+if __name__ == '__main__':
+    main()
