@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import urllib.request
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import randomise
+from helpers import DEVICE_VARIABLE, device_of_tests, randomise
 from hub_server import TOKEN, ToLoopback, hub_server
 from huggingface_hub import constants
 from hypothesis import HealthCheck, settings
@@ -26,6 +27,34 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile('zoo')
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption('--device', help=f'run the tests that are marked device on it; default: ${DEVICE_VARIABLE} or cpu')
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (given := config.getoption('--device')) is not None:
+        os.environ[DEVICE_VARIABLE] = given
+    if device_of_tests().type == 'cuda':
+        # The tests bound rounding in float32, and TF32 has three digits. They compare runs bit by bit, and some
+        # algorithms of cuDNN add up in another order each time.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On another device, leave out what is about the CPU, files, names or publishing."""
+    if device_of_tests().type == 'cpu':
+        return
+    kept = [item for item in items if item.get_closest_marker('device') and not item.get_closest_marker('cpu')]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
+
+
+@pytest.fixture(scope='session')
+def device() -> torch.device:
+    return device_of_tests()
 
 
 def seed_generators() -> None:

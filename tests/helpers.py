@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import timm
 import torch
-from repvgg_pytorch.repvgg import RepVGGBlock, get_RepVGG_func_by_name
-from repvgg_pytorch.repvggplus import RepVGGplus
 from timm.layers import BatchNormAct2d, SEModule
 from torch import Tensor, nn
 
@@ -24,6 +23,23 @@ TIMM_NAMES = [name for name in repvgg_zoo.VARIANTS if hasattr(timm.models.byobne
 LARGE = {'repvgg_b2', 'repvgg_b3', 'repvgg_b3g2', 'repvgg_b3g4', 'repvgg_d2se', 'repvggplus_l2pse'}
 """Variants whose tests take many seconds."""
 FORMS = pytest.mark.parametrize('deploy', [False, True], ids=['training', 'deploy'])
+DEVICE_VARIABLE = 'REPVGG_ZOO_TEST_DEVICE'
+MovableT = TypeVar('MovableT', Tensor, nn.Module)
+
+
+def device_of_tests() -> torch.device:
+    """As given by `pytest --device` or the environment variable."""
+    return torch.device(os.environ.get(DEVICE_VARIABLE, 'cpu'))
+
+
+def to_device(given: MovableT) -> MovableT:
+    """Move what was made on the CPU, from its seeded generator, to the device of the tests."""
+    return given.to(device_of_tests())
+
+
+def create_model(name: str, **kwargs: Any) -> nn.Module:
+    """timm's, on the device of the tests."""
+    return to_device(timm.create_model(name, **kwargs))
 
 
 def params(names: list[str]) -> list:
@@ -33,13 +49,16 @@ def params(names: list[str]) -> list:
 
 @torch.no_grad()
 def randomise(model: nn.Module, *, seed: int = 0, px: int = 64, in_chans: int = 3) -> nn.Module:
-    """Give every normalisation layer its own affine parameters and statistics; returns the model in eval mode.
+    """Give every normalisation layer its own affine parameters and statistics.
+
+    Returns the model in eval mode, on the device of the tests.
 
     With fresh statistics (mean 0, variance 1, scale 1, shift 0) nearly every wrong fold passes. The
     statistics are those of a random batch, disturbed, so that activations keep their size in nets of
     any depth.
     """
     generator = torch.Generator().manual_seed(seed)
+    to_device(model)
 
     def uniform(like: Tensor, low: float, high: float) -> Tensor:
         return torch.rand(like.shape, generator=generator).to(like) * (high - low) + low
@@ -51,8 +70,7 @@ def randomise(model: nn.Module, *, seed: int = 0, px: int = 64, in_chans: int = 
             norm.weight.copy_(uniform(norm.weight, 0.3, 1.2))
             norm.weight[::7] *= -1
             norm.bias.copy_(uniform(norm.bias, -0.3, 0.3))
-    dtype = next(model.parameters()).dtype
-    model.train()(torch.randn(2, in_chans, px, px, generator=generator).to(dtype))
+    model.train()(torch.randn(2, in_chans, px, px, generator=generator).to(next(model.parameters())))
     for norm in norms:
         norm.momentum = 0.1
         norm.running_mean += uniform(norm.running_mean, -0.1, 0.1)
@@ -64,7 +82,8 @@ def randomise(model: nn.Module, *, seed: int = 0, px: int = 64, in_chans: int = 
 def images(
     count: int = 1, px: int = 64, *, in_chans: int = 3, seed: int = 1, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    return torch.randn(count, in_chans, px, px, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    """Drawn on the CPU, and moved to the device of the tests."""
+    return to_device(torch.randn(count, in_chans, px, px, generator=torch.Generator().manual_seed(seed)).to(dtype))
 
 
 MMPRETRAIN = [
@@ -109,6 +128,9 @@ PLUS = 'repvggplus_l2pse'
 
 
 def official(name: str) -> torch.nn.Module:
+    from repvgg_pytorch.repvgg import RepVGGBlock, get_RepVGG_func_by_name
+    from repvgg_pytorch.repvggplus import RepVGGplus
+
     if name == PLUS:
         variant = VARIANTS[PLUS]
         return RepVGGplus(variant.depths, 1000, variant.width, use_post_se=True)
@@ -124,7 +146,7 @@ def official(name: str) -> torch.nn.Module:
 
 def logits(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Of the official model; the deploy form of its RepVGGplus calls auxiliary heads that it deleted."""
-    if isinstance(model, RepVGGplus):
+    if type(model).__name__ == 'RepVGGplus':
         for stage in (model.stage0, model.stage1, model.stage2, model.stage3_first, model.stage3_second, model.stage4):
             x = stage(x)
         return model.linear(model.flatten(model.gap(x)))

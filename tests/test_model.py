@@ -12,7 +12,18 @@ from dataclasses import asdict
 import pytest
 import timm
 import torch
-from helpers import OFFICIAL, TIMM_NAMES, images, params, randomise, rel_diff, rename, run_branches
+from helpers import (
+    OFFICIAL,
+    TIMM_NAMES,
+    create_model,
+    images,
+    params,
+    randomise,
+    rel_diff,
+    rename,
+    run_branches,
+    to_device,
+)
 from timm.models import byobnet
 from torch import nn
 
@@ -21,11 +32,12 @@ from repvgg_zoo import VARIANTS, CheckpointError, RepVGG, RepVGGBlock
 from repvgg_zoo.blocks import base, branches
 from repvgg_zoo.reparam.fold import BNStats
 
+pytestmark = pytest.mark.device
 NAMES = list(VARIANTS)
 
 
 def timm_model(name: str, **kwargs) -> nn.Module:
-    return getattr(byobnet, name)(**kwargs)
+    return to_device(getattr(byobnet, name)(**kwargs))
 
 
 # ------------------------------------------------------------------------------------------ both forms
@@ -33,7 +45,7 @@ def timm_model(name: str, **kwargs) -> nn.Module:
 
 @pytest.mark.parametrize('name', params(NAMES))
 def test_switch_keeps_the_outputs(name):
-    model = randomise(timm.create_model(name).double())
+    model = randomise(create_model(name).double())
     x = images(dtype=torch.float64)
     before = model(x)
     assert model.switch_to_deploy() is model
@@ -44,7 +56,7 @@ def test_switch_keeps_the_outputs(name):
 @pytest.mark.parametrize('name', ['repvgg_a0', 'repvgg_b1g4'])
 @pytest.mark.parametrize('output_stride', [8, 16])
 def test_switch_dilated_keeps_the_outputs(name, output_stride):
-    model = randomise(timm.create_model(name, output_stride=output_stride).double())
+    model = randomise(create_model(name, output_stride=output_stride).double())
     x = images(px=96, dtype=torch.float64)
     before = model(x)
     assert model.output_stride == output_stride
@@ -57,14 +69,14 @@ def test_switch_dilated_keeps_the_outputs(name, output_stride):
 
 @pytest.mark.parametrize('name', params(TIMM_NAMES))
 def test_model_state_dict_and_outputs_equal_those_of_timm(name):
-    ours, theirs = timm.create_model(name), timm_model(name)
+    ours, theirs = create_model(name), timm_model(name)
     assert isinstance(ours, RepVGG)
     assert not isinstance(theirs, RepVGG)
     theirs.load_state_dict(randomise(ours).state_dict(), strict=True)
     theirs.eval()
     x = images()
     y, expected = ours(x), theirs(x)
-    fresh = timm.create_model(name)
+    fresh = create_model(name)
     fresh.load_state_dict(theirs.state_dict(), strict=True)
     assert torch.equal(fresh.eval()(x), y)
 
@@ -77,7 +89,7 @@ def test_model_state_dict_and_outputs_equal_those_of_timm(name):
 
 @pytest.mark.parametrize('name', params(TIMM_NAMES))
 def test_switch_state_dict_fits_timm_and_is_more_exact(name):
-    ours = randomise(timm.create_model(name))
+    ours = randomise(create_model(name))
     theirs = timm_model(name).eval()
     theirs.load_state_dict(ours.state_dict())
     exact = copy.deepcopy(ours).double().switch_to_deploy().state_dict()
@@ -91,14 +103,14 @@ def test_switch_state_dict_fits_timm_and_is_more_exact(name):
     theirs.load_state_dict(folded, strict=True)
     x = images()
     assert torch.equal(ours(x), theirs(x))
-    fresh = timm.create_model(name, deploy=True).eval()
+    fresh = create_model(name, deploy=True).eval()
     fresh.load_state_dict(theirs.state_dict(), strict=True)
     assert torch.equal(fresh(x), ours(x))
 
 
 @pytest.mark.parametrize('name', ['repvgg_a0', 'repvgg_b1g4'])
 def test_model_gradients_equal_those_of_timm(name):
-    ours, theirs = randomise(timm.create_model(name).double()), timm_model(name).double()
+    ours, theirs = randomise(create_model(name).double()), timm_model(name).double()
     theirs.load_state_dict(ours.state_dict())
     x = images(2, dtype=torch.float64)
     for model in (ours.train(), theirs.train()):
@@ -110,7 +122,7 @@ def test_model_gradients_equal_those_of_timm(name):
 
 def test_model_features_only_equals_that_of_timm():
     for kwargs in (dict(), dict(out_indices=(1, 3)), dict(output_stride=8)):
-        ours = timm.create_model('repvgg_a0', features_only=True, **kwargs)
+        ours = create_model('repvgg_a0', features_only=True, **kwargs)
         theirs = timm_model('repvgg_a0', features_only=True, **kwargs)
         assert ours.feature_info.channels() == theirs.feature_info.channels()
         assert ours.feature_info.reduction() == theirs.feature_info.reduction()
@@ -179,7 +191,7 @@ MUTANTS = [drop_identity, other_eps, swap_statistics, swap_group_index, lose_bia
 def test_switch_wrong_fold_changes_the_outputs(name, mutant, monkeypatch):
     if mutant is swap_group_index and name == 'test_repvgg':
         pytest.skip('without groups there is one index')
-    model = randomise(timm.create_model(name).double())
+    model = randomise(create_model(name).double())
     x = images(dtype=torch.float64)
     before = model(x)
     mutant(monkeypatch)
@@ -191,7 +203,7 @@ def test_switch_wrong_fold_changes_the_outputs(name, mutant, monkeypatch):
 
 @pytest.fixture(params=[False, True], ids=['training', 'deploy'])
 def model(request):
-    return timm.create_model('test_repvgg', deploy=request.param).eval()
+    return create_model('test_repvgg', deploy=request.param).eval()
 
 
 def test_model_has_the_interface_of_timm(model):
@@ -202,7 +214,7 @@ def test_model_has_the_interface_of_timm(model):
     assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
     assert (model.in_chans, model.num_classes, model.global_pool) == (3, 10, 'avg')
     assert (model.drop_rate, model.drop_path_rate, model.output_stride) == (0, 0, 16)
-    assert (model.device, model.dtype) == (torch.device('cpu'), torch.float32)
+    assert (model.device, model.dtype) == (x.device, torch.float32)
     assert model.no_weight_decay() == set()
     assert model.get_classifier() is model.head.fc
 
@@ -235,6 +247,7 @@ def test_reset_classifier_changes_the_outputs(model):
     assert model.head_hidden_size == 2 * model.num_features
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ('block', 'convs'),
     [
@@ -255,7 +268,7 @@ def test_first_conv_names_the_convolutions_that_read_images(name, block, convs):
 
 
 def test_switch_after_wrapped_stem_names_its_convolution():
-    model = randomise(timm.create_model('test_repvgg'), px=32)
+    model = randomise(create_model('test_repvgg'), px=32)
     x = images(2, px=32)
     model.stem = nn.Sequential(nn.Identity(), model.stem)
     expected = model(x)
@@ -285,7 +298,7 @@ HEADS = {
 def test_replaced_head_takes_the_feature_map_only(model, head):
     make, shape = HEADS[head]
     x = images(2, px=32)
-    model.head = make()
+    model.head = to_device(make())
     assert model(x).shape == shape
     assert model.forward_head(model.forward_features(x)).shape == shape
     with pytest.raises(TypeError, match='pre_logits'):
@@ -302,7 +315,7 @@ def test_replaced_head_takes_the_feature_map_only(model, head):
 @pytest.mark.parametrize('head', HEADS)
 def test_reset_classifier_after_replaced_head_makes_one_of_timm(model, head):
     x = images(2, px=32)
-    model.head = HEADS[head][0]()
+    model.head = to_device(HEADS[head][0]())
     model.reset_classifier(5)
     assert model(x).shape == (2, 5)
     assert model.classifier_names == ('head.fc',)
@@ -312,7 +325,7 @@ def test_reset_classifier_after_replaced_head_makes_one_of_timm(model, head):
 @pytest.mark.parametrize('head', HEADS)
 def test_prune_after_replaced_head_leaves_the_features(model, head):
     x = images(2, px=32)
-    model.head = HEADS[head][0]()
+    model.head = to_device(HEADS[head][0]())
     expected = model.forward_intermediates(x, indices=[2], intermediates_only=True)[0]
     assert model.prune_intermediate_layers([2]) == [2]
     assert torch.equal(model(x), expected)
@@ -320,11 +333,12 @@ def test_prune_after_replaced_head_leaves_the_features(model, head):
     assert model(x).shape == (2, 4)
 
 
+@pytest.mark.cpu
 def test_model_inside_another_translates_keys_of_foreign_layouts(model):
     whole = nn.ModuleDict({'backbone': model, 'neck': nn.Linear(2, 2)})
     foreign = {f'backbone.{key}': value for key, value in rename(model.state_dict(), OFFICIAL).items()}
     foreign |= {f'neck.{key}': value for key, value in whole['neck'].state_dict().items()}
-    other = timm.create_model('test_repvgg', deploy=model.deploy).eval()
+    other = create_model('test_repvgg', deploy=model.deploy).eval()
     copied = copy.deepcopy(nn.ModuleDict({'backbone': other, 'neck': nn.Linear(2, 2)}))  # the hook is that of the copy
     copied.load_state_dict(foreign)
     x = images(2, px=32)
@@ -341,12 +355,14 @@ def test_copied_model_computes_the_same(model):
     assert torch.equal(copy.deepcopy(model).switch_to_deploy()(x), model.switch_to_deploy()(x))
 
 
+@pytest.mark.cpu
 def test_model_scripted_or_traced_computes_the_same(model):
     x = images(2, px=32)
     for exported in (torch.jit.script(model), torch.jit.trace(model, x)):
         torch.testing.assert_close(exported(x), model(x))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize('name', ['test_repvgg', 'repvggplus_l2pse'])
 def test_layer_groups_with_layer_decay_cover_every_parameter(name):
     from timm.optim import create_optimizer_v2
@@ -363,7 +379,7 @@ def test_layer_groups_with_layer_decay_cover_every_parameter(name):
 def test_grad_checkpointing_two_batches_gives_equal_training(block, momentum):
     x = images(4, px=32, dtype=torch.float64)
     norm_layer = functools.partial(nn.BatchNorm2d, momentum=momentum)
-    plain = timm.create_model('test_repvgg', block=block, norm_layer=norm_layer).double()
+    plain = create_model('test_repvgg', block=block, norm_layer=norm_layer).double()
     saving = copy.deepcopy(plain)
     saving.set_grad_checkpointing()
     for model in (plain, saving):
@@ -379,7 +395,7 @@ def test_grad_checkpointing_two_batches_gives_equal_training(block, momentum):
 @pytest.mark.parametrize('block', ['repvgg', 'dbb'])
 def test_grad_checkpointing_two_forward_and_backward_passes_gives_equal_training(block):
     """The statistics move between a forward pass and its repetition, which takes place once for each backward pass."""
-    plain = timm.create_model('test_repvgg', block=block, num_classes=10).double()
+    plain = create_model('test_repvgg', block=block, num_classes=10).double()
     saving = copy.deepcopy(plain)
     saving.set_grad_checkpointing()
     x = images(4, px=32, dtype=torch.float64)
@@ -398,7 +414,7 @@ def test_grad_checkpointing_two_forward_and_backward_passes_gives_equal_training
 
 def test_grad_checkpointing_without_statistics_gives_gradients():
     norm_layer = functools.partial(nn.BatchNorm2d, momentum=None, track_running_stats=False)
-    model = timm.create_model('test_repvgg', norm_layer=norm_layer)
+    model = create_model('test_repvgg', norm_layer=norm_layer)
     model.set_grad_checkpointing()
     model(images(4, px=32)).sum().backward()
     assert model.stages[3][0].conv_kxk.conv.weight.grad is not None
@@ -406,7 +422,7 @@ def test_grad_checkpointing_without_statistics_gives_gradients():
 
 @pytest.mark.parametrize('run', ['forward_features', 'forward_intermediates', 'forward'])
 def test_grad_checkpointing_backward_runs_the_stages_again(run):
-    model = timm.create_model('test_repvgg', num_classes=10)
+    model = create_model('test_repvgg', num_classes=10)
     model.set_grad_checkpointing()
     runs = []
     model.stages[1][0].register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
@@ -418,29 +434,30 @@ def test_grad_checkpointing_backward_runs_the_stages_again(run):
 
 
 def test_model_channels_last_training_gives_finite_gradients():
-    model = timm.create_model('repvgg_a0').to(memory_format=torch.channels_last)
+    model = create_model('repvgg_a0').to(memory_format=torch.channels_last)
     x = images(4).contiguous(memory_format=torch.channels_last)
     model(x).sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def test_drop_path_deploy_form_has_none():
-    model = timm.create_model('test_repvgg', drop_path_rate=0.9)
+    model = create_model('test_repvgg', drop_path_rate=0.9)
     x = images(16, px=32)
     torch.manual_seed(0)
     assert not torch.equal(model(x), model(x))
-    deployed = timm.create_model('test_repvgg', drop_path_rate=0.3, deploy=True)
+    deployed = create_model('test_repvgg', drop_path_rate=0.3, deploy=True)
     assert not any('DropPath' in type(m).__name__ for m in deployed.modules())
 
 
+@pytest.mark.cpu
 def test_model_layers_by_name_are_used():
-    model = timm.create_model('test_repvgg', act_layer='silu', norm_layer='batchnorm2d')
+    model = create_model('test_repvgg', act_layer='silu', norm_layer='batchnorm2d')
     assert isinstance(model.stem.act, nn.SiLU)
     assert isinstance(model.stem.conv_kxk.bn, nn.BatchNorm2d)
 
 
 def test_aux_heads_after_training_fold_away():
-    model = timm.create_model('repvggplus_l2pse', aux_heads=True, num_classes=7)
+    model = create_model('repvggplus_l2pse', aux_heads=True, num_classes=7)
     x = images(2)
     logits, aux_logits = model.train()(x)
     assert logits.shape == (2, 7)
@@ -448,21 +465,23 @@ def test_aux_heads_after_training_fold_away():
     (logits.sum() + sum(aux.sum() for aux in aux_logits)).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert model.eval()(x).shape == (2, 7)
-    plain = timm.create_model('repvggplus_l2pse', num_classes=7).eval()
+    plain = create_model('repvggplus_l2pse', num_classes=7).eval()
     plain.load_state_dict(model.state_dict())
     assert torch.equal(plain(x), model(x))
     assert model.switch_to_deploy().train()(x).shape == (2, 7)
     assert model.aux_heads is None
 
 
+@pytest.mark.cpu
 def test_aux_heads_of_variant_without_raises():
     with pytest.raises(ValueError, match=r'repvgg_a0 has no auxiliary heads; these have: repvggplus_l2pse'):
-        timm.create_model('repvgg_a0', aux_heads=True)
+        create_model('repvgg_a0', aux_heads=True)
 
 
+@pytest.mark.cpu
 def test_output_stride_unknown_raises():
     with pytest.raises(ValueError, match='output_stride is 4; it can be 8, 16 or 32'):
-        timm.create_model('repvgg_a0', output_stride=4)
+        create_model('repvgg_a0', output_stride=4)
 
 
 # -------------------------------------------------------------------------------------------- registry
@@ -480,6 +499,7 @@ def timm_alone():
     return json.loads(subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout)
 
 
+@pytest.mark.cpu
 def test_registry_entries_of_timm_are_unchanged(timm_alone):
     names, tags, cfgs = timm_alone
     assert names == TIMM_NAMES
@@ -489,6 +509,7 @@ def test_registry_entries_of_timm_are_unchanged(timm_alone):
         assert timm.models.is_model_pretrained(name)
 
 
+@pytest.mark.cpu
 def test_entry_points_match_the_variants():
     entry_points = {
         name: value
@@ -504,6 +525,7 @@ def test_entry_points_match_the_variants():
     assert len(repvgg_zoo.repvgg.__all__) == 1 + len(VARIANTS)
 
 
+@pytest.mark.cpu
 def test_registry_new_entries_are_listed():
     assert timm.list_models('*', module='repvgg') == timm.list_models('*repvgg*') == sorted(NAMES)
     assert timm.models.is_model_pretrained('repvgg_b3.rvgg_in1k_deploy')
@@ -513,6 +535,7 @@ def test_registry_new_entries_are_listed():
     assert timm.get_pretrained_cfg('repvgg_a0.rvgg_in1k_deploy').first_conv == 'stem.reparam_conv'
 
 
+@pytest.mark.cpu
 def test_import_beside_timm_warns_of_nothing():
     code = (
         'import timm, logging, warnings\n'
@@ -525,17 +548,20 @@ def test_import_beside_timm_warns_of_nothing():
     assert done.stdout == done.stderr == ''
 
 
+@pytest.mark.cpu
 def test_create_unknown_tag_raises_with_the_nearest():
     with pytest.raises(RuntimeError, match=r"unknown tag 'rvgg_in1' of repvgg_a0; did you mean 'rvgg_in1k'"):
-        timm.create_model('repvgg_a0.rvgg_in1', pretrained=True)
+        create_model('repvgg_a0.rvgg_in1', pretrained=True)
 
 
+@pytest.mark.cpu
 def test_create_deploy_tag_gives_the_deploy_form_unless_told():
-    assert timm.create_model('repvgg_a0.rvgg_in1k_deploy').deploy
-    assert not timm.create_model('repvgg_a0.rvgg_in1k_deploy', deploy=False).deploy
-    assert timm.create_model('repvgg_a0.rvgg_in1k', deploy=True).deploy
-    assert not timm.create_model('repvgg_a0').deploy
+    assert create_model('repvgg_a0.rvgg_in1k_deploy').deploy
+    assert not create_model('repvgg_a0.rvgg_in1k_deploy', deploy=False).deploy
+    assert create_model('repvgg_a0.rvgg_in1k', deploy=True).deploy
+    assert not create_model('repvgg_a0').deploy
 
 
+@pytest.mark.cpu
 def test_checkpoint_error_is_caught_like_a_torch_error():
     assert issubclass(CheckpointError, RuntimeError)

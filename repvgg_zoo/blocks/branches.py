@@ -223,16 +223,16 @@ class ConvBranch(Branch):
 class IdentityBranch(Branch):
     """The block's input, then normalisation unless `bn` is None."""
 
-    def __init__(self, chs: int, groups: int, bn: nn.Module | None) -> None:
+    def __init__(self, chs: int, groups: int, bn: nn.Module | None, *, device: Any = None) -> None:
         super().__init__()
         self.chs, self.groups = chs, groups
         self.bn = bn
         if bn is None:  # a buffer, so that a state dict without an identity branch does not load silently
-            self.register_buffer('has_identity', torch.ones((), dtype=torch.int64))
+            self.register_buffer('has_identity', torch.ones((), dtype=torch.int64, device=device))
 
     @classmethod
     def of(cls, spec: ConvSpec, *, norm: bool = True) -> IdentityBranch:
-        return cls(spec.in_chs, spec.groups, spec.norm() if norm else None)
+        return cls(spec.in_chs, spec.groups, spec.norm() if norm else None, device=spec.dd.get('device'))
 
     def forward(self, x: Tensor) -> Tensor:
         return x if self.bn is None else self.bn(x)

@@ -190,7 +190,7 @@ def set_equivalent_kernel_bias(
 
     Args:
         block: A block of the training form.
-        kernel: `(C_out, C_in / groups, 3, 3)`.
+        kernel: `(C_out, C_in / groups, 3, 3)`, on any device.
         bias: `(C_out,)`.
         generator: See `unfold`.
     """
@@ -207,15 +207,16 @@ def set_equivalent_kernel_bias(
     for norm in last_norms:
         if norm is not None:
             norm.weight /= _GAIN
-    dtype = exact_dtype(kernel)
-    kernel, bias = kernel.to(dtype), bias.to(dtype)
+    own = next(p for p in block.parameters() if p.ndim == 4)  # the weights of a file are on the CPU
+    dtype = exact_dtype(own)
+    kernel, bias = kernel.to(own.device, dtype), bias.to(own.device, dtype)
     with full_precision(block):
         rest = safe_divide(kernel, norm_scale(block.norm, kernel))
         share = rest / (1 + len(others))
         # of each pair of channels, because their ranges may differ much
         size = share.square().mean((2, 3), keepdim=True).sqrt()
         for branch in others:
-            noise = torch.randn(share.shape, dtype=dtype, generator=generator).to(share.device)
+            noise = torch.randn(share.shape, dtype=dtype, generator=generator, device='cpu').to(share.device)
             branch.set_kernel(share + _NOISE * size * noise)
         for branch in others:
             rest = rest - _padded(branch.equivalent_kernel_bias(dtype, like=rest)[0], rest)
@@ -284,7 +285,7 @@ def match_bn_statistics(module: nn.Module, batches: Iterable[Any]) -> None:
         )
     for norm, (mean, var) in statistics.items():
         stats = BNStats.of(norm)
-        scale, shift = stats.scale_shift()
+        scale, shift = stats.scale_shift(exact_dtype(stats.var))
         stats.mean.copy_(mean)
         stats.var.copy_(var)
         norm.weight.copy_(scale * (stats.var.to(scale) + norm.eps).sqrt())
@@ -299,7 +300,7 @@ class _Moments:
     sum_of_squares: Tensor | float = 0.0
 
     def see(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        values = inputs[0].double().transpose(0, 1).flatten(1)
+        values = inputs[0].to(exact_dtype(inputs[0])).transpose(0, 1).flatten(1)
         count, mean = values.shape[1], values.mean(1)
         total, distance = self.count + count, mean - self.mean
         self.sum_of_squares = (

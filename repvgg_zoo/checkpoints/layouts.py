@@ -129,7 +129,7 @@ def to_timm_layout(state_dict: Mapping[str, Any], *, prefix: str | None = None, 
             state_dict = _translate(state_dict, layout) if layout else _with_nested_stages(state_dict)
     for key in [key for key in state_dict if key.endswith('.running_var')]:
         counter = key.removesuffix('running_var') + 'num_batches_tracked'
-        state_dict.setdefault(counter, torch.zeros((), dtype=torch.int64))
+        state_dict.setdefault(counter, torch.zeros((), dtype=torch.int64, device='cpu'))
     return state_dict
 
 

@@ -39,6 +39,9 @@ BatchNorm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.Syn
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 """The classes of batch normalisation. timm's classes derive from them."""
 
+_WITHOUT_FLOAT64 = ('mps',)
+"""Types of devices on which no tensor can be of float64."""
+
 
 class FoldError(ValueError):
     """The branches cannot be folded; the message says which value stands in the way.
@@ -80,14 +83,18 @@ class BNStats(NamedTuple):
     def scale_shift(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """BN(y) = y · scale + shift, both `(C,)`: scale = γ / sqrt(σ² + ε), shift = β - μ · scale."""
         device = self.mean.device
-        if device.type == 'mps' and dtype == torch.float64:  # MPS has no float64
+        if dtype == torch.float64 and device.type in _WITHOUT_FLOAT64:
             device = torch.device('cpu')
-        scale = (self.var.to(device, dtype) + self.eps).rsqrt()
+
+        def converted(tensor: Tensor) -> Tensor:
+            return tensor.to(device).to(dtype)  # moved first: MPS converts before it moves
+
+        scale = (converted(self.var) + self.eps).rsqrt()
         if self.weight is not None:
-            scale = scale * self.weight.to(device, dtype)
-        shift = -self.mean.to(device, dtype) * scale
+            scale = scale * converted(self.weight)
+        shift = -converted(self.mean) * scale
         if self.bias is not None:
-            shift = shift + self.bias.to(device, dtype)
+            shift = shift + converted(self.bias)
         return scale, shift
 
     def check(self) -> None:
@@ -209,7 +216,7 @@ def check_result(branches: Sequence[ConvBN], dtype: torch.dtype, norm: nn.Module
         norm: The normalisation of their sum.
     """
     exact, limit = exact_dtype(branches[0].kernel), torch.finfo(dtype).max
-    largest_kernel = largest_bias = torch.zeros((), dtype=torch.float64)
+    largest_kernel = largest_bias = torch.zeros((), dtype=torch.float64, device='cpu')
     for branch in branches:
         scale, shift = branch.scale_shift(exact)
         kernel = _largest(branch.kernel)
@@ -232,14 +239,14 @@ def check_result(branches: Sequence[ConvBN], dtype: torch.dtype, norm: nn.Module
 def _largest(values: Tensor) -> Tensor:
     """Return the largest absolute value as float64, on the CPU: no temporary of the tensor's size is made."""
     if not values.numel():
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device='cpu')
     low, high = values.detach().aminmax()
     return torch.maximum(-low, high).cpu().double()
 
 
 def exact_dtype(kernel: Tensor) -> torch.dtype:
-    """float64, except on MPS, which has none."""
-    return torch.float32 if kernel.device.type == 'mps' else torch.float64
+    """float64, or float32 on a device that has no float64."""
+    return torch.float32 if kernel.device.type in _WITHOUT_FLOAT64 else torch.float64
 
 
 def _product(kernel: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

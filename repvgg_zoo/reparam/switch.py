@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .evaluation import eval_outputs
-from .fold import FoldError
+from .fold import FoldError, exact_dtype
 from .foreign import MULTI_BRANCH_KEY, ForeignBlock
 from .geometry import Geometry
 from .stale_optimizers import forget_replaced, remember_replaced
@@ -175,10 +175,11 @@ def _prove(block: nn.Module, foldable: Foldable) -> None:
     """Fold a copy in float64, and compare both forms on a few pixels of two sizes."""
     geometry = foldable.geometry()
     px = 3 + 2 * max(geometry.dilation_rows or 1, geometry.dilation_columns or 1)
-    x = torch.randn(2, geometry.in_chs or 1, px, px, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, geometry.in_chs or 1, px, px, dtype=torch.float64, generator=generator, device='cpu')
     inputs, name = [x, 1e3 * x], type(block).__name__  # large ones pass what saturates, and wake what is silent
     try:
-        trial = copy.deepcopy(block).to('cpu', torch.float64)
+        trial = copy.deepcopy(block).cpu().double()
         expected = [eval_outputs(trial, pixels) for pixels in inputs]
         if isinstance(foldable, ForeignBlock):
             _fold(trial, ForeignBlock(trial, foldable.names))
@@ -262,6 +263,6 @@ def _verify(reference: list[Tensor], outputs: list[Tensor]) -> None:
 
 def _difference(reference: list[Tensor], outputs: list[Tensor]) -> tuple[float, float]:
     """Return the largest difference and the largest output."""
-    pairs = list(zip(reference, outputs, strict=True))
-    diffs = [(after.double() - before.double()).abs().max().item() for before, after in pairs]
-    return max(diffs), max(before.double().abs().max().item() for before, _ in pairs)
+    pairs = [[t.to(exact_dtype(t)) for t in pair] for pair in zip(reference, outputs, strict=True)]
+    diffs = [(after - before).abs().max().item() for before, after in pairs]
+    return max(diffs), max(before.abs().max().item() for before, _ in pairs)

@@ -24,6 +24,6 @@ def rel_diff(actual: Tensor, expected: Tensor) -> float:
         >>> rel_diff(torch.tensor([1.0, 2.2]), torch.tensor([1.0, 2.0]))  # doctest: +ELLIPSIS
         0.1...
     """
-    actual, expected = (t.detach().to('cpu', torch.float64) for t in (actual, expected))
+    actual, expected = (t.detach().cpu().double() for t in (actual, expected))
     diff = (actual - expected).abs().max()
     return 0.0 if diff == 0 else (diff / expected.abs().max()).item()

@@ -13,6 +13,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from ..blocks.multi_branch import MultiBranchBlock
+from ..reparam.fold import exact_dtype
 
 __all__ = ['rep_optimizer']
 
@@ -148,7 +149,8 @@ def _load(model: nn.Module, like: nn.Module, scaled: dict[str, MultiBranchBlock]
     }
     for path, block in scaled.items():
         prefix = f'{path}.' if path else ''
-        state_dict[f'{prefix}branches.kxk.conv.weight'] = block.sum_of_branches(torch.float64)[0]
+        exact = exact_dtype(block.branches['kxk'].scale)
+        state_dict[f'{prefix}branches.kxk.conv.weight'] = block.sum_of_branches(exact)[0]
         for name in block.get_submodule('norm').state_dict():
             state_dict[f'{prefix}branches.kxk.bn.{name}'] = state_dict.pop(f'{prefix}norm.{name}')
     own = model.state_dict()

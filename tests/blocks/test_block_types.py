@@ -12,7 +12,7 @@ import torch
 import torch.nn.utils.parametrizations
 import torch.nn.utils.parametrize
 import torch.nn.utils.prune
-from helpers import CONFIGURATIONS, images, randomise, rel_diff
+from helpers import CONFIGURATIONS, create_model, images, randomise, rel_diff, to_device
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import LayerNorm2d, SEModule, convert_splitbn_model
@@ -29,6 +29,7 @@ from repvgg_zoo.blocks.multi_branch import MultiBranchBlock
 from repvgg_zoo.tools.convert import convert, open_model, save_model
 from repvgg_zoo.tools.verify import verify
 
+pytestmark = pytest.mark.device
 F64 = torch.float64
 BLOCK = pytest.mark.parametrize('name', BLOCK_TYPES)
 EXACT = 1e-12
@@ -36,7 +37,7 @@ EXACT = 1e-12
 
 
 def block(name: str, in_chs: int = 8, out_chs: int = 8, **kwargs) -> MultiBranchBlock:
-    made = block_type(name)(in_chs, out_chs, **kwargs).double()
+    made = to_device(block_type(name)(in_chs, out_chs, **kwargs).double())
     scatter(made)
     return randomise(made, px=11, in_chans=in_chs)
 
@@ -100,6 +101,7 @@ def test_fold_random_shapes_is_exact(name, groups, ins, outs, stride, dilation, 
         padding_mode=padding_mode,
         norm_layer=lambda chs, **dd: nn.BatchNorm2d(chs, eps=1e-3, affine=affine, **dd),
     ).double()
+    to_device(module)
     scatter(module)
     with torch.no_grad():
         for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
@@ -110,7 +112,7 @@ def test_fold_random_shapes_is_exact(name, groups, ins, outs, stride, dilation, 
                 norm.bias.normal_()
     module.act = nn.Identity()
     module.to(memory_format=layout).eval()
-    x = torch.randn(2, groups * ins, px, px, dtype=F64)
+    x = to_device(torch.randn(2, groups * ins, px, px, dtype=F64))
     with torch.no_grad():
         before = module(x)
         kernel, bias = module.equivalent_kernel_bias()
@@ -173,7 +175,7 @@ class Turned(nn.Module):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.matrix = [torch.eye(8, dtype=dtype).flip(0)]
+        self.matrix = [to_device(torch.eye(8, dtype=dtype).flip(0))]
 
     def forward(self, kernel: torch.Tensor) -> torch.Tensor:
         return (self.matrix[0] @ kernel.flatten(1)).view_as(kernel)
@@ -197,7 +199,7 @@ def test_switch_float32_parametrization_is_computed_in_float32():
 @pytest.mark.parametrize('name', BLOCKS)
 @pytest.mark.parametrize('norm', [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.spectral_norm])
 def test_switch_computed_kernels_gives_a_trainable_convolution(name, norm):
-    made = block_type(name)(4, 4).eval()
+    made = to_device(block_type(name)(4, 4)).eval()
     convs = [m for m in made.modules() if isinstance(m, nn.Conv2d)]
     for conv in convs:
         norm(conv)
@@ -210,7 +212,7 @@ def test_switch_computed_kernels_gives_a_trainable_convolution(name, norm):
 @pytest.mark.parametrize('name', BLOCKS)
 @pytest.mark.parametrize('trainable', ['kernels', 'statistics'])
 def test_switch_frozen_kernels_gives_a_frozen_convolution(name, trainable):
-    module = block_type(name)(4, 4)
+    module = to_device(block_type(name)(4, 4))
     for parameter in module.parameters():
         parameter.requires_grad_((parameter.ndim > 2) == (trainable == 'kernels'))
     conv = module.eval().switch_to_deploy().reparam_conv
@@ -226,9 +228,9 @@ def test_switch_partly_frozen_block_gives_a_trainable_convolution():
 @pytest.mark.parametrize('name', BLOCKS)
 def test_fold_split_batch_norm_uses_its_first_part(name):
     torch.manual_seed(0)
-    model = convert_splitbn_model(timm.create_model('test_repvgg', block=name, num_classes=3), 2)
-    model(torch.randn(8, 3, 32, 32))
-    x, deploy = images(px=32), timm.create_model('test_repvgg', block=name, num_classes=3, deploy=True).eval()
+    model = convert_splitbn_model(create_model('test_repvgg', block=name, num_classes=3), 2)
+    model(images(8, px=32))
+    x, deploy = images(px=32), create_model('test_repvgg', block=name, num_classes=3, deploy=True).eval()
     expected = model.eval()(x)
     assert name in blocks_with_keys(model.state_dict())
     deploy.load_state_dict(model.state_dict())
@@ -237,10 +239,11 @@ def test_fold_split_batch_norm_uses_its_first_part(name):
     assert rel_diff(model.switch_to_deploy()(x), expected) < 1e-4
 
 
+@pytest.mark.cpu
 @BLOCK
 def test_switch_blocks_in_a_graph_raises(name):
-    model, x = timm.create_model('test_repvgg', block=name).eval(), images(1, 32)
-    live = timm.create_model('test_repvgg', block=name)
+    model, x = create_model('test_repvgg', block=name).eval(), images(1, 32)
+    live = create_model('test_repvgg', block=name)
     for graph in (torch.jit.trace(model, x), torch.export.export(model, (x,)).module()):
         both = nn.ModuleDict({'live': live, 'graph': graph})
         with pytest.raises(ValueError, match=r'graph is a \w+, whose branches are fixed'):
@@ -248,6 +251,7 @@ def test_switch_blocks_in_a_graph_raises(name):
         assert not live.deploy
 
 
+@pytest.mark.cpu
 def test_switch_foreign_branches_in_a_graph_folds_the_rest():
     class Branches(nn.Module):
         def __init__(self):
@@ -262,21 +266,22 @@ def test_switch_foreign_branches_in_a_graph_folds_the_rest():
 
 
 @pytest.mark.parametrize('name', BLOCKS)
-def test_equivalent_kernel_under_autocast_is_not_rounded(name):
-    made = block_type(name)(8, 8).eval()
+def test_equivalent_kernel_under_autocast_is_not_rounded(name, device):
+    made = to_device(block_type(name)(8, 8)).eval()
     exact = copy.deepcopy(made).double().equivalent_kernel_bias()[0]
-    with torch.autocast('cpu', torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         kernel = made.equivalent_kernel_bias()[0]
     assert rel_diff(kernel, exact) < 1e-6  # a few roundings in float32, where bfloat16 has 4e-3
 
 
 def test_dirac_kernel_row_of_zeros_in_half_precision_is_finite():
-    made = block_type('dirac')(4, 4).to(torch.float16)
+    made = to_device(block_type('dirac')(4, 4).to(torch.float16))
     with torch.no_grad():
         made.branches['dirac'].conv.weight[1] = 0
     assert made.equivalent_kernel_bias()[0].isfinite().all()
 
 
+@pytest.mark.cpu
 def test_dbb_norm_without_running_statistics_raises():
     with pytest.raises(ValueError, match='track_running_stats=True'):
         block_type('dbb')(4, 4, norm_layer=partial(nn.BatchNorm2d, track_running_stats=False))
@@ -343,7 +348,7 @@ def test_fold_one_convolution_changed_raises(change, message):
 
 def test_fold_convolution_with_bias_keeps_the_outputs():
     made, x = block('acb'), images(2, 8, in_chans=8, dtype=F64)
-    made.branches['kx1'].conv.bias = nn.Parameter(torch.arange(8, dtype=F64))
+    made.branches['kx1'].conv.bias = nn.Parameter(to_device(torch.arange(8, dtype=F64)))
     before = made(x)
     assert rel_diff(made.switch_to_deploy()(x), before) < EXACT
 
@@ -400,15 +405,15 @@ def test_dirac_kernel_equals_the_formula_of_its_paper():
 def test_doconv_kernel_equals_the_formula_of_its_paper():
     made = block('doconv', 4, 6).branches['doconv']
     for out, into in ((0, 0), (5, 3)):
-        d = torch.eye(9, dtype=F64) + made.depthwise[into]
+        d = to_device(torch.eye(9, dtype=F64)) + made.depthwise[into]
         assert rel_diff(made.kernel(F64)[out, into].flatten(), d @ made.conv.weight[out, into].flatten()) < EXACT
 
 
 def test_plain_delta_new_kernel_is_orthogonal_in_its_centre():
-    conv = block_type('plain_delta')(8, 8).branches['kxk'].conv
+    conv = to_device(block_type('plain_delta')(8, 8)).branches['kxk'].conv
     kernel = conv.weight.detach()
     assert torch.count_nonzero(kernel) == torch.count_nonzero(kernel[:, :, 1, 1])
-    assert torch.allclose(kernel[:, :, 1, 1] @ kernel[:, :, 1, 1].T, torch.eye(8), atol=1e-5)
+    assert torch.allclose(kernel[:, :, 1, 1] @ kernel[:, :, 1, 1].T, to_device(torch.eye(8)), atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------- public kernels
@@ -416,7 +421,7 @@ def test_plain_delta_new_kernel_is_orthogonal_in_its_centre():
 
 @pytest.mark.parametrize('name', BLOCKS)
 def test_equivalent_kernel_each_block_type_passes_gradcheck(name):
-    module = block_type(name)(2, 2).double().eval()
+    module = to_device(block_type(name)(2, 2).double()).eval()
     scatter(module)
     parameters = {f'block.{key}': parameter for key, parameter in module.named_parameters()}
 
@@ -437,7 +442,7 @@ class _Kernel(nn.Module):
 
 @pytest.mark.parametrize('name', BLOCKS)
 def test_equivalent_kernel_after_switch_is_the_same(name):
-    model = randomise(timm.create_model('test_repvgg', block=name).double(), px=32)
+    model = randomise(create_model('test_repvgg', block=name).double(), px=32)
     block = model.stages[0][1]
     kernel, bias = block.equivalent_kernel_bias()
     assert kernel.requires_grad
@@ -451,30 +456,31 @@ def test_equivalent_kernel_after_switch_is_the_same(name):
 
 @pytest.mark.parametrize('name', BLOCKS)
 def test_load_checkpoint_each_block_type_fits_both_forms(name, tmp_path):
-    model = randomise(timm.create_model('test_repvgg', block=name, num_classes=10).double(), px=32)
+    model = randomise(create_model('test_repvgg', block=name, num_classes=10).double(), px=32)
     x = images(2, 32, dtype=F64)
     expected = model(x)
     torch.save(model.state_dict(), tmp_path / 'training.pth')
-    deployed = timm.create_model('test_repvgg', block=name, num_classes=10, deploy=True).double().eval()
+    deployed = create_model('test_repvgg', block=name, num_classes=10, deploy=True).double().eval()
     load_checkpoint(deployed, tmp_path / 'training.pth')
     assert rel_diff(deployed(x), expected) < 1e-9
-    again = timm.create_model('test_repvgg', block=name, num_classes=10).double().eval()
+    again = create_model('test_repvgg', block=name, num_classes=10).double().eval()
     load_checkpoint(again, tmp_path / 'training.pth')
     assert torch.equal(again(x), expected)
     assert model.switch_to_deploy(verify=x).deploy
     assert rel_diff(model(x), expected) < 1e-9
-    plain = timm.create_model('test_repvgg', num_classes=10, deploy=True)
+    plain = create_model('test_repvgg', num_classes=10, deploy=True)
     assert model.state_dict().keys() == plain.state_dict().keys()
 
 
+@pytest.mark.cpu
 @BLOCK
 def test_save_model_each_block_type_loads_as_that_block(name, tmp_path):
     from repvgg_zoo.tools.convert import save_model
 
-    model = randomise(timm.create_model('test_repvgg', block=name, num_classes=10), px=32)
+    model = randomise(create_model('test_repvgg', block=name, num_classes=10), px=32)
     (tmp_path / 'model').mkdir()
     save_model(model, tmp_path / 'model')
-    loaded = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).eval()
+    loaded = create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).eval()
     assert loaded.stem.block == name
     assert torch.equal(loaded(images(1, 32)), model(images(1, 32)))
 
@@ -486,7 +492,7 @@ def test_switch_dilation_drop_path_or_one_channel_keeps_the_outputs(name):
         ('test_repvgg', dict(output_stride=8, drop_path_rate=0.1)),
         ('test_repvgg', dict(in_chans=1)),
     ):
-        model = timm.create_model(variant, block=name, num_classes=3, **kwargs)
+        model = create_model(variant, block=name, num_classes=3, **kwargs)
         x = images(1, 32, in_chans=kwargs.get('in_chans', 3))
         randomise(model, px=32, in_chans=kwargs.get('in_chans', 3))
         with torch.no_grad():
@@ -498,9 +504,9 @@ def test_switch_dilation_drop_path_or_one_channel_keeps_the_outputs(name):
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=['contiguous', 'channels_last'])
 def test_model_each_block_type_lowers_the_loss(name, layout):
     torch.manual_seed(0)
-    model = timm.create_model('test_repvgg', block=name, num_classes=4).to(memory_format=layout)
+    model = create_model('test_repvgg', block=name, num_classes=4).to(memory_format=layout)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    x, labels = images(16, 32).to(memory_format=layout), torch.arange(16) % 4
+    x, labels = images(16, 32).to(memory_format=layout), to_device(torch.arange(16) % 4)
     losses = []
     for _ in range(12):
         loss = torch.nn.functional.cross_entropy(model(x), labels)
@@ -512,6 +518,7 @@ def test_model_each_block_type_lowers_the_loss(name, layout):
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.cpu
 @BLOCK
 def test_block_scripted_traced_or_exported_keeps_the_outputs(name):
     module, x = block(name).float(), images(2, 12, in_chans=8)
@@ -523,28 +530,32 @@ def test_block_scripted_traced_or_exported_keeps_the_outputs(name):
     assert torch.allclose(exported(images(3, 9, in_chans=8)), module(images(3, 9, in_chans=8)), atol=1e-5)
 
 
+@pytest.mark.cpu
 def test_block_type_unknown_name_raises_with_the_nearest():
     with pytest.raises(ValueError, match=r"unknown block 'qarepvg'; did you mean 'qarepvgg'\? it can be: repvgg, "):
-        timm.create_model('test_repvgg', block='qarepvg')
+        create_model('test_repvgg', block='qarepvg')
 
 
+@pytest.mark.cpu
 def test_block_type_by_default_is_repvgg_block():
-    assert type(timm.create_model('test_repvgg', block='repvgg').stem) is repvgg_zoo.RepVGGBlock
-    assert type(timm.create_model('test_repvgg').stem) is repvgg_zoo.RepVGGBlock
+    assert type(create_model('test_repvgg', block='repvgg').stem) is repvgg_zoo.RepVGGBlock
+    assert type(create_model('test_repvgg').stem) is repvgg_zoo.RepVGGBlock
 
 
+@pytest.mark.cpu
 def test_load_state_dict_weights_of_another_block_raises():
-    state_dict = timm.create_model('test_repvgg', block='acb').state_dict()
+    state_dict = create_model('test_repvgg', block='acb').state_dict()
     with pytest.raises(CheckpointError, match="block 'stem': no dbb block"):
-        timm.create_model('test_repvgg', block='dbb', deploy=True).load_state_dict(state_dict)
+        create_model('test_repvgg', block='dbb', deploy=True).load_state_dict(state_dict)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     'damage', [lambda kernel: None, lambda kernel: kernel[:, :3]], ids=['missing', 'fewer channels']
 )
 @pytest.mark.parametrize('path', ['stem', 'stages.1.1'])
 def test_load_state_dict_damaged_branches_raises(path, damage):
-    state_dict = timm.create_model('test_repvgg', block='plain').state_dict()
+    state_dict = create_model('test_repvgg', block='plain').state_dict()
     key = f'{path}.branches.kxk.conv.weight'
     state_dict[key] = damage(state_dict[key])
     if state_dict[key] is None:
@@ -552,18 +563,19 @@ def test_load_state_dict_damaged_branches_raises(path, damage):
     elif path == 'stem':
         state_dict[key] = state_dict[key][:5]
     with pytest.raises(CheckpointError, match=f"block '{path}': no plain block"):
-        timm.create_model('test_repvgg', block='plain', deploy=True).load_state_dict(state_dict)
+        create_model('test_repvgg', block='plain', deploy=True).load_state_dict(state_dict)
 
 
+@pytest.mark.cpu
 def test_first_conv_after_switch_and_unfold_is_updated():
-    model = timm.create_model('test_repvgg', block='acb')
+    model = create_model('test_repvgg', block='acb')
     assert model.pretrained_cfg['first_conv'] == tuple(f'stem.branches.{name}.conv' for name in ('kxk', 'kx1', '1xk'))
     model.switch_to_deploy()
     assert model.pretrained_cfg['first_conv'] == 'stem.reparam_conv'
     repvgg_zoo.unfold(model, block='repvgg')
     assert model.pretrained_cfg['first_conv'] == ('stem.conv_kxk.conv', 'stem.conv_1x1.conv')
     assert 'block' not in model._model_args  # timm's own RepVGG builds it too
-    assert timm.create_model('test_repvgg', block='dirac').pretrained_cfg['first_conv'] is None
+    assert create_model('test_repvgg', block='dirac').pretrained_cfg['first_conv'] is None
 
 
 @BLOCK
@@ -579,7 +591,7 @@ def test_block_drop_path_or_drop_block_spares_the_identity(name):
     module = block_type(name)(8, 8, drop_path_rate=0.5)
     assert isinstance(module.drop_path, nn.Identity) == (module.identity is None)
     module.switch_to_deploy()
-    assert block_type(name)(8, 8, drop_path_rate=0.5, drop_block=Nothing, deploy=True)(x.float()).any()
+    assert to_device(block_type(name)(8, 8, drop_path_rate=0.5, drop_block=Nothing, deploy=True))(x.float()).any()
 
 
 STRUCTURE = {
@@ -595,6 +607,7 @@ STRUCTURE = {
 }
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize('name', STRUCTURE)
 def test_block_type_branches_match_the_paper(name):
     module = block_type(name)(4, 4)
@@ -608,6 +621,7 @@ def test_block_type_branches_match_the_paper(name):
     assert block_type(name)(4, 8).identity is None
 
 
+@pytest.mark.cpu
 def test_block_type_new_parts_have_the_expected_values():
     dbb = block_type('dbb')(4, 4)
     assert list(dbb.branches) == ['kxk', '1x1', '1x1_kxk', '1x1_avg']
@@ -650,21 +664,23 @@ def test_fold_kernels_that_hooks_compute_uses_new_values(name, reparametrize):
 
 
 def test_load_state_dict_negative_variance_raises():
-    state_dict = timm.create_model('test_repvgg', block='acb').state_dict()
+    state_dict = create_model('test_repvgg', block='acb').state_dict()
     state_dict['stem.branches.kxk.bn.running_var'][1] = -1
     with pytest.raises(FoldError, match=r"block 'stem': .*channel 1"):
-        timm.create_model('test_repvgg', block='acb', deploy=True).load_state_dict(state_dict)
+        create_model('test_repvgg', block='acb', deploy=True).load_state_dict(state_dict)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize('name', ['acb', 'dirac', 'expand', 'mobileone', 'csla', 'dbb'])
 def test_open_model_file_of_a_block_finds_its_channels(name, tmp_path):
-    torch.save(timm.create_model('test_repvgg', block=name, in_chans=1).state_dict(), tmp_path / 'file.pth')
+    torch.save(create_model('test_repvgg', block=name, in_chans=1).state_dict(), tmp_path / 'file.pth')
     assert open_model(tmp_path / 'file.pth', variant='test_repvgg', block=name).in_chans == 1
     with pytest.raises(ValueError, match="unknown block 'acbb'"):
         open_model(tmp_path / 'file.pth', block='acbb')
     assert verify(tmp_path / 'file.pth', variant='test_repvgg', block=name)['float64'].same
 
 
+@pytest.mark.cpu
 def test_convert_folder_of_another_block_or_variant_raises(tmp_path):
     convert('test_repvgg', tmp_path / 'acb', unfold=True, block='acb')
     for source in ('test_repvgg', tmp_path / 'acb'):
@@ -677,17 +693,19 @@ def test_convert_folder_of_another_block_or_variant_raises(tmp_path):
     assert verify(tmp_path / 'deploy', tmp_path / 'dbb')['float64'].max_rel_diff < 1e-4  # rounded to float32 twice
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize('name', BLOCKS)
 def test_blocks_with_keys_each_block_type_finds_it(name):
     found = blocks_with_keys(timm.create_model('test_repvgg', block=name, device='meta').state_dict())
     assert found == (['plain', 'plain_delta'] if name in ('plain', 'plain_delta') else [name])
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize('deploy', [False, True], ids=['training', 'deploy'])
 def test_load_checkpoint_weights_of_another_block_raises_with_both_names(deploy, tmp_path):
-    torch.save(timm.create_model('test_repvgg', block='acb').state_dict(), tmp_path / 'acb.pth')
+    torch.save(create_model('test_repvgg', block='acb').state_dict(), tmp_path / 'acb.pth')
     for other in ('repvgg', 'dbb'):
-        model = timm.create_model('test_repvgg', block=other, deploy=deploy)
+        model = create_model('test_repvgg', block=other, deploy=deploy)
         with pytest.raises(CheckpointError, match=f"of block='acb', and the model has those of block='{other}'"):
             load_checkpoint(model, tmp_path / 'acb.pth')
     assert open_model(tmp_path / 'acb.pth', variant='test_repvgg').block == 'acb'
@@ -696,27 +714,29 @@ def test_load_checkpoint_weights_of_another_block_raises_with_both_names(deploy,
 @BLOCK
 def test_load_deploy_from_training_weights_adapts_to_one_channel(name, tmp_path):
     """Training weights for three channels, folded and then adapted as timm does it."""
-    model = randomise(timm.create_model('test_repvgg', block=name).double(), px=32)
+    model = randomise(create_model('test_repvgg', block=name).double(), px=32)
     save_model(model, tmp_path)
-    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, in_chans=1, num_classes=3, deploy=True).double()
+    again = create_model(f'local-dir:{tmp_path}', pretrained=True, in_chans=1, num_classes=3, deploy=True).double()
     x = images(2, px=32, in_chans=1, dtype=F64)
     expected = model.switch_to_deploy().eval().forward_features(x.expand(-1, 3, -1, -1))
     assert rel_diff(again.eval().forward_features(x), expected) < 1e-5  # weights in float32
 
 
+@pytest.mark.cpu
 def test_load_checkpoint_other_kind_of_identity_raises(tmp_path):
     for saved, loaded in (('no_identity', 'no_identity_bn'), ('no_identity_bn', 'no_identity')):
-        torch.save(timm.create_model('test_repvgg', block=saved).state_dict(), tmp_path / 'file.pth')
+        torch.save(create_model('test_repvgg', block=saved).state_dict(), tmp_path / 'file.pth')
         with pytest.raises(CheckpointError, match=r'those of block='):
-            load_checkpoint(timm.create_model('test_repvgg', block=loaded), tmp_path / 'file.pth')
+            load_checkpoint(create_model('test_repvgg', block=loaded), tmp_path / 'file.pth')
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize('name', ['dbb', 'dirac', 'doconv', 'expand'])
 def test_load_stem_that_cannot_be_adapted_raises(name, tmp_path):
-    torch.save(timm.create_model('test_repvgg', block=name, num_classes=10).state_dict(), tmp_path / 'file.pth')
+    torch.save(create_model('test_repvgg', block=name, num_classes=10).state_dict(), tmp_path / 'file.pth')
     overlay = dict(file=str(tmp_path / 'file.pth'))
     with pytest.raises(CheckpointError, match='another structure for 1 channels than for 3'):
-        timm.create_model('test_repvgg', pretrained=True, block=name, in_chans=1, pretrained_cfg_overlay=overlay)
+        create_model('test_repvgg', pretrained=True, block=name, in_chans=1, pretrained_cfg_overlay=overlay)
 
 
 @pytest.mark.parametrize('name', ['dirac', 'doconv', 'expand', 'dbb'])
@@ -736,6 +756,7 @@ def test_fold_kernels_that_hooks_compute_follows_each_change(name, reparametrize
     assert rel_diff(made.switch_to_deploy()(x), after) < EXACT
 
 
+@pytest.mark.cpu
 def test_fold_every_branch_class_is_known():
     """Without that, the fold has to prove it, and it has no fast path."""
     classes = {v for k, v in vars(branches).items() if isinstance(v, type) and issubclass(v, branches.Branch)}
@@ -744,7 +765,7 @@ def test_fold_every_branch_class_is_known():
 
 
 def test_switch_frozen_kernels_beside_trained_attention_stay_frozen():
-    made = repvgg_zoo.RepVGGBlock(16, 16, attn_layer=SEModule)
+    made = to_device(repvgg_zoo.RepVGGBlock(16, 16, attn_layer=SEModule))
     for part in made.branch_names:
         getattr(made, part).requires_grad_(False)
     conv = made.eval().switch_to_deploy().reparam_conv

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import timm
 import torch
-from helpers import images, randomise, rel_diff, run_branches
+from helpers import create_model, device_of_tests, images, randomise, rel_diff, run_branches, to_device
 from timm.layers import DropBlock2d, FrozenBatchNormAct2d, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -30,6 +29,8 @@ from repvgg_zoo.blocks.factory import block_type
 from repvgg_zoo.reparam import fold
 from repvgg_zoo.reparam.evaluation import disable_fast_path
 from repvgg_zoo.tools.verify import compare, float64_rel_diff
+
+pytestmark = pytest.mark.device
 
 BLOCKS = {
     'identity': dict(in_chs=8, out_chs=8),
@@ -56,7 +57,7 @@ def block(kind: str = 'identity', *, dtype: torch.dtype = torch.float64, **kwarg
         if norm.affine:
             nn.init.normal_(norm.weight)
             nn.init.normal_(norm.bias)
-    return made.to(dtype).eval()
+    return made.to(device_of_tests(), dtype).eval()
 
 
 def batch(made: RepVGGBlock, *, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -116,7 +117,7 @@ def test_fold_for_call_float32_is_near_the_exact_outputs(kind, fast_path_calls):
 
 
 def test_fold_for_call_deep_model_is_as_exact_as_the_branches(fast_path_calls):
-    model = randomise(timm.create_model('repvgg_a0'))
+    model = randomise(create_model('repvgg_a0'))
     x = images(4, 128)
     fast_path_calls.clear()
     with torch.inference_mode():
@@ -132,7 +133,7 @@ def test_fold_for_call_block_in_eval_equals_the_formula_of_the_paper(kind, fast_
     """PyTorch's own fusion of each branch, each kernel padded to 3x3, added up."""
     made = block(kind)
     x = batch(made)
-    identity = torch.eye(8, dtype=torch.float64)[:, :, None, None]
+    identity = to_device(torch.eye(8, dtype=torch.float64)[:, :, None, None])
     fused = [
         fuse_conv_bn_weights(kernel, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
         for kernel, norm in [
@@ -156,7 +157,7 @@ def test_fold_for_call_under_autocast_is_near_the_float32_outputs(fast_path_call
     x = batch(made, dtype=torch.float32)
     with torch.no_grad():
         expected = made(x)
-        with torch.autocast('cpu', torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16):
             y = made(x)
         branches = run_branches(lambda: made(x))
     assert y.dtype == branches.dtype == torch.float32  # that of the identity; without one it is bfloat16
@@ -170,7 +171,7 @@ def test_fold_for_call_under_autocast_is_near_the_float32_outputs(fast_path_call
 def test_fold_for_call_under_autocast_keeps_the_dtype(name, dtype, px):
     made = randomise(block_type(name)(8, 8), px=11, in_chans=8)
     x = images(2, px, in_chans=8).to(dtype)
-    with torch.autocast('cpu', torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         assert made(x).dtype == run_branches(lambda: made(x)).dtype
 
 
@@ -294,7 +295,7 @@ def test_fold_for_call_frozen_norms_of_other_libraries_is_used(norm, fast_path_c
             old = getattr(parent, name)
             frozen = FrozenBatchNorm2d(8, eps=old.eps)
             frozen.load_state_dict(old.state_dict())
-            setattr(parent, name, frozen.double())
+            setattr(parent, name, to_device(frozen.double()))
     x = batch(made)
     y, expected = made.train()(x), run_branches(lambda: plain(x))
     assert fast_path_calls == [True]
@@ -303,7 +304,7 @@ def test_fold_for_call_frozen_norms_of_other_libraries_is_used(norm, fast_path_c
 
 
 def test_fold_for_call_frozen_norms_saves_memory():
-    model = with_frozen_norms(timm.create_model('repvgg_a0'), lambda _: True)
+    model = with_frozen_norms(create_model('repvgg_a0'), lambda _: True)
     x = images(4, 224)
     assert saved_bytes(model, x) < 0.6 * run_branches(lambda: saved_bytes(model, x))
 
@@ -372,7 +373,7 @@ def test_fold_for_call_few_pixels_runs_the_branches(fast_path_calls):
 
 @MODES
 def test_block_empty_batch_gives_empty_outputs(training, fast_path_calls):
-    assert block().train(training)(torch.empty(0, 8, 41, 41, dtype=torch.float64)).shape == (0, 8, 41, 41)
+    assert block().train(training)(to_device(torch.empty(0, 8, 41, 41, dtype=torch.float64))).shape == (0, 8, 41, 41)
     assert fast_path_calls == [training]
 
 
@@ -487,15 +488,15 @@ def subclass_of_norm(made: RepVGGBlock) -> None:
 
 
 def other_norm(made: RepVGGBlock) -> None:
-    made.identity = nn.GroupNorm(2, 8).double()
+    made.identity = to_device(nn.GroupNorm(2, 8).double())
 
 
 def no_statistics(made: RepVGGBlock) -> None:
-    made.conv_kxk.bn = nn.BatchNorm2d(8, track_running_stats=False).double()
+    made.conv_kxk.bn = to_device(nn.BatchNorm2d(8, track_running_stats=False).double())
 
 
 def bias_of_conv(made: RepVGGBlock) -> None:
-    made.conv_1x1.conv.bias = nn.Parameter(torch.ones(8, dtype=torch.float64))
+    made.conv_1x1.conv.bias = nn.Parameter(to_device(torch.ones(8, dtype=torch.float64)))
 
 
 def more_layers(made: RepVGGBlock) -> None:
@@ -591,17 +592,17 @@ def padding_by_name(made: RepVGGBlock) -> None:
 
 def larger_second_kernel(made: RepVGGBlock) -> None:
     torch.manual_seed(2)
-    made.conv_1x1.conv = nn.Conv2d(8, 8, 3, padding=1, bias=False).double()
+    made.conv_1x1.conv = to_device(nn.Conv2d(8, 8, 3, padding=1, bias=False).double())
 
 
 def larger_first_kernel(made: RepVGGBlock) -> None:
     torch.manual_seed(2)
-    made.conv_kxk.conv = nn.Conv2d(8, 8, 5, padding=2, bias=False).double()
+    made.conv_kxk.conv = to_device(nn.Conv2d(8, 8, 5, padding=2, bias=False).double())
 
 
 def one_branch_in_groups(made: RepVGGBlock) -> None:
     torch.manual_seed(2)
-    made.conv_kxk.conv = nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False).double()
+    made.conv_kxk.conv = to_device(nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False).double())
 
 
 @pytest.mark.parametrize(
@@ -665,6 +666,7 @@ def test_fold_for_call_tensor_subclass_or_meta_runs_the_branches(fast_path_calls
     assert not any(fast_path_calls)
 
 
+@pytest.mark.cpu
 def test_block_wrong_input_raises_the_error_of_pytorch():
     for made in (block(), block().train()):
         with torch.no_grad(), pytest.raises(ValueError, match='expected 4D input'):
@@ -693,6 +695,7 @@ def test_disable_fast_path_nested_or_in_threads_runs_the_branches(training, fast
 # ------------------------------------------------------------------------------------ graphs and transforms
 
 
+@pytest.mark.cpu
 def test_fold_for_call_in_a_graph_runs_the_branches(fast_path_calls):
     made = block(dtype=torch.float32)
     x = batch(made, dtype=torch.float32)
@@ -765,7 +768,7 @@ def test_fold_for_call_functional_call_gives_equal_gradients(training, fast_path
 
 def test_verify_wrong_fold_is_compared_with_the_branches(monkeypatch):
     """Or a wrong fold would be compared with itself."""
-    model, x = randomise(timm.create_model('test_repvgg'), px=32), images(64, 64)  # enough pixels to fold every block
+    model, x = randomise(create_model('test_repvgg'), px=32), images(64, 64)  # enough pixels to fold every block
     with torch.no_grad():
         assert rel_diff(model(x), run_branches(lambda: model(x))) < 1e-4  # float32
     real = fold.fold_branches
@@ -828,17 +831,17 @@ def convs_of(branch: nn.Module):
     return range(kinds.get(type(branch).__name__, 1))
 
 
-def test_fold_for_call_default_device_keeps_the_fast_path(fast_path_calls):
+def test_fold_for_call_default_device_keeps_the_fast_path(fast_path_calls, device):
     made = block()
     x = batch(made)
-    with torch.device('cpu'), torch.no_grad():
+    with device, torch.no_grad():
         made(x)
     assert fast_path_calls == [True]
 
 
 @pytest.mark.parametrize('name', ['repvgg', 'dbb', 'csla'])
 def test_fold_for_call_selective_checkpointing_gives_equal_gradients(name, fast_path_calls):
-    made = timm.create_model('test_repvgg', block=name).double().train()
+    made = create_model('test_repvgg', block=name).double().train()
     plain, x = copy.deepcopy(made), images(4, 32, dtype=torch.float64)
     contexts = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
     checkpoint(made, x, use_reentrant=False, context_fn=contexts).square().mean().backward()
@@ -912,7 +915,7 @@ def hooked_activation():
     'make', [doubled_norm, doubled_block, patched_block, hooked_norm, deterministic_drop, hooked_activation]
 )
 def test_switch_own_block_that_computes_something_else_raises(make):
-    made, x = make().double().eval(), images(2, 33, in_chans=8, dtype=torch.float64)
+    made, x = to_device(make().double()).eval(), images(2, 33, in_chans=8, dtype=torch.float64)
     y = made(x)
     assert rel_diff(y, run_branches(lambda: made(x))) < 1e-12
     with pytest.raises(FoldError):
@@ -924,13 +927,13 @@ def test_fold_for_call_frozen_norm_with_dropout_drops(fast_path_calls):
     made = block_type('csla')(8, 8)
     made.norm = FrozenBatchNormAct2d(8, apply_act=False, drop_layer=nn.Dropout)
     made.act = nn.Identity()
-    y = made.train()(images(2, 33, in_chans=8))
+    y = to_device(made).train()(images(2, 33, in_chans=8))
     assert (y == 0).float().mean() > 0.4
 
 
 def test_fold_bias_inside_a_chain_keeps_the_outputs():
-    made, x = block_type('dbb')(8, 8).double().eval(), images(2, 33, in_chans=8, dtype=torch.float64)
-    made.branches['1x1_kxk'].conv.bias = nn.Parameter(torch.ones(8, dtype=torch.float64))
+    made, x = to_device(block_type('dbb')(8, 8).double()).eval(), images(2, 33, in_chans=8, dtype=torch.float64)
+    made.branches['1x1_kxk'].conv.bias = nn.Parameter(to_device(torch.ones(8, dtype=torch.float64)))
     expected = run_branches(lambda: made(x))
     assert rel_diff(made(x), expected) < 1e-12
     assert rel_diff(made.switch_to_deploy()(x), expected) < 1e-12
@@ -939,7 +942,7 @@ def test_fold_bias_inside_a_chain_keeps_the_outputs():
 @pytest.mark.parametrize('make', [lambda: 1, lambda: [1, 1], lambda: (1, 1)], ids=['int', 'list', 'tuple'])
 @pytest.mark.parametrize('in_chs', [8, 16])
 def test_fold_strides_as_numbers_or_lists_keeps_the_outputs(make, in_chs):
-    made, x = RepVGGBlock(in_chs, 16, stride=2).double(), images(2, 33, in_chans=in_chs, dtype=torch.float64)
+    made, x = to_device(RepVGGBlock(in_chs, 16, stride=2).double()), images(2, 33, in_chans=in_chs, dtype=torch.float64)
     for conv in (m for m in made.modules() if isinstance(m, nn.Conv2d)):
         conv.stride = make()
     if make() == 1:  # PyTorch itself takes no int with a padding of two numbers

@@ -4,9 +4,8 @@ import copy
 from collections.abc import Callable
 
 import pytest
-import timm
 import torch
-from helpers import images, rel_diff, run_branches
+from helpers import create_model, device_of_tests, images, rel_diff, run_branches, to_device
 from timm.layers import DropBlock2d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -15,6 +14,8 @@ from repvgg_zoo import BLOCKS as BLOCKS_OF_ALL_TYPES
 from repvgg_zoo import RepVGGBlock
 from repvgg_zoo.blocks import base, branches
 from repvgg_zoo.blocks.factory import block_type
+
+pytestmark = pytest.mark.device
 
 BLOCKS = {
     'identity': dict(in_chs=8, out_chs=8),
@@ -33,7 +34,7 @@ LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channel
 
 def block(kind: str = 'identity', *, dtype: torch.dtype = torch.float64, **kwargs) -> RepVGGBlock:
     torch.manual_seed(0)
-    made = RepVGGBlock(**(BLOCKS[kind] | kwargs)).to(dtype)
+    made = RepVGGBlock(**(BLOCKS[kind] | kwargs)).to(device_of_tests(), dtype)
     for norm in made.modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.affine:
             nn.init.normal_(norm.weight)
@@ -47,7 +48,7 @@ def batch(made: RepVGGBlock, px: int = 9, dtype: torch.dtype = torch.float64) ->
 
 def loss_of(y: Tensor) -> Tensor:
     """A loss that no output is indifferent to."""
-    return (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum() + y.square().mean()
+    return (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y)).sum() + y.square().mean()
 
 
 def step(made: nn.Module, x: Tensor) -> Tensor:
@@ -208,7 +209,7 @@ def test_recompute_gradient_penalty_gives_equal_gradients(kind, wanted, fast_pat
 
 
 @pytest.mark.parametrize('second', [False, True])
-def test_recompute_backward_under_autocast_is_not_rounded(second):
+def test_recompute_backward_under_autocast_is_not_rounded(second, device):
     """PyTorch's own backward functions are not cast there."""
     made = block(dtype=torch.float32)
     plain = copy.deepcopy(made)
@@ -216,7 +217,7 @@ def test_recompute_backward_under_autocast_is_not_rounded(second):
     def trained(model: RepVGGBlock) -> Tensor:
         x = batch(model, dtype=torch.float32).requires_grad_()
         y = model(x)
-        with torch.autocast('cpu', torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=second)
         return grad
 
@@ -322,7 +323,7 @@ def test_recompute_tensor_changed_before_backward_raises(name, fast_path_calls):
 
 def test_recompute_whole_model_gives_equal_training(fast_path_calls):
     torch.manual_seed(0)
-    made = timm.create_model('test_repvgg').double().train()
+    made = create_model('test_repvgg').double().train()
     plain = copy.deepcopy(made)
     optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9) for model in (made, plain)]
     for seed in range(2):
@@ -343,7 +344,7 @@ def test_recompute_whole_model_gives_equal_training(fast_path_calls):
 def test_recompute_float32_is_as_exact_as_the_branches(fast_path_calls):
     """On images whose mean is five times their deviation, where a careless variance loses most digits."""
     torch.manual_seed(0)
-    model = timm.create_model('test_repvgg').train()
+    model = create_model('test_repvgg').train()
     x = images(4, 32) + 5
 
     def gradients(model: nn.Module, x: Tensor) -> Tensor:
@@ -424,13 +425,13 @@ def test_recompute_other_statistics_gives_equal_training(change, fast_path_calls
     assert fast_path_calls == [True]
 
 
-def test_recompute_under_autocast_uses_the_dtype_of_the_forward_pass(fast_path_calls):
+def test_recompute_under_autocast_uses_the_dtype_of_the_forward_pass(fast_path_calls, device):
     made = block(dtype=torch.float32)
     plain = copy.deepcopy(made)
     x = batch(made, dtype=torch.float32)
 
     def mixed(model: RepVGGBlock) -> None:
-        with torch.autocast('cpu', torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             y = model(x)
         loss_of(y.float()).backward()
 
@@ -441,13 +442,13 @@ def test_recompute_under_autocast_uses_the_dtype_of_the_forward_pass(fast_path_c
 
 
 @pytest.mark.parametrize('inside', [False, True], ids=['backward outside', 'backward inside'])
-def test_recompute_two_blocks_under_autocast_gives_equal_gradients(inside, fast_path_calls):
+def test_recompute_two_blocks_under_autocast_gives_equal_gradients(inside, fast_path_calls, device):
     """The second one gets images in the dtype of autocast, and has kernels in float32."""
     made = nn.Sequential(block('three channels', dtype=torch.float32), block(dtype=torch.float32))
     plain = copy.deepcopy(made)
 
     def mixed(model: nn.Module) -> None:
-        with torch.autocast('cpu', torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             loss = loss_of(model(images(3, 9)).float())
             if inside:
                 loss.backward()
@@ -471,6 +472,7 @@ def test_recompute_half_precision_is_used(fast_path_calls):
     assert fast_path_calls == [True, False]  # the second one records no gradients
 
 
+@pytest.mark.cpu
 def test_block_mixed_dtypes_raises_the_error_of_pytorch():
     made = block(dtype=torch.float32)
     made.identity.weight, made.identity.bias = (nn.Parameter(p.double()) for p in made.identity.parameters())
@@ -485,7 +487,7 @@ def test_block_mixed_dtypes_raises_the_error_of_pytorch():
 @pytest.mark.parametrize('name', [name for name in BLOCKS_OF_ALL_TYPES if name not in ('csla', 'bn_after')])
 def test_recompute_each_block_type_gives_equal_training(name, layout, fast_path_calls):
     torch.manual_seed(0)
-    made = block_type(name)(8, 8).double().to(memory_format=LAYOUTS[layout])
+    made = to_device(block_type(name)(8, 8).double()).to(memory_format=LAYOUTS[layout])
     plain = copy.deepcopy(made)
     x, x_plain = (images(3, 9, in_chans=8, dtype=torch.float64).requires_grad_() for _ in range(2))
     assert torch.equal(step(made, x), run_branches(lambda: step(plain, x_plain)))

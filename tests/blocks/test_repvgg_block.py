@@ -1,11 +1,13 @@
 import pytest
 import torch
-from helpers import CONFIGURATIONS, images, randomise, rel_diff, run_branches
+from helpers import CONFIGURATIONS, images, randomise, rel_diff, run_branches, to_device
 from torch import nn
 
 from repvgg_zoo import CheckpointError, FoldError, RepVGGBlock, switch_to_deploy
 from repvgg_zoo.blocks.branches import SubsampledConv2d
 from repvgg_zoo.blocks.factory import block_type
+
+pytestmark = pytest.mark.device
 
 
 def block(*args, **kwargs) -> RepVGGBlock:
@@ -24,13 +26,14 @@ def test_switch_repvgg_block_keeps_the_outputs(kwargs, px):
 @pytest.mark.parametrize('kwargs', CONFIGURATIONS, ids=str)
 def test_load_state_dict_training_weights_into_deploy_form_folds(kwargs):
     module, x = block(8, 8, **kwargs), images(px=11, in_chans=8, dtype=torch.float64)
-    deployed = RepVGGBlock(8, 8, deploy=True, **kwargs).double().eval()
+    deployed = to_device(RepVGGBlock(8, 8, deploy=True, **kwargs).double()).eval()
     deployed.load_state_dict(module.state_dict())
     assert rel_diff(deployed(x), module(x)) < 1e-12
     assert deployed.state_dict().keys() == module.switch_to_deploy().state_dict().keys()
     assert repr(deployed.reparam_conv) == repr(module.reparam_conv)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize('name', ['repvgg', 'acb'])
 @pytest.mark.parametrize('shape', [(8, 9, 1), (8, 8, 2)])
 def test_block_identity_with_other_shape_raises(name, shape):
@@ -47,6 +50,7 @@ def test_switch_sync_batch_norm_keeps_the_outputs():
     assert rel_diff(switch_to_deploy(module)(x), before) < 1e-12
 
 
+@pytest.mark.cpu
 def test_block_that_changes_shape_has_no_identity():
     keeps_shape, strided, widens = RepVGGBlock(4, 4), RepVGGBlock(4, 4, stride=2), RepVGGBlock(4, 8)
     assert keeps_shape.identity is not None
@@ -54,6 +58,7 @@ def test_block_that_changes_shape_has_no_identity():
     assert widens.identity is None
 
 
+@pytest.mark.cpu
 def test_load_state_dict_deploy_weights_into_training_form_raises():
     deployed = RepVGGBlock(4, 4, deploy=True)
     with pytest.raises(CheckpointError, match='deploy=True'):
@@ -62,7 +67,7 @@ def test_load_state_dict_deploy_weights_into_training_form_raises():
 
 def test_block_channels_last_stem_gives_finite_gradients():
     """A strided 1x1 convolution over three channels_last channels corrupts memory in its backward pass."""
-    stem = RepVGGBlock(3, 48, stride=2).to(memory_format=torch.channels_last)
+    stem = to_device(RepVGGBlock(3, 48, stride=2)).to(memory_format=torch.channels_last)
     x = images(8, 64).contiguous(memory_format=torch.channels_last)
     for _ in range(3):
         stem(x).sum().backward()
@@ -75,7 +80,7 @@ def test_block_channels_last_stem_gives_finite_gradients():
 )
 def test_block_strided_1x1_of_few_channels_is_subsampled(in_chs, stride, kind):
     """The workaround is for the shape that needs it."""
-    conv = RepVGGBlock(in_chs, 8, stride=stride).double().conv_1x1.conv
+    conv = to_device(RepVGGBlock(in_chs, 8, stride=stride).double()).conv_1x1.conv
     assert type(conv) is kind
     x = images(2, 7, in_chans=in_chs, dtype=torch.float64)
     expected = nn.functional.conv2d(x, conv.weight, stride=stride)
@@ -97,6 +102,7 @@ def test_block_strides_set_by_hand_keeps_the_outputs(px):
         assert rel_diff(made.switch_to_deploy()(x), before) < 1e-12
 
 
+@pytest.mark.cpu
 def test_switch_one_stride_set_by_hand_raises():
     made = RepVGGBlock(16, 16, stride=2)
     made.conv_kxk.conv.stride = (1, 1)

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import timm
 import torch
-from helpers import images, randomise, rel_diff
+from helpers import create_model, images, randomise, rel_diff, to_device
 from timm.data import create_dataset, create_transform, resolve_model_data_config
 from timm.layers import SEModule
 from torch import nn
@@ -19,6 +19,7 @@ from repvgg_zoo import BLOCKS, CheckpointError, RepVGGBlock, load_checkpoint, ma
 from repvgg_zoo.pretrained.manifest import weights_dir
 from repvgg_zoo.tools.convert import convert
 
+pytestmark = pytest.mark.device
 F64 = torch.float64
 BLOCK = pytest.mark.parametrize('block', BLOCKS)
 
@@ -26,7 +27,7 @@ BLOCK = pytest.mark.parametrize('block', BLOCKS)
 @pytest.fixture(scope='module')
 def folded():
     """Trained weights in the deploy form."""
-    return timm.create_model('test_repvgg.cifar10_deploy', pretrained=True).double().eval()
+    return create_model('test_repvgg.cifar10_deploy', pretrained=True).double().eval()
 
 
 @pytest.fixture(scope='module')
@@ -35,7 +36,7 @@ def photos():
     model = timm.create_model('test_repvgg')
     dataset = create_dataset('', root=str(weights_dir() / 'cifar10' / 'train'))
     dataset.transform = create_transform(**resolve_model_data_config(model))
-    return torch.stack([dataset[index][0] for index in range(0, len(dataset), 5)]).double()
+    return to_device(torch.stack([dataset[index][0] for index in range(0, len(dataset), 5)]).double())
 
 
 @BLOCK
@@ -98,6 +99,7 @@ def test_unfold_part_of_a_network_or_bare_block_keeps_the_outputs(folded, photos
     assert rel_diff(unfold(copy.deepcopy(block))(x), block(x)) < 1e-9
 
 
+@pytest.mark.cpu
 def test_unfold_dilated_model_has_the_keys_of_the_training_form():
     model = timm.create_model('test_repvgg', output_stride=8, deploy=True)
     expected = timm.create_model('test_repvgg', output_stride=8).state_dict().keys()
@@ -117,7 +119,7 @@ def test_unfold_dilated_model_has_the_keys_of_the_training_form():
     ids=str,
 )
 def test_unfold_block_of_any_shape_keeps_the_outputs(block, kwargs):
-    folded = RepVGGBlock(8, 8, deploy=True, **kwargs).double().eval()
+    folded = to_device(RepVGGBlock(8, 8, deploy=True, **kwargs).double()).eval()
     x = images(2, 9, in_chans=8, dtype=F64)
     expected = folded(x)
     unfolded = unfold(copy.deepcopy(folded), block=block)
@@ -132,7 +134,7 @@ def test_unfold_frozen_model_stays_frozen(folded):
 
 @BLOCK
 def test_unfold_under_autocast_is_not_rounded(block, folded, photos):
-    with torch.autocast('cpu', torch.bfloat16):
+    with torch.autocast(photos.device.type, torch.bfloat16):
         model = unfold(copy.deepcopy(folded).float(), block=block)
         kernel = model.stages[0][1].equivalent_kernel_bias()[0]
     exact = folded.stages[0][1].reparam_conv.weight
@@ -180,6 +182,7 @@ def test_unfold_with_batches_leaves_no_hooks(folded, photos):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.cpu
 def test_unfold_block_with_attention_keeps_it():
     model = timm.create_model('repvgg_d2se', deploy=True, device='meta')
     squeeze = model.stages[0][0].attn
@@ -188,6 +191,7 @@ def test_unfold_block_with_attention_keeps_it():
     assert model.stages[0][0].attn is squeeze
 
 
+@pytest.mark.cpu
 def test_unfold_bad_arguments_raises(folded):
     with pytest.raises(ValueError, match=r'no block of this package in Linear'):
         unfold(nn.Linear(1, 1))
@@ -226,6 +230,7 @@ def test_unfold_bad_arguments_raises(folded):
         unfold(model.stem)
 
 
+@pytest.mark.cpu
 def test_convert_training_weights_with_unfold_keeps_the_branches(tmp_path):
     branches = timm.create_model('test_repvgg.cifar10', pretrained=True).stem.state_dict()
     kept = convert('test_repvgg.cifar10', tmp_path / 'kept', unfold=True).stem.state_dict()
@@ -248,13 +253,13 @@ def test_unfold_backward_hook_still_fires(folded):
 
 def test_unfold_model_with_own_eps_keeps_it():
     kwargs = dict(norm_layer=functools.partial(nn.BatchNorm2d, eps=1e-2))
-    model = timm.create_model('test_repvgg', deploy=True, **kwargs).double().eval()
+    model = create_model('test_repvgg', deploy=True, **kwargs).double().eval()
     x = images(2, px=32, dtype=F64)
     before = model(x)
     with torch.inference_mode():
         unfold(model, block='acb', batches=[x])
     model(x).sum().backward()
-    again = timm.create_model('test_repvgg', block='acb', **kwargs).double().eval()
+    again = create_model('test_repvgg', block='acb', **kwargs).double().eval()
     again.load_state_dict(model.state_dict())
     assert rel_diff(again(x), before) < 1e-9
 
@@ -265,11 +270,12 @@ def test_unfold_model_with_own_eps_keeps_it():
 @BLOCK
 @pytest.mark.parametrize('tag', ['cifar10', 'cifar10_deploy'])
 def test_load_pretrained_with_unfold_fits_each_block_type(block, tag, folded, photos):
-    model = timm.create_model(f'test_repvgg.{tag}', pretrained=True, block=block, unfold=True).eval()
+    model = create_model(f'test_repvgg.{tag}', pretrained=True, block=block, unfold=True).eval()
     assert not model.deploy
     assert rel_diff(model.double()(photos), folded(photos)) < 1e-4  # float32 weights
 
 
+@pytest.mark.cpu
 def test_load_pretrained_with_unfold_takes_own_weights_unchanged():
     plain = timm.create_model('test_repvgg', pretrained=True)
     model = timm.create_model('test_repvgg', pretrained=True, unfold=True)
@@ -277,13 +283,14 @@ def test_load_pretrained_with_unfold_takes_own_weights_unchanged():
 
 
 def test_load_pretrained_with_unfold_adapts_classes_and_channels(folded, photos):
-    model = timm.create_model('test_repvgg.cifar10_deploy', pretrained=True, unfold=True, num_classes=3, in_chans=1)
+    model = create_model('test_repvgg.cifar10_deploy', pretrained=True, unfold=True, num_classes=3, in_chans=1)
     assert model.head.fc.out_features == 3
-    deployed = timm.create_model('test_repvgg.cifar10_deploy', pretrained=True, in_chans=1).eval()
+    deployed = create_model('test_repvgg.cifar10_deploy', pretrained=True, in_chans=1).eval()
     grey = photos.float().mean(1, keepdim=True)
     assert rel_diff(model.eval().forward_features(grey), deployed.forward_features(grey)) < 1e-4
 
 
+@pytest.mark.cpu
 @pytest.mark.slow
 @pytest.mark.parametrize('aux_heads', [True, False])
 def test_load_checkpoint_with_unfold_keeps_auxiliary_heads(tmp_path, aux_heads):
@@ -295,6 +302,7 @@ def test_load_checkpoint_with_unfold_keeps_auxiliary_heads(tmp_path, aux_heads):
     assert all(torch.equal(loaded[key], trained[key]) for key in loaded if 'head' in key)
 
 
+@pytest.mark.cpu
 def test_load_checkpoint_deploy_weights_without_unfold_raises(tmp_path):
     torch.save(timm.create_model('test_repvgg', deploy=True).state_dict(), tmp_path / 'deploy.pth')
     model = timm.create_model('test_repvgg')
@@ -308,14 +316,14 @@ def test_load_checkpoint_deploy_weights_without_unfold_raises(tmp_path):
 def test_load_pretrained_deploy_folder_unfolds(folded, photos, tmp_path):
     """Its config.json says `deploy=True`."""
     convert('test_repvgg.cifar10', tmp_path / 'deploy', form='deploy')
-    model = timm.create_model(f'local-dir:{tmp_path / "deploy"}', pretrained=True, unfold=True, block='acb').eval()
+    model = create_model(f'local-dir:{tmp_path / "deploy"}', pretrained=True, unfold=True, block='acb').eval()
     assert not model.deploy
-    assert rel_diff(model.double()(photos), folded(photos)) < 1e-4
+    assert rel_diff(to_device(model.double())(photos), folded(photos)) < 1e-4
 
 
 @pytest.mark.parametrize('tag', ['cifar10', 'cifar10_deploy'])
 def test_load_pretrained_deploy_form_takes_weights_of_the_default_block(folded, photos, tag):
-    model = timm.create_model(f'test_repvgg.{tag}', pretrained=True, deploy=True, block='acb').eval()
+    model = create_model(f'test_repvgg.{tag}', pretrained=True, deploy=True, block='acb').eval()
     assert rel_diff(model.double()(photos), folded(photos)) < 1e-4
     with pytest.raises(
         CheckpointError, match=r"of block='repvgg', .* those of block='acb'; .*or load with unfold=True"
@@ -323,6 +331,7 @@ def test_load_pretrained_deploy_form_takes_weights_of_the_default_block(folded, 
         timm.create_model('test_repvgg.cifar10', pretrained=True, block='acb')
 
 
+@pytest.mark.cpu
 def test_load_checkpoint_weights_of_another_block_raises(tmp_path):
     torch.save(timm.create_model('test_repvgg', block='acb').state_dict(), tmp_path / 'acb.pth')
     with pytest.raises(
@@ -341,7 +350,7 @@ def test_load_checkpoint_misfit_with_unfold_raises_and_changes_nothing(damage, t
     else:
         state_dict['stages.1.0.reparam_conv.weight'] = torch.zeros(2, 2, 3, 3)
     torch.save(state_dict, tmp_path / 'deploy.pth')
-    model = timm.create_model('test_repvgg', block='acb')
+    model = create_model('test_repvgg', block='acb')
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(CheckpointError, match=r'does not fit test_repvgg.*stages\.1\.'):
         load_checkpoint(model, tmp_path / 'deploy.pth', unfold=True)
@@ -350,7 +359,7 @@ def test_load_checkpoint_misfit_with_unfold_raises_and_changes_nothing(damage, t
 
 def test_convert_with_unfold_keeps_the_outputs(folded, photos, tmp_path):
     convert('test_repvgg.cifar10_deploy', tmp_path / 'dbb', unfold=True, block='dbb')
-    model = timm.create_model(f'local-dir:{tmp_path / "dbb"}', pretrained=True).eval()
+    model = create_model(f'local-dir:{tmp_path / "dbb"}', pretrained=True).eval()
     assert model.stem.block == 'dbb'
     assert rel_diff(model.double()(photos), folded(photos)) < 1e-4
     with pytest.raises(ValueError, match='unfolding makes the training form'):
@@ -379,6 +388,7 @@ def top1_after_training(model: nn.Module, train, validation, seed: int) -> float
         return 100 * (model.eval()(validation[0]).argmax(1) == validation[1]).double().mean().item()
 
 
+@pytest.mark.cpu
 @pytest.mark.slow
 def test_unfold_then_fine_tuning_is_as_good_as_the_training_form():
     """A classifier that was taken off is learnt again, and the features move, by the same recipe from either form."""
@@ -429,7 +439,9 @@ def test_unfold_channels_of_different_range_keeps_the_outputs(folded, photos):
     blocks = [model.stem, *(block for stage in model.stages for block in stage)]
     with torch.no_grad():
         for first, second in pairwise(blocks):
-            scale = 10 ** (6 * torch.rand(first.reparam_conv.out_channels, generator=generator, dtype=F64) - 3)
+            scale = to_device(
+                10 ** (6 * torch.rand(first.reparam_conv.out_channels, generator=generator, dtype=F64) - 3)
+            )
             first.reparam_conv.weight /= scale.view(-1, 1, 1, 1)
             first.reparam_conv.bias /= scale
             second.reparam_conv.weight *= scale.view(1, -1, 1, 1)
@@ -443,7 +455,7 @@ def test_load_checkpoint_with_unfold_uses_the_eps_of_the_model(tmp_path):
 
     model = randomise(timm.create_model('test_repvgg', norm_layer=norm), px=32)
     torch.save(model.state_dict(), tmp_path / 'file.pth')
-    other = timm.create_model('test_repvgg', norm_layer=norm, block='acb').eval()
+    other = create_model('test_repvgg', norm_layer=norm, block='acb').eval()
     load_checkpoint(other, tmp_path / 'file.pth', unfold=True)
     x = images(1, 32)
     assert rel_diff(other(x), model(x)) < 1e-3
@@ -458,6 +470,7 @@ def test_match_bn_statistics_compiled_model_sets_the_statistics(folded, photos):
     assert rel_diff(model.train()(photos), folded(photos)) < 0.02
 
 
+@pytest.mark.cpu
 def test_create_unfold_without_weights_raises():
     with pytest.raises(ValueError, match=r'load_checkpoint\(model, path, unfold=True\)'):
         timm.create_model('test_repvgg', unfold=True)
@@ -479,6 +492,7 @@ def hooked(conv):
     conv.register_forward_hook(lambda module, args, y: 2 * y)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize('change', [other_stride, other_dilation, no_padding, hooked])
 def test_unfold_changed_convolution_raises(change):
     model = timm.create_model('test_repvgg', deploy=True)

@@ -14,7 +14,7 @@ from torch import nn
 
 from repvgg_zoo import CheckpointError, load_checkpoint
 
-X = images(2, px=32)
+X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope='module')

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import LAYOUTS, rel_diff, rename
+from helpers import LAYOUTS, device_of_tests, rel_diff, rename, to_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from repvgg_zoo import VARIANTS, CheckpointError, RepVGG, RepVGGBlock, load_chec
 from repvgg_zoo.checkpoints.layouts import to_timm_layout
 from repvgg_zoo.variants import SqueezeExcite
 
-DEVICES = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
+pytestmark = pytest.mark.device
 ULP = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 """Distance from 1 to the next number of a dtype: two roundings are off by at most as much, relative."""
 
@@ -36,7 +36,7 @@ def blocks(draw, dtypes=tuple(ULP)):
         groups=groups,
         padding_mode=draw(st.sampled_from(['zeros', 'reflect', 'replicate', 'circular'])),
         norm_layer=lambda chs, **dd: nn.BatchNorm2d(chs, eps=1e-5, affine=affine, **dd),
-        device=draw(st.sampled_from(DEVICES)),
+        device=device_of_tests(),
     )
     dtype = draw(st.sampled_from(dtypes))
     seed = draw(st.integers(0, 2**32 - 1))
@@ -68,7 +68,7 @@ def conv_norm_pairs(block: RepVGGBlock) -> list[tuple[nn.Conv2d | None, nn.Batch
 @torch.no_grad()
 def size_of_terms(block: RepVGGBlock, x: Tensor) -> Tensor:
     """The sum of the absolute values of everything that is added up for an output: what rounding is relative to."""
-    total = torch.zeros(())
+    total = x.new_zeros(())
     for conv, norm in conv_norm_pairs(block):
         y = x.abs()
         if conv is None:
@@ -89,8 +89,7 @@ def _scale(norm: nn.BatchNorm2d) -> Tensor:
 
 @given(blocks(dtypes=(torch.float64,)), st.integers(4, 9))
 def test_folded_block_computes_what_branches_compute(block, px):
-    x = torch.randn(2, block.conv_kxk.conv.in_channels, px, px, dtype=torch.float64)
-    x = x.to(block.conv_kxk.conv.weight.device)
+    x = to_device(torch.randn(2, block.conv_kxk.conv.in_channels, px, px, dtype=torch.float64))
     with torch.no_grad():
         expected, terms = block(x), size_of_terms(block, x)
         folded = block.switch_to_deploy()(x)
@@ -144,7 +143,7 @@ def models(draw):
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.dtype.is_floating_point:
                 tensor.copy_(torch.rand(tensor.shape) + 0.1 if 'var' in name else torch.randn(tensor.shape))
-    return model.eval()
+    return to_device(model).eval()
 
 
 PREFIXES = st.lists(st.sampled_from(['module.', '_orig_mod.']), max_size=3).map(''.join)
@@ -170,7 +169,7 @@ def test_load_translated_checkpoint_restores_model(
     if not with_counters:
         state_dict = {key: value for key, value in state_dict.items() if 'num_batches' not in key}
     torch.save(state_dict, tmp_path / 'file.pth')
-    target = RepVGG(model.variant, num_classes=model.num_classes, deploy=deploy_model).to(dtype)
+    target = to_device(RepVGG(model.variant, num_classes=model.num_classes, deploy=deploy_model).to(dtype))
     if deploy_file and not deploy_model:
         with pytest.raises(CheckpointError, match='deploy=True'):
             load_checkpoint(target, tmp_path / 'file.pth')
@@ -179,7 +178,7 @@ def test_load_translated_checkpoint_restores_model(
     for key, value in target.state_dict().items():
         assert torch.equal(value, expected.state_dict()[key]), key
     if not deploy_file and dtype == torch.float64:
-        x = torch.randn(1, 3, 32, 32, dtype=dtype)
+        x = to_device(torch.randn(1, 3, 32, 32, dtype=dtype))
         assert rel_diff(target.eval()(x), model(x)) < 1e-9  # float64, amplified by some ten layers
 
 
@@ -197,13 +196,14 @@ def test_load_damaged_checkpoint_raises_and_changes_nothing(model, layout, data,
     else:
         state_dict[victim] = torch.zeros(*state_dict[victim].shape, 2)
     torch.save(state_dict, tmp_path / 'file.pth')
-    target = RepVGG(model.variant, num_classes=model.num_classes)
+    target = to_device(RepVGG(model.variant, num_classes=model.num_classes))
     before = {key: value.clone() for key, value in target.state_dict().items()}
     with pytest.raises(CheckpointError):
         load_checkpoint(target, tmp_path / 'file.pth')
     assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
 
 
+@pytest.mark.cpu
 @given(st.dictionaries(st.text(max_size=20), st.just(torch.zeros(1)), max_size=5))
 def test_to_timm_layout_unknown_keys_raises(state_dict):
     with pytest.raises(CheckpointError, match='of none of the known layouts'):

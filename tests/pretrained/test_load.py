@@ -9,10 +9,10 @@ import huggingface_hub.constants
 import pytest
 import timm
 import torch
-from helpers import images, randomise, rel_diff, run_branches
+from helpers import create_model, images, randomise, rel_diff, run_branches
 from safetensors.torch import load_file, save_file
 
-from repvgg_zoo import CheckpointError, RepVGG
+from repvgg_zoo import CheckpointError, RepVGG, load_checkpoint
 from repvgg_zoo.blocks.base import ReparamBlock
 from repvgg_zoo.checkpoints.files import read_checkpoint
 from repvgg_zoo.pretrained import load
@@ -321,6 +321,61 @@ def test_pretrained_folder_without_weights_raises(tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps({'architecture': 'test_repvgg', 'pretrained_cfg': {}}))
     with pytest.raises(CheckpointError, match=r'no weights in .*neither model\.safetensors nor'):
         timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+
+
+# ------------------------------------------------------------------------------------- onto another device
+
+
+def assert_all_on(device, model):
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {device.type}
+
+
+@pytest.mark.device
+@pytest.mark.parametrize('deploy', [False, True], ids=['training', 'deploy'])
+@pytest.mark.parametrize('saved_on', ['cpu', 'device'])
+@pytest.mark.parametrize('suffix', ['.safetensors', '.pth'])
+def test_create_on_a_device_from_a_file_computes_the_same_there(suffix, saved_on, deploy, tmp_path, device):
+    """A torch file tells where its tensors were, and the model decides where they go."""
+    source = randomise(timm.create_model('test_repvgg', num_classes=10), px=32)
+    expected = source(images(2, px=32))
+    save = {'.safetensors': save_file, '.pth': torch.save}[suffix]
+    save(source.to('cpu' if saved_on == 'cpu' else device).state_dict(), tmp_path / f'mine{suffix}')
+    path = tmp_path / f'mine{suffix}'
+    loaded = timm.create_model('test_repvgg', checkpoint_path=path, num_classes=10, deploy=deploy, device=device)
+    assert_all_on(device, loaded)
+    assert rel_diff(loaded.eval()(images(2, px=32)), expected) < 1e-5  # float32, some ten layers
+    moved = load_checkpoint(create_model('test_repvgg', num_classes=10, deploy=deploy), path)
+    assert_all_on(device, moved)
+    assert rel_diff(moved.eval()(images(2, px=32)), expected) < 1e-5
+
+
+@pytest.mark.device
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        dict(),
+        dict(deploy=True),
+        dict(deploy=True, in_chans=1, num_classes=7),
+        dict(unfold=True, block='acb', in_chans=1),
+        dict(features_only=True),
+        dict(dtype=torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_pretrained_on_a_device_equals_that_of_the_cpu(kwargs, device):
+    torch.manual_seed(0)
+    expected = timm.create_model('test_repvgg', pretrained=True, **kwargs).eval()
+    torch.manual_seed(0)
+    loaded = timm.create_model('test_repvgg', pretrained=True, **kwargs, device=device).eval()
+    assert_all_on(device, loaded)
+    theirs = expected.state_dict()
+    for key, value in loaded.state_dict().items():
+        # a new classifier is drawn by the generator of the device; folded weights are rounded once
+        assert value.shape == theirs[key].shape
+        if not (key.startswith('head') and 'num_classes' in kwargs):
+            torch.testing.assert_close(value.cpu(), theirs[key])
+    x = images(2, px=32, in_chans=kwargs.get('in_chans', 3), dtype=kwargs.get('dtype', torch.float32))
+    assert isinstance(loaded(x), (torch.Tensor, list))
 
 
 # ----------------------------------------------------------------------------------------------- the Hub

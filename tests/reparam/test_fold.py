@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from helpers import to_device
 from torch import nn
 
 from repvgg_zoo.reparam.fold import BNStats, ConvBN, FoldError, fold_branches, fold_exactly, identity_kernel
 
+pytestmark = pytest.mark.device
 EPS = {torch.float64: 2.3e-16, torch.float32: 1.2e-7, torch.float16: 9.8e-4, torch.bfloat16: 7.9e-3}
 
 
@@ -14,7 +16,7 @@ def random_bn(channels: int, seed: int, *, affine: bool = True, dtype=torch.floa
     mean, weight, bias = torch.randn(3, channels, generator=g, dtype=torch.float64)
     var = torch.rand(channels, generator=g, dtype=torch.float64) * 3
     tensors = [mean, var, *((weight, bias) if affine else ())]
-    return BNStats(*(t.to(dtype) for t in tensors), eps=eps)
+    return BNStats(*(to_device(t.to(dtype)) for t in tensors), eps=eps)
 
 
 def norm_of(bn: BNStats) -> nn.BatchNorm2d:
@@ -44,11 +46,11 @@ def apply(bn: BNStats, x: torch.Tensor) -> torch.Tensor:
 
 def fold_and_reference(c_in, c_out, groups, *, identity, affine=True, dtype=torch.float64, k=3, eps=1e-5):
     g = torch.Generator().manual_seed(0)
-    kxk = torch.randn(c_out, c_in // groups, k, k, generator=g).to(dtype)
-    point = torch.randn(c_out, c_in // groups, 1, 1, generator=g).to(dtype)
+    kxk = to_device(torch.randn(c_out, c_in // groups, k, k, generator=g).to(dtype))
+    point = to_device(torch.randn(c_out, c_in // groups, 1, 1, generator=g).to(dtype))
     bns = [random_bn(c_out, seed, affine=affine, dtype=dtype, eps=eps) for seed in (1, 2, 3)]
     kernel, bias = fold_block(kxk, bns[0], point, bns[1], bns[2] if identity else None)
-    x = torch.randn(2, c_in, 9, 9, generator=g, dtype=torch.float64)
+    x = to_device(torch.randn(2, c_in, 9, 9, generator=g, dtype=torch.float64))
     reference = apply(bns[0], nn.functional.conv2d(x, kxk.double(), padding=k // 2, groups=groups))
     reference = reference + apply(bns[1], nn.functional.conv2d(x, point.double(), groups=groups))
     if identity:
@@ -86,13 +88,13 @@ def test_fold_other_eps_keeps_the_outputs():
 def test_fold_each_dtype_is_right_to_two_roundings(dtype):
     """Half precision is rounded once, at the end; in float32 the scale is rounded, and then its product."""
     g = torch.Generator().manual_seed(0)
-    kxk, point = (torch.randn(8, 4, k, k, generator=g).to(dtype) for k in (3, 1))
+    kxk, point = (to_device(torch.randn(8, 4, k, k, generator=g).to(dtype)) for k in (3, 1))
     bns = [random_bn(8, seed, dtype=dtype) for seed in (1, 2, 3)]
     kernel, bias = fold_block(kxk, bns[0], point, bns[1], bns[2])
     assert kernel.dtype == bias.dtype == dtype
 
     (scale, shift), (scale_1x1, shift_1x1), (scale_identity, shift_identity) = (bn.scale_shift() for bn in bns)
-    terms = torch.zeros(3, 8, 4, 3, 3, dtype=torch.float64)
+    terms = torch.zeros(3, 8, 4, 3, 3, dtype=torch.float64, device=kxk.device)
     terms[0] = kxk.double() * scale.view(-1, 1, 1, 1)
     terms[1, :, :, 1:2, 1:2] = point.double() * scale_1x1.view(-1, 1, 1, 1)
     for channel in range(8):
@@ -106,10 +108,10 @@ def test_fold_each_dtype_is_right_to_two_roundings(dtype):
 
 
 def test_fold_convolutions_with_bias_keeps_the_outputs():
-    kxk, point, biases = torch.randn(4, 2, 3, 3).double(), torch.randn(4, 2, 1, 1).double(), torch.randn(2, 4).double()
+    kxk, point, biases = (to_device(torch.randn(*s).double()) for s in ((4, 2, 3, 3), (4, 2, 1, 1), (2, 4)))
     bns = random_bn(4, 0), random_bn(4, 1)
     kernel, bias = fold_block(kxk, bns[0], point, bns[1], bias_kxk=biases[0], bias_1x1=biases[1])
-    x = torch.randn(1, 2, 5, 5).double()
+    x = to_device(torch.randn(1, 2, 5, 5).double())
     expected = apply(bns[0], nn.functional.conv2d(x, kxk, biases[0], padding=1))
     expected += apply(bns[1], nn.functional.conv2d(x, point, biases[1]))
     torch.testing.assert_close(nn.functional.conv2d(x, kernel, bias, padding=1), expected)
@@ -117,7 +119,7 @@ def test_fold_convolutions_with_bias_keeps_the_outputs():
 
 @pytest.mark.parametrize('sum_dtype', [torch.float32, torch.float64])
 def test_fold_smaller_kernels_are_added_to_the_centre(sum_dtype):
-    large, small = torch.ones(4, 2, 3, 3), torch.full((4, 2, 1, 1), 2.0)
+    large, small = to_device(torch.ones(4, 2, 3, 3)), to_device(torch.full((4, 2, 1, 1), 2.0))
     for kernels in ([large, small], [small, large]):
         total, bias = fold_branches([ConvBN(k) for k in kernels], torch.float32, sum_dtype=sum_dtype)
         assert total.dtype == torch.float32
@@ -131,14 +133,14 @@ def test_fold_smaller_kernels_are_added_to_the_centre(sum_dtype):
 @pytest.mark.parametrize('sum_dtype', [torch.float32, torch.float64])
 def test_fold_3x1_and_1x3_kernels_gives_a_cross(sum_dtype):
     """3x1 and 1x3: each tap is one kernel's, the centre that of both."""
-    branches = [ConvBN(torch.ones(1, 1, 3, 1)), ConvBN(torch.full((1, 1, 1, 3), 2.0))]
+    branches = [ConvBN(to_device(torch.ones(1, 1, 3, 1))), ConvBN(to_device(torch.full((1, 1, 1, 3), 2.0)))]
     total, _ = fold_branches(branches, torch.float32, sum_dtype=sum_dtype)
     assert total[0, 0].tolist() == [[0, 1, 0], [2, 3, 2], [0, 1, 0]]
 
 
 def test_fold_taps_that_cancel_are_summed_wide():
-    large, small = torch.full((1, 1, 3, 3), 1 + 2**-20), torch.full((1, 1, 1, 1), -1.0)
-    third = BNStats(torch.zeros(1), torch.ones(1), torch.full((1,), 1 / 3), torch.zeros(1), 0.0)
+    large, small = to_device(torch.full((1, 1, 3, 3), 1 + 2**-20)), to_device(torch.full((1, 1, 1, 1), -1.0))
+    third = BNStats(*(to_device(torch.full((1,), value)) for value in (0.0, 1.0, 1 / 3, 0.0)), eps=0.0)
     branches = [ConvBN(large, None, norm_of(third)), ConvBN(small, None, norm_of(third))]
     exact = (large[0, 0, 1, 1].double() - 1) * third.weight.double()
     wide, _ = fold_branches(branches, torch.float32, sum_dtype=torch.float64)
@@ -149,23 +151,24 @@ def test_fold_taps_that_cancel_are_summed_wide():
 
 def test_fold_one_branch_gives_a_new_tensor():
     """Or the sum would change the parameters."""
-    kernel = torch.ones(4, 2, 3, 3)
+    kernel = to_device(torch.ones(4, 2, 3, 3))
     for norm in (None, nn.Identity(), norm_of(random_bn(4, 0, dtype=torch.float32))):
         fused, _ = fold_branches([ConvBN(kernel, None, norm)], torch.float32)
         assert fused.data_ptr() != kernel.data_ptr()
 
 
 def test_fold_channels_last_keeps_format_and_inputs():
-    kxk = torch.randn(4, 4, 3, 3).to(memory_format=torch.channels_last)
-    before = kxk.clone()
-    kernel, _ = fold_block(kxk, random_bn(4, 0), torch.randn(4, 4, 1, 1), random_bn(4, 1), random_bn(4, 2))
+    kxk = to_device(torch.randn(4, 4, 3, 3)).to(memory_format=torch.channels_last)
+    point, before = to_device(torch.randn(4, 4, 1, 1)), kxk.clone()
+    kernel, _ = fold_block(kxk, random_bn(4, 0), point, random_bn(4, 1), random_bn(4, 2))
     assert kernel.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(kxk, before)
 
 
 def test_fold_float64_passes_gradcheck():
-    kxk, point, gamma = (torch.randn(*s).double().requires_grad_() for s in ((2, 2, 3, 3), (2, 2, 1, 1), (2,)))
-    mean, var = torch.randn(2).double(), torch.rand(2).double() + 0.5
+    shapes = ((2, 2, 3, 3), (2, 2, 1, 1), (2,))
+    kxk, point, gamma = (to_device(torch.randn(*s).double()).requires_grad_() for s in shapes)
+    mean, var = (to_device(t.double()) for t in (torch.randn(2), torch.rand(2) + 0.5))
 
     def folded(kxk, point, gamma):
         bn = BNStats(mean, var, gamma, gamma)
@@ -190,6 +193,7 @@ def test_bn_stats_not_finite_raises_with_its_channel(field):
         bn.check()
 
 
+@pytest.mark.cpu
 def test_fold_module_imports_only_torch():
     import ast
     import pathlib

@@ -3,17 +3,18 @@
 import copy
 
 import pytest
-import timm
 import torch
-from helpers import images
+from helpers import create_model, images, to_device
 from torch import nn
 
 import repvgg_zoo
 from repvgg_zoo import switch_to_deploy
 
+pytestmark = pytest.mark.device
+
 
 def test_step_frozen_parameters_were_replaced_trains_the_head():
-    model = timm.create_model('test_repvgg', num_classes=3)
+    model = create_model('test_repvgg', num_classes=3)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name.startswith('head')
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -25,7 +26,7 @@ def test_step_frozen_parameters_were_replaced_trains_the_head():
 
 
 def test_step_some_trained_parameters_were_replaced_raises():
-    model = timm.create_model('test_repvgg')
+    model = create_model('test_repvgg')
     model.stem.requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     model.eval().switch_to_deploy()
@@ -38,7 +39,7 @@ def test_step_some_trained_parameters_were_replaced_raises():
 
 def test_step_parameters_that_another_model_uses_trains():
     """A block that two modules hold, of which one was switched by a copy of its container."""
-    block = repvgg_zoo.RepVGGBlock(3, 8)
+    block = to_device(repvgg_zoo.RepVGGBlock(3, 8))
     branches = nn.ModuleList([block.conv_kxk, block.conv_1x1])
     optimizer = torch.optim.SGD(branches.parameters(), 0.1)
     block.eval().switch_to_deploy()
@@ -51,7 +52,7 @@ def test_step_parameters_that_another_model_uses_trains():
 
 def test_step_gradient_from_before_the_switch_raises():
     """It is no sign of use."""
-    model = timm.create_model('test_repvgg').train()
+    model = create_model('test_repvgg').train()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     model(images(2, 32)).sum().backward()
     switch_to_deploy(model.eval())
@@ -60,7 +61,7 @@ def test_step_gradient_from_before_the_switch_raises():
 
 
 def test_step_after_a_copy_was_switched_trains():
-    model = timm.create_model('test_repvgg')
+    model = create_model('test_repvgg')
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     switch_to_deploy(copy.deepcopy(model).eval())
     model(images(2, 32)).sum().backward()

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.utils.prune
-from helpers import images, randomise, rel_diff, run_branches
+from helpers import create_model, images, randomise, rel_diff, run_branches, to_device
 from timm.layers import ScaledStdConv2d, StdConv2d
 from timm.models import byobnet
 from torch import nn
@@ -21,10 +21,12 @@ from repvgg_zoo.blocks import base
 from repvgg_zoo.blocks.factory import block_type
 from repvgg_zoo.reparam import foreign, switch
 
+pytestmark = pytest.mark.device
+
 
 @pytest.fixture
 def model():
-    return randomise(timm.create_model('test_repvgg').double(), px=32)
+    return randomise(create_model('test_repvgg').double(), px=32)
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ def test_switch_block_as_root_keeps_the_outputs(x):
     assert rel_diff(block(x), before) < 1e-12
 
 
-@pytest.mark.parametrize('wrap', [lambda m: m, lambda m: byobnet.repvgg_a0()], ids=['ours', 'timm'])
+@pytest.mark.parametrize('wrap', [lambda m: m, lambda m: to_device(byobnet.repvgg_a0())], ids=['ours', 'timm'])
 def test_switch_any_module_leaves_no_none_children(model, wrap):
     """As one that is built in the deploy form: libraries that walk over modules trip over None."""
     module = switch_to_deploy(wrap(model))
@@ -85,11 +87,11 @@ class Segmenter(nn.Module):
 
 
 def test_switch_backbone_of_a_larger_network_keeps_the_outputs(x):
-    encoder = timm.create_model('test_repvgg', features_only=True).double()
+    encoder = create_model('test_repvgg', features_only=True).double()
     for norm in (m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)):
         nn.init.uniform_(norm.running_var, 0.5, 2)
         nn.init.uniform_(norm.running_mean, -1, 1)
-    network = Segmenter(encoder).eval()
+    network = to_device(Segmenter(encoder)).eval()
     before = network(x)['mask']
     assert switch_to_deploy(network, verify=x) is network
     assert is_deployed(network)
@@ -104,7 +106,7 @@ def test_switch_model_of_timm_keeps_the_outputs(model):
     assert switch_to_deploy(theirs) is theirs
     assert rel_diff(theirs(x), before) < 1e-9
     assert not any('id_tensor' in name for name, _ in theirs.named_buffers())
-    timm.create_model('repvgg_a0', deploy=True).double().load_state_dict(theirs.state_dict())
+    create_model('repvgg_a0', deploy=True).double().load_state_dict(theirs.state_dict())
 
 
 def test_reparameterize_model_of_timm_folds_a_copy(model, x):
@@ -125,6 +127,7 @@ def test_switch_compiled_module_keeps_the_outputs(model, x):
     assert rel_diff(compiled(x), before) < 1e-12
 
 
+@pytest.mark.cpu
 def test_switch_distributed_module_keeps_the_outputs(model, x, tmp_path):
     torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     try:
@@ -146,8 +149,9 @@ def test_switch_average_of_weights_folds_its_own_copy(model, x):
     assert rel_diff(average.module(x), before) < 1e-12
 
 
+@pytest.mark.cpu
 def test_switch_graph_raises_and_changes_nothing(model, x):
-    features = timm.create_model('test_repvgg', features_only=True, feature_cls='fx').double().eval()
+    features = create_model('test_repvgg', features_only=True, feature_cls='fx').double().eval()
     for traced in (features, torch.jit.trace(model, x), torch.jit.script(model), torch.fx.symbolic_trace(model)):
         before = traced(x)
         with pytest.raises(ValueError, match='before tracing, scripting or exporting'):
@@ -171,7 +175,7 @@ def test_switch_module_without_blocks_raises():
 
 
 def test_switch_dtype_format_and_frozen_state_are_kept():
-    model = timm.create_model('test_repvgg').to(torch.bfloat16, memory_format=torch.channels_last).eval()
+    model = create_model('test_repvgg').to(torch.bfloat16, memory_format=torch.channels_last).eval()
     for parameter in model.stages[0].parameters():
         parameter.requires_grad_(False)
     model.stages[1].train()
@@ -222,7 +226,7 @@ def test_switch_bad_variance_in_one_block_raises_and_changes_nothing(model, x, v
 
 
 def test_switch_norm_without_running_statistics_raises():
-    block = RepVGGBlock(4, 4, norm_layer=lambda c, **dd: nn.BatchNorm2d(c, track_running_stats=False, **dd))
+    block = to_device(RepVGGBlock(4, 4, norm_layer=lambda c, **dd: nn.BatchNorm2d(c, track_running_stats=False, **dd)))
     with pytest.raises(FoldError, match='keeps no running statistics'):
         block.switch_to_deploy()
     assert block.reparam_conv is None
@@ -232,7 +236,7 @@ def test_switch_norm_without_eps_raises():
     class Frozen(nn.BatchNorm2d):
         pass
 
-    block = RepVGGBlock(4, 4)
+    block = to_device(RepVGGBlock(4, 4))
     block.identity.__class__ = Frozen
     del block.identity.eps
     with pytest.raises(FoldError, match='does not tell its eps; set it as an attribute'):
@@ -240,13 +244,13 @@ def test_switch_norm_without_eps_raises():
 
 
 def test_switch_norm_with_an_activation_raises():
-    block = RepVGGBlock(4, 4, norm_layer=timm.layers.BatchNormAct2d)
+    block = to_device(RepVGGBlock(4, 4, norm_layer=timm.layers.BatchNormAct2d))
     with pytest.raises(FoldError, match='activation'):
         block.switch_to_deploy()
 
 
 def test_switch_padding_off_centre_raises():
-    block = RepVGGBlock(4, 4)
+    block = to_device(RepVGGBlock(4, 4))
     block.conv_kxk.conv.padding = (0, 0)
     with pytest.raises(FoldError, match='does not centre'):
         block.switch_to_deploy()
@@ -283,7 +287,7 @@ def test_verify_wrong_fold_raises_and_undoes_it(model, x, wrap, monkeypatch):
 @pytest.mark.parametrize('verify', [False, True])
 @pytest.mark.parametrize('name', ['repvgg', 'acb'])
 def test_switch_in_inference_mode_gives_parameters_that_train(name, verify):
-    model = timm.create_model('test_repvgg', block=name)
+    model = create_model('test_repvgg', block=name)
     with torch.inference_mode():
         model.eval().switch_to_deploy(verify=images(1, px=32) if verify else None)
     assert not torch.is_inference_mode_enabled()
@@ -411,7 +415,7 @@ def test_switch_lookalike_that_cannot_be_tried_raises():
     with pytest.raises(
         FoldError, match=r'its Two fails on \(2, 8, 5, 5\) random pixels \(TypeError.*cannot prove that '
     ):
-        switch_to_deploy(Two())
+        switch_to_deploy(to_device(Two()))
 
 
 class Adapter(nn.Module):
@@ -448,7 +452,7 @@ class Plain(nn.Conv2d):
 
 def replace_conv(block: nn.Module, make) -> None:
     part = block.get_submodule('conv_kxk' if isinstance(block, RepVGGBlock) else 'branches.kxk')
-    part.conv = make(part.conv)
+    part.conv = to_device(make(part.conv))
 
 
 def own_block(name: str) -> nn.Module:
@@ -486,8 +490,9 @@ def test_switch_subclass_that_is_a_convolution_folds():
     assert rel_diff(block.switch_to_deploy()(x), before) < 1e-12
 
 
+@pytest.mark.cpu
 def test_switch_fake_quantizers_raise():
-    model = timm.create_model('test_repvgg').train()
+    model = create_model('test_repvgg').train()
     model.qconfig = torch.ao.quantization.get_default_qat_qconfig('x86')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -551,7 +556,7 @@ class Forwarding(nn.Module):
         return self.inner(x)
 
 
-@pytest.mark.parametrize('make', [lambda: timm.create_model('test_repvgg'), byobnet.repvgg_a0], ids=['ours', 'timm'])
+@pytest.mark.parametrize('make', [lambda: create_model('test_repvgg'), byobnet.repvgg_a0], ids=['ours', 'timm'])
 @pytest.mark.parametrize(
     'wrap',
     [lambda block: torch.compile(block, backend='eager'), wrapped_for_checkpointing, Forwarding],
@@ -596,13 +601,14 @@ def test_switch_weights_on_meta_raise(make):
         switch_to_deploy(nn.Sequential(make(4, 4), make(4, 4, device='meta')))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize('version', [1, 2])
 def test_switch_sharded_module_raises(version, tmp_path):
     from torch.distributed import fsdp
 
     torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     try:
-        model = timm.create_model('test_repvgg')
+        model = create_model('test_repvgg')
         if version == 1:
             model = fsdp.FullyShardedDataParallel(model, device_id=torch.device('cpu'))
         else:
@@ -622,7 +628,7 @@ def test_switch_undone_keeps_the_order_of_parameters(model, x, monkeypatch):
     with pytest.raises(FoldError):
         model.switch_to_deploy(verify=x)
     assert [name for name, _ in model.named_parameters()] == before
-    assert list(model.state_dict()) == list(timm.create_model('test_repvgg').state_dict())
+    assert list(model.state_dict()) == list(create_model('test_repvgg').state_dict())
 
 
 def prune_half(conv):
@@ -647,11 +653,11 @@ class Saturated(Lookalike):
 @pytest.mark.parametrize('kind', [Silent, Saturated])
 def test_switch_lookalike_that_differs_only_on_large_inputs_raises(kind):
     with pytest.raises(FoldError, match='something else than the sum of its branches'):
-        switch_to_deploy(kind().double().eval())
+        switch_to_deploy(to_device(kind().double()).eval())
 
 
 def test_switch_block_of_zeros_raises():
-    block = Lookalike().double().eval()
+    block = to_device(Lookalike().double()).eval()
     for parameter in block.parameters():
         nn.init.zeros_(parameter)
     with pytest.raises(FoldError, match='gives only zeros on random pixels'):
@@ -689,7 +695,7 @@ def test_verify_nothing_to_compare_raises():
         def forward(self, x):
             return types.SimpleNamespace(y=self.block(x))
 
-    network = Namespace(RepVGGBlock(8, 8))
+    network = to_device(Namespace(RepVGGBlock(8, 8)))
     with pytest.raises(ValueError, match='Namespace returns none'):
         switch_to_deploy(network, verify=images(2, 9, in_chans=8))
     assert not network.block.is_deploy()

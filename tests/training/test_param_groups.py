@@ -4,20 +4,20 @@ import copy
 import functools
 
 import pytest
-import timm
 import torch
-from helpers import images, official, randomise
-from repvgg_pytorch.repvgg import RepVGGBlock as OfficialBlock
+from helpers import create_model, images, official, randomise, to_device
 from timm.optim import create_optimizer_v2
 from torch import nn
 
 import repvgg_zoo
 from repvgg_zoo import equivalent_kernel_l2, load_checkpoint, param_groups, switch_to_deploy
 
+pytestmark = pytest.mark.device
+
 
 @pytest.fixture
 def model():
-    return timm.create_model('test_repvgg')
+    return create_model('test_repvgg')
 
 
 def names_in(model, group):
@@ -49,10 +49,13 @@ def test_param_groups_without_decay_kernels_leaves_out_convolutions(model):
     assert 'head.fc.weight' in names_in(model, decayed)
 
 
+@pytest.mark.cpu
 def test_equivalent_kernel_l2_equals_the_official_one(tmp_path):
+    from repvgg_pytorch.repvgg import RepVGGBlock as OfficialBlock
+
     theirs = randomise(official('repvgg_a0').double())
     torch.save(theirs.state_dict(), tmp_path / 'official.pth')
-    ours = load_checkpoint(timm.create_model('repvgg_a0').double(), tmp_path / 'official.pth')
+    ours = load_checkpoint(create_model('repvgg_a0').double(), tmp_path / 'official.pth')
     loss = sum(block.get_custom_L2() for block in theirs.modules() if isinstance(block, OfficialBlock))
     loss.backward()
     equivalent_kernel_l2(ours).backward()
@@ -65,8 +68,8 @@ def test_equivalent_kernel_l2_equals_the_official_one(tmp_path):
 
 def test_equivalent_kernel_l2_without_affine_equals_unit_scales():
     norm_layer = functools.partial(nn.BatchNorm2d, affine=False)
-    model = timm.create_model('test_repvgg', norm_layer=norm_layer).double()
-    model_affine = timm.create_model('test_repvgg').double()
+    model = create_model('test_repvgg', norm_layer=norm_layer).double()
+    model_affine = create_model('test_repvgg').double()
     model_affine.load_state_dict(model.state_dict(), strict=False)
     assert equivalent_kernel_l2(model).item() == pytest.approx(equivalent_kernel_l2(model_affine).item(), rel=1e-12)
 
@@ -90,7 +93,7 @@ def test_step_after_switch_raises(model, opt):
 
 
 def test_step_of_another_model_after_switch_works(model):
-    other = nn.Linear(2, 2)
+    other = to_device(nn.Linear(2, 2))
     optimizer = torch.optim.SGD([*other.parameters(), *copy.deepcopy(model).parameters()], lr=0.1)
     model.eval().switch_to_deploy()
     optimizer.step()
@@ -115,7 +118,7 @@ def test_switch_old_parameters_are_released(model):
 
 
 def test_param_groups_other_block_type_decays_identity_scales():
-    model = timm.create_model('test_repvgg', block='no_1x1')
+    model = create_model('test_repvgg', block='no_1x1')
     decayed = {id(parameter) for parameter in param_groups(model)[0]['params']}
     block = model.stages[0][1]
     assert id(block.identity.bn.weight) in decayed

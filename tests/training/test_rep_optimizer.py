@@ -7,19 +7,20 @@ from functools import partial
 import pytest
 import timm
 import torch
-from helpers import images, rel_diff
+from helpers import create_model, images, rel_diff, to_device
 from torch import nn
 
 from repvgg_zoo import rep_optimizer
 from repvgg_zoo.blocks.factory import block_type
 
+pytestmark = pytest.mark.device
 STEPS = 20
 
 
 def constant_scale(seed: int = 0) -> torch.nn.Module:
     """A network with scales of either sign, which an optimizer leaves as they are."""
     torch.manual_seed(seed)
-    model = timm.create_model('test_repvgg', num_classes=10, block='csla').double()
+    model = create_model('test_repvgg', num_classes=10, block='csla').double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith('scale'):
@@ -32,8 +33,8 @@ def train(model, optimizer, schedule) -> list[float]:
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group['lr'] = schedule(step)
-        images = torch.randn(16, 3, 32, 32, generator=generator, dtype=torch.float64)
-        labels = torch.randint(10, (16,), generator=generator)
+        images = to_device(torch.randn(16, 3, 32, 32, generator=generator, dtype=torch.float64))
+        labels = to_device(torch.randint(10, (16,), generator=generator))
         optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(model.train()(images), labels)
         loss.backward()
@@ -53,7 +54,7 @@ def train(model, optimizer, schedule) -> list[float]:
 )
 def test_rep_optimizer_twenty_steps_equal_those_of_the_branches(kind, options):
     branches = constant_scale()
-    plain = timm.create_model('test_repvgg', num_classes=10, block='plain').double()
+    plain = create_model('test_repvgg', num_classes=10, block='plain').double()
     optimizer = rep_optimizer(kind(plain.parameters(), **options), plain, branches)
     trainable = [parameter for parameter in branches.parameters() if parameter.requires_grad]
     start = plain.stem.branches.kxk.conv.weight.clone()
@@ -66,20 +67,21 @@ def test_rep_optimizer_twenty_steps_equal_those_of_the_branches(kind, options):
     assert losses[-1] != losses[0]
     # rounding of float64; a wrong multiplier is off by a per cent after the first step
     assert losses == pytest.approx(expected, rel=1e-12)
-    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    x = images(2, 16, dtype=torch.float64)
     assert rel_diff(plain.eval()(x), branches.eval()(x)) < 1e-6
     assert rel_diff(plain.stem.branches.kxk.conv.weight, start) > 1e-2
 
 
+@pytest.mark.cpu
 def test_rep_optimizer_other_optimizer_raises():
-    model = timm.create_model('test_repvgg', block='plain')
+    model = create_model('test_repvgg', block='plain')
     with pytest.raises(TypeError, match=r'RMSprop; it can be torch.optim.SGD or torch.optim.AdamW'):
         rep_optimizer(torch.optim.RMSprop(model.parameters()), model, constant_scale())
 
 
 @pytest.mark.parametrize('block', ['repvgg', 'csla'])
 def test_rep_optimizer_other_block_raises(block):
-    model = timm.create_model('test_repvgg', block=block)
+    model = create_model('test_repvgg', block=block)
     with pytest.raises(ValueError, match="block='plain'"):
         rep_optimizer(torch.optim.SGD(model.parameters(), lr=1), model, constant_scale())
 
@@ -89,11 +91,11 @@ def sgd(model: torch.nn.Module, **options) -> torch.optim.SGD:
 
 
 def test_rep_optimizer_resumed_training_gives_the_same_kernels():
-    like, x = constant_scale(), torch.randn(8, 3, 32, 32, dtype=torch.float64)
+    like, x = constant_scale(), images(8, 32, dtype=torch.float64)
     ended = []
     for resumed in (False, True):
         torch.manual_seed(0)
-        model = timm.create_model('test_repvgg', num_classes=10, block='plain').double()
+        model = create_model('test_repvgg', num_classes=10, block='plain').double()
         optimizer = rep_optimizer(sgd(model), model, like)
         for step in range(4):
             if resumed and step == 2:
@@ -108,10 +110,10 @@ def test_rep_optimizer_resumed_training_gives_the_same_kernels():
 
 
 def test_rep_optimizer_called_twice_multiplies_once():
-    like, x = constant_scale(), torch.randn(8, 3, 32, 32, dtype=torch.float64)
+    like, x = constant_scale(), images(8, 32, dtype=torch.float64)
     ended = []
     for times in (1, 2):
-        model = timm.create_model('test_repvgg', num_classes=10, block='plain').double()
+        model = create_model('test_repvgg', num_classes=10, block='plain').double()
         optimizer = sgd(model)
         for _ in range(times):
             rep_optimizer(optimizer, model, like)
@@ -121,9 +123,10 @@ def test_rep_optimizer_called_twice_multiplies_once():
     assert torch.equal(*ended)
 
 
+@pytest.mark.cpu
 def test_rep_optimizer_unsupported_options_raise():
     like = constant_scale()
-    model = timm.create_model('test_repvgg', num_classes=10, block='plain').double()
+    model = create_model('test_repvgg', num_classes=10, block='plain').double()
     for option in ('fused', 'maximize'):
         with pytest.raises(ValueError, match=f'made with {option}=True'):
             rep_optimizer(sgd(model, **{option: True}), model, like)
@@ -146,7 +149,7 @@ def test_rep_optimizer_closure_gives_the_same_steps(kind, step):
 
     def train_three_steps(step):
         torch.manual_seed(0)
-        model = timm.create_model('test_repvgg', num_classes=10, block='plain').double()
+        model = create_model('test_repvgg', num_classes=10, block='plain').double()
         optimizer = rep_optimizer(kind(model.parameters(), lr=0.01, weight_decay=0.1), model, like)
 
         def closure():
@@ -171,10 +174,10 @@ def test_rep_optimizer_closure_gives_the_same_steps(kind, step):
 @pytest.mark.parametrize('load', [False, True])
 @pytest.mark.parametrize('kwargs', [dict(in_chans=1), dict(norm_layer=partial(nn.BatchNorm2d, eps=1e-2))], ids=str)
 def test_rep_optimizer_other_variant_raises_and_changes_nothing(kwargs, load):
-    model = timm.create_model('test_repvgg', block='plain').double()
+    model = create_model('test_repvgg', block='plain').double()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     optimizer = sgd(model)
-    like = timm.create_model('test_repvgg', block='csla', **kwargs).double()
+    like = create_model('test_repvgg', block='csla', **kwargs).double()
     with pytest.raises(
         ValueError, match=r'one variant.* the kernel and eps of stem are \(\(48, 3, 3, 3\), 1e-05\) and'
     ):
@@ -184,19 +187,20 @@ def test_rep_optimizer_other_variant_raises_and_changes_nothing(kwargs, load):
 
 
 def test_rep_optimizer_bare_block_loads_the_kernels():
-    model, like = (block_type(name)(4, 4).double() for name in ('plain', 'csla'))
+    model, like = (to_device(block_type(name)(4, 4).double()) for name in ('plain', 'csla'))
     rep_optimizer(sgd(model), model, like)
     x = images(2, 8, in_chans=4, dtype=torch.float64)
     assert rel_diff(model(x), like(x)) < 1e-12
 
 
+@pytest.mark.cpu
 def test_rep_optimizer_wrapped_models_train_the_same():
     ended = []
     for wrap in (lambda model: model, torch.compile, torch.nn.DataParallel):
         like = wrap(constant_scale())
-        model = timm.create_model('test_repvgg', num_classes=10, block='plain').double()
+        model = create_model('test_repvgg', num_classes=10, block='plain').double()
         optimizer = rep_optimizer(sgd(model), wrap(model), like)
-        model(torch.ones(2, 3, 32, 32, dtype=torch.float64)).square().mean().backward()
+        model(to_device(torch.ones(2, 3, 32, 32, dtype=torch.float64))).square().mean().backward()
         optimizer.step()
         ended.append(model.stem.branches.kxk.conv.weight)
     assert torch.equal(ended[0], ended[1])
@@ -206,7 +210,7 @@ def test_rep_optimizer_wrapped_models_train_the_same():
 @pytest.mark.parametrize('classes', [(0, 10), (10, 0)])
 def test_rep_optimizer_without_a_classifier_loads_the_features(classes):
     model, like = (
-        timm.create_model('test_repvgg', num_classes=count, block=block).double()
+        create_model('test_repvgg', num_classes=count, block=block).double()
         for count, block in zip(classes, ('plain', 'csla'), strict=True)
     )
     rep_optimizer(sgd(model), model, like)
@@ -215,8 +219,8 @@ def test_rep_optimizer_without_a_classifier_loads_the_features(classes):
 
 
 def test_rep_optimizer_other_classes_keeps_the_head():
-    like = timm.create_model('test_repvgg', num_classes=7, block='csla').double()
-    model = timm.create_model('test_repvgg', num_classes=10, block='plain').double()
+    like = create_model('test_repvgg', num_classes=7, block='csla').double()
+    model = create_model('test_repvgg', num_classes=10, block='plain').double()
     head = model.head.fc.weight.clone()
     rep_optimizer(sgd(model), model, like)
     assert torch.equal(model.head.fc.weight, head)
@@ -227,12 +231,12 @@ def test_rep_optimizer_other_classes_keeps_the_head():
 def test_rep_optimizer_before_the_first_step_gives_equal_outputs():
     like, x = constant_scale(), images(2, 32, dtype=torch.float64)
     for _ in range(2):
-        like(torch.randn(8, 3, 32, 32, dtype=torch.float64))
+        like(to_device(torch.randn(8, 3, 32, 32, dtype=torch.float64)))
     with torch.no_grad():
         for norm in (m for m in like.modules() if isinstance(m, nn.BatchNorm2d)):
             norm.weight.uniform_(0.5, 2)
             norm.bias.normal_()
-    model = timm.create_model('test_repvgg', num_classes=10, block='plain').double()
+    model = create_model('test_repvgg', num_classes=10, block='plain').double()
     rep_optimizer(sgd(model), model, like)
     assert rel_diff(model.eval()(x), like.eval()(x)) < 1e-12
 
@@ -242,6 +246,7 @@ def with_an_auxiliary_head(model: nn.Module, classes: int) -> nn.Module:
     return model
 
 
+@pytest.mark.cpu
 def test_rep_optimizer_difference_outside_heads_raises():
     plain, like = (partial(timm.create_model, 'test_repvgg', block=block) for block in ('plain', 'csla'))
     for model, other in (
@@ -263,12 +268,12 @@ def test_rep_optimizer_difference_outside_heads_raises():
 def test_rep_optimizer_frozen_kernels_stay_unchanged(kind):
     ended = []
     for held in (True, False):
-        model, like = (timm.create_model('test_repvgg', block=block).double() for block in ('plain', 'csla'))
+        model, like = (create_model('test_repvgg', block=block).double() for block in ('plain', 'csla'))
         model.stem.requires_grad_(False)
         parameters = [p for p in model.parameters() if held or p.requires_grad]
         optimizer = rep_optimizer(kind(parameters, lr=0.01, weight_decay=0.1), model, constant_scale_of(like))
         before = model.stem.branches.kxk.conv.weight.clone()
-        model(torch.ones(2, 3, 32, 32, dtype=torch.float64)).square().mean().backward()
+        model(to_device(torch.ones(2, 3, 32, 32, dtype=torch.float64))).square().mean().backward()
         optimizer.step()
         assert torch.equal(model.stem.branches.kxk.conv.weight, before)
         ended.append(model.stages[0][0].branches.kxk.conv.weight.clone())
@@ -287,21 +292,21 @@ def constant_scale_of(model: nn.Module) -> nn.Module:
 def test_rep_optimizer_hook_that_drops_gradients_gives_the_same_step():
     ended = []
     for drops in (False, True):
-        model, like = (timm.create_model('test_repvgg', block=block).double() for block in ('plain', 'csla'))
+        model, like = (create_model('test_repvgg', block=block).double() for block in ('plain', 'csla'))
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         if drops:
             optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
         rep_optimizer(optimizer, model, constant_scale_of(like))
-        model(torch.ones(2, 3, 32, 32, dtype=torch.float64)).square().mean().backward()
+        model(to_device(torch.ones(2, 3, 32, 32, dtype=torch.float64))).square().mean().backward()
         optimizer.step()
         ended.append(model.stem.branches.kxk.conv.weight.clone())
     assert torch.equal(*ended)
 
 
 def test_rep_optimizer_after_a_failed_step_multiplies_nothing():
-    model, like = (timm.create_model('test_repvgg', block=block).double() for block in ('plain', 'csla'))
+    model, like = (create_model('test_repvgg', block=block).double() for block in ('plain', 'csla'))
     optimizer = rep_optimizer(torch.optim.AdamW(model.parameters()), model, like)
-    model(torch.ones(2, 3, 32, 32, dtype=torch.float64)).square().mean().backward()
+    model(to_device(torch.ones(2, 3, 32, 32, dtype=torch.float64))).square().mean().backward()
 
     def fail(*_):
         raise KeyboardInterrupt
