@@ -94,12 +94,9 @@ def main() -> None:
             optimizer.zero_grad()
             ema.update(model)
             total += loss.detach()
-        is_last = epoch == args.epochs - 1
-        score = (
-            f'{top1_pct(ema.module, normalise(test_images, mean, std), test_labels):.2f}'
-            if is_last or epoch % 5 == 4
-            else ''
-        )
+        tested, score = epoch % 5 == 4 or epoch == args.epochs - 1, ''
+        if tested:
+            score = f'{top1_pct(ema.module, normalise(test_images, mean, std), test_labels):.2f}'
         if tested or args.device == 'cpu':
             save_state(state_file, model=model, ema=ema.module, optimizer=optimizer, epochs=epoch + 1)
         seconds = time.perf_counter() - start

@@ -30,7 +30,7 @@ def write_page(parts: dict[str, Any], out: Path) -> dict[str, Any]:
         f'{len({row["model"] for row in agreeing})} variants. [agreement.csv](agreement.csv) has each.',
         agreement_table(agreeing),
         '## Inference',
-        'Deploy form, bfloat16, channels_last; medians of interleaved rounds. Beside the time: the time of the zoo over '
+        'Deploy form, bfloat16, channels_last; medians of interleaved rounds. In brackets: the time of the zoo over '
         "that of timm's fused model in the same setting, below 1 where the zoo is faster.",
         speed_table([row for row in rows if row['work'] == 'infer']),
         '## Training step',
