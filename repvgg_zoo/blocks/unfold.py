@@ -296,8 +296,8 @@ class _Moments:
     """Mean, and sum of squared distances from it, of each channel over batches (Chan, Golub and LeVeque 1983)."""
 
     count = 0
-    mean: Tensor | float = 0.0
-    sum_of_squares: Tensor | float = 0.0
+    mean: Any = 0.0  # a tensor on the device of the batches, once there was one
+    sum_of_squares: Any = 0.0
 
     def see(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         values = inputs[0].to(exact_dtype(inputs[0])).transpose(0, 1).flatten(1)
@@ -312,8 +312,7 @@ class _Moments:
         self.count = total
 
     def mean_and_var(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        mean, var = self.mean, self.sum_of_squares / (self.count - 1)
-        return torch.as_tensor(mean, dtype=dtype), torch.as_tensor(var, dtype=dtype)
+        return self.mean.to(dtype), (self.sum_of_squares / (self.count - 1)).to(dtype)
 
 
 def unfold_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], *, what: str) -> StateDict:
