@@ -8,7 +8,7 @@ import timm
 import torch
 from helpers import images, randomise, rel_diff
 
-from repvgg_zoo.pretrained.manifest import read_manifest
+from repvgg_zoo.pretrained.manifest import read_manifest, weights_dir
 from repvgg_zoo.tools.publish import publish as command
 from repvgg_zoo.tools.publish.publication import own_publication, read_labels
 from repvgg_zoo_cli import main
@@ -63,6 +63,77 @@ def test_publish_own_folder_keeps_its_configuration(here):
         assert config['pretrained_cfg']['mean'] == [0.1, 0.2, 0.3]
         assert 'license' not in config['pretrained_cfg']
     assert json.loads((here / 'out' / 'test_repvgg.b' / 'config.json').read_text())['model_args']['block'] == 'dbb'
+
+
+def card_on(hub, name):
+    (_, files) = hub.repositories[name].commits[-1]
+    return (hub.blobs / files['README.md']).read_text()
+
+
+@pytest.fixture
+def pushed(here, hub, capsys):
+    """Weights of the user's own on the Hub, and the command that published them."""
+    torch.save(timm.create_model('test_repvgg', num_classes=5).state_dict(), 'c.pth')
+    command = ['publish', '--from', 'c.pth', '--name', 'test_repvgg.mine', '--dataset', 'd', *OWN, '--push']
+    assert main([*command, '--top1', '90']) == 0
+    assert 'published as me/test_repvgg.mine\n' in capsys.readouterr().out
+    return command
+
+
+def test_publish_again_other_figures_need_replace(here, hub, pushed, capsys):
+    commits = hub.count('POST', '/commit/')
+    assert main([*pushed, '--top1', '91']) == 1
+    said = capsys.readouterr()
+    assert 'published' not in said.out
+    assert re.search(r"test_repvgg\.mine' holds another README\.md, or none; .*--replace", said.err)
+    assert hub.count('POST', '/commit/') == commits
+    assert main([*pushed, '--top1', '91', '--replace']) == 0
+    assert 'published as me/test_repvgg.mine\n' in capsys.readouterr().out
+    for suffix in ('', '_deploy'):
+        assert '| d | measured | 91 |' in card_on(hub, f'me/test_repvgg.mine{suffix}')
+
+
+def test_publish_again_says_that_nothing_is_new(here, hub, pushed, capsys):
+    commits = hub.count('POST', '/commit/')
+    assert main([*pushed, '--top1', '90']) == 0
+    # the forms are compared on other images
+    assert main([*pushed, '--top1', '90', '--out', 'new', '--verify-images', str(weights_dir() / 'cifar10')]) == 0
+    said = capsys.readouterr().out
+    assert said.count('nothing to upload, it is on the Hub already as me/test_repvgg.mine') == 4
+    assert 'published' not in said
+    assert 'real images' in (here / 'new' / 'test_repvgg.mine' / 'README.md').read_text()
+    assert hub.count('POST', '/commit/') == commits
+
+
+def test_publish_edited_card_needs_replace_and_is_uploaded(here, hub, pushed, capsys):
+    card = here / 'out' / 'test_repvgg.mine' / 'README.md'
+    edited = card.read_text().replace('they were published, their logits', 'I published them, their logits') + 'Mine.\n'
+    card.write_text(edited)
+    commits = hub.count('POST', '/commit/')
+    assert main([*pushed, '--top1', '90']) == 1
+    said = capsys.readouterr()
+    assert 'published' not in said.out
+    assert re.search(r'README\.md\), so nothing is uploaded; .*--replace', said.err)
+    assert hub.count('POST', '/commit/') == commits
+    assert main([*pushed, '--top1', '90', '--replace']) == 0
+    said = capsys.readouterr().out
+    assert 'published as me/test_repvgg.mine\n' in said
+    assert f'{card.relative_to(here)} stays as you edited it' in said
+    assert card_on(hub, 'me/test_repvgg.mine') == card.read_text() == edited
+    assert main([*pushed, '--top1', '90']) == 0
+    assert 'published' not in capsys.readouterr().out
+
+
+def test_publish_edited_card_of_other_weights_is_not_lost(here, pushed, capsys):
+    """It tells of the old ones."""
+    card = here / 'out' / 'test_repvgg.mine_deploy' / 'README.md'
+    card.write_text('mine')
+    torch.save(timm.create_model('test_repvgg', num_classes=5).state_dict(), 'c.pth')
+    before = (here / 'out' / 'test_repvgg.mine' / 'README.md').read_text()
+    assert main([*pushed, '--replace']) == 1
+    assert "holds 'README.md', which is not one of the files to replace" in capsys.readouterr().err
+    assert card.read_text() == 'mine'
+    assert (here / 'out' / 'test_repvgg.mine' / 'README.md').read_text() == before
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from timm.utils import ParseKwargs
 from ...pretrained.hub import WEIGHT_FILES
 from ...pretrained.manifest import read_manifest
 from ..console import positive, print_error, progress
+from .cards import CARD
 from .publication import Publication, own_publication, recorded_publication
 from .push import names_to_publish, publish
 
@@ -53,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--out', metavar='DIR', help='folder for the model folders (default: OWNER)')
     parser.add_argument('--push', action='store_true', help='upload; the manifest records where its own weights are')
     parser.add_argument(
-        '--replace', action='store_true', help='replace model folders and repositories that hold other weights'
+        '--replace',
+        action='store_true',
+        help='replace model folders that hold something else, and files of repositories; a card that you edited stays',
     )
     parser.add_argument(
         '--verify-images', metavar='FOLDER', help='real images to compare the forms on (default: random ones)'
@@ -169,6 +172,9 @@ def _own(args: argparse.Namespace) -> Publication:
     )
 
 
+_DONE = {None: 'would publish', True: 'published', False: 'nothing to upload, it is on the Hub already'}
+
+
 def _publish_and_print(publication: Publication, args: argparse.Namespace) -> None:
     with progress() as track:
         published = publish(
@@ -181,9 +187,10 @@ def _publish_and_print(publication: Publication, args: argparse.Namespace) -> No
             track=track,
         )
     for item in published:
-        done = 'published' if args.push else 'would publish'
         size_mb = (item.folder / WEIGHT_FILES[0]).stat().st_size / 1e6
-        print(f'{item.folder}: {size_mb:.1f} MB, {done} as {item.hub_id}')
+        print(f'{item.folder}: {size_mb:.1f} MB, {_DONE[item.uploaded]} as {item.hub_id}')
+        if item.edited_card:
+            print(f'{item.folder / CARD} stays as you edited it; for a new card delete it, and pass --replace')
     check = published[0].fold_check
     print(f'the forms differ by {check.float64_rel_diff:.1e} in float64, {check.float32_rel_diff:.1e} in float32')
     if not publication.vouched:
