@@ -7,9 +7,13 @@ import pytest
 import timm
 import torch
 from helpers import images, randomise, rel_diff
+from timm.data import create_transform
+from torchvision.transforms import InterpolationMode
 
 from repvgg_zoo.pretrained.manifest import read_manifest, weights_dir
+from repvgg_zoo.tools.convert import convert
 from repvgg_zoo.tools.publish import publish as command
+from repvgg_zoo.tools.publish.preprocessing import INTERPOLATIONS
 from repvgg_zoo.tools.publish.publication import own_publication, read_labels
 from repvgg_zoo_cli import main
 
@@ -152,7 +156,15 @@ def test_publish_edited_card_of_other_weights_is_not_lost(here, pushed, capsys):
         (['--name', 'x', '--from', 'c.pth', '--trust-source'], 'goes without --name'),
         (['--name', 'x', '--from', 'headless.pth'], 'has no classifier'),
         (['--name', 'x', '--from', 'deploy.pth'], 'is of the deploy form'),
+        (['--name', 'x', '--from', 'c.pth', '--dataset', 'd', '--top1', '90', '--top5', '9'], 'top-5 of 9 % is less'),
+        (['--name', 'x', '--from', 'c.pth', '--std', '0.2', '0.2', '0'], 'std 0.2, 0.2, 0; each value is more than 0'),
+        (['--name', 'x', '--from', 'c.pth', '--std', '0.2', '0.2', 'nan'], 'std 0.2, 0.2, nan; each value'),
+        (['--name', 'x', '--from', 'c.pth', '--mean', '124', '116', '104'], 'mean 124, 116, 104; each value is from 0'),
+        (['--name', 'x', '--from', 'c.pth', '--mean', '0.5', '0.5'], '2 values of mean for 3 channels'),
+        (['--name', 'x', '--from', 'c.pth', '--crop-pct', '87.5'], 'crop_pct 87.5; it is the part'),
+        (['--name', 'x', '--from', 'c.pth', '--crop-pct', '-1'], 'crop_pct -1; it is the part'),
         (['test_repvgg.cifar10', '--license', 'mit'], '--license describes weights of your own'),
+        (['test_repvgg.cifar10', '--top1', '0'], '--top1 describes weights of your own'),
         (['--all', '--from', 'c.pth'], 'goes without --from'),
         (['test_repvgg.cifar10', '--from-folder', '.'], '--from-folder goes with --all'),
         (['--all', '--from-folder', 'nowhere'], "no folder at 'nowhere'"),
@@ -166,6 +178,34 @@ def test_publish_mistake_says_what_to_do(here, capsys, arguments, message):
     assert main(['publish', *arguments, *OWN]) == 1
     assert message in capsys.readouterr().err
     assert not list(here.glob('out/*'))
+
+
+def test_publish_impossible_configuration_of_folder_raises(here, capsys):
+    """Or nobody could prepare images for what is published."""
+    convert('test_repvgg', 'folder')
+    config = json.loads((here / 'folder' / 'config.json').read_text())
+    for key, value, message in (
+        ('interpolation', 'foo', "timm cannot prepare images as this says, because of KeyError('foo'): {'"),
+        ('crop_mode', 'border', ''),
+        ('crop_pct', 0, 'crop_pct 0; it is the part'),
+    ):
+        broken = config | {'pretrained_cfg': config['pretrained_cfg'] | {key: value}}
+        (here / 'folder' / 'config.json').write_text(json.dumps(broken))
+        assert main(['publish', '--from', 'folder', '--name', 'test_repvgg.mine', *OWN]) == bool(message)
+        assert message in capsys.readouterr().err
+
+
+def test_publish_interpolation_choices_are_those_of_timm(capsys):
+    for mode in InterpolationMode:
+        try:
+            create_transform(32, interpolation=mode.value)
+        except KeyError:
+            assert mode.value not in INTERPOLATIONS
+        else:
+            assert mode.value in INTERPOLATIONS
+    with pytest.raises(SystemExit):
+        main(['publish', '--name', 'x', '--from', 'c.pth', '--interpolation', 'bicubik', *OWN])
+    assert "did you mean 'bicubic'?" in capsys.readouterr().err
 
 
 def test_read_labels_windows_text_gives_the_names(tmp_path):

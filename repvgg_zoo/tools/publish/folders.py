@@ -31,6 +31,7 @@ from ..reference import REFERENCE, write_reference
 from ..verify import float64_rel_diff, images_for
 from .cards import CARD, is_same_card, model_card
 from .facts import ModelFacts, facts_of
+from .preprocessing import check_preprocessing
 from .publication import Publication
 
 __all__ = ['Published', 'build_folders']
@@ -84,7 +85,8 @@ def build_folders(
         The training form and the deploy form.
 
     Raises:
-        ValueError: The name or the owner can be none, or the labels are not as many as the classes.
+        ValueError: The name or the owner can be none, the labels are not as many as the classes, or timm cannot prepare
+            images as the publication says.
         CheckpointError: The checkpoint is of another variant or of the deploy form, or the fold is wrong.
         FileExistsError: A folder holds other weights or another card, or files that an earlier run did not write.
 
@@ -168,6 +170,7 @@ def _describe_model(model: RepVGG, publication: Publication) -> None:
     _, height, width = cfg['input_size']
     cfg['input_size'] = (model.in_chans, height, width)
     cfg['pool_size'] = tuple(-(-side // model.output_stride) for side in (height, width))
+    check_preprocessing(model)
     cfg['license'], cfg['num_classes'] = publication.license, model.num_classes
     if labels := publication.label_names:
         if len(labels) != model.num_classes:

@@ -156,7 +156,7 @@ def own_publication(
 
     Raises:
         ValueError: The name is taken by the manifest or ends as those of deploy forms do, the base is unknown, or
-            there is accuracy without a data set.
+            there is accuracy without a data set or an impossible one.
         FileNotFoundError: The source or the file of labels does not exist.
         CheckpointError: The source cannot be had.
 
@@ -175,6 +175,10 @@ def own_publication(
     for figure in (top1, top5):
         if figure is not None and not 0 <= figure <= 100:
             raise ValueError(f'an accuracy of {figure:g} % is not between 0 and 100')
+    if top1 is not None and top5 is not None and top5 < top1:
+        raise ValueError(
+            f'top-5 of {top5:g} % is less than top-1 of {top1:g} %, and counts each image that top-1 counts'
+        )
     measured: tuple[Metrics, ...] = ()
     if top1 is not None:
         said = 'told by the publisher'

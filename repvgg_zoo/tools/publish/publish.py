@@ -13,6 +13,7 @@ from ...pretrained.hub import WEIGHT_FILES
 from ...pretrained.manifest import read_manifest
 from ..console import positive, print_error, progress
 from .cards import CARD
+from .preprocessing import INTERPOLATIONS
 from .publication import Publication, own_publication, recorded_publication
 from .push import names_to_publish, publish
 
@@ -68,11 +69,13 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('weights of your own, with --name')
     group.add_argument('--model', metavar='ARCH', help='variant of SRC, if its shapes do not tell')
     group.add_argument(
-        '--model-kwargs', metavar='KEY=VALUE', nargs='*', default={}, action=ParseKwargs,
+        '--model-kwargs', metavar='KEY=VALUE', nargs='*', action=ParseKwargs,
         help='arguments of timm.create_model, as in timm\'s scripts: "strides=(1, 1, 2, 2, 2)"',
     )  # fmt: skip
     group.add_argument('--block', help='training-time block of SRC, if its keys do not tell')
-    group.add_argument('--no-ema', action='store_true', help='take the plain weights if SRC holds an average too')
+    group.add_argument(
+        '--no-ema', action='store_true', default=None, help='take the plain weights if SRC holds an average too'
+    )
     group.add_argument(
         '--base', metavar='NAME', help='what SRC was fine-tuned from: a name of the zoo, whose preprocessing it has '
         'unless you say otherwise, or OWNER/NAME'
@@ -86,7 +89,7 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument('--img-size', metavar='PX', type=positive, help='preprocessing: side of the image')
     group.add_argument('--crop-pct', metavar='N', type=float, help='preprocessing: part that the crop keeps, 0 to 1')
-    group.add_argument('--interpolation', metavar='NAME', help='preprocessing: bilinear, bicubic, …')
+    group.add_argument('--interpolation', choices=INTERPOLATIONS, help='preprocessing: resizing')
     group.add_argument('--mean', metavar='N', type=float, nargs='+', help='preprocessing: mean of each channel')
     group.add_argument('--std', metavar='N', type=float, nargs='+', help='preprocessing: deviation of each channel')
 
@@ -142,7 +145,7 @@ def _check_own_arguments(args: argparse.Namespace) -> None:
         if args.trust_source:
             raise ValueError('--trust-source is for weights of the manifest, so it goes without --name')
         return
-    if given := [name for name in _OWN if getattr(args, name)]:
+    if given := [name for name in _OWN if getattr(args, name) is not None]:
         option = f'--{given[0].replace("_", "-")}'
         raise ValueError(f'{option} describes weights of your own; give them a name with --name')
 
@@ -166,7 +169,7 @@ def _own(args: argparse.Namespace) -> Publication:
         labels=args.label_names,
         license=args.license,
         variant=args.model,
-        model_kwargs=args.model_kwargs,
+        model_kwargs=args.model_kwargs or {},
         block=args.block,
         use_ema=not args.no_ema,
     )
