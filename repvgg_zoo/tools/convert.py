@@ -286,6 +286,7 @@ def open_model(
         **(model_kwargs or {}),
     )
     assign(model, convert_form(checkpoint, model))
+    model.pretrained_cfg['license'] = None  # that of the variant's own weights; nobody told that of these
     return model
 
 

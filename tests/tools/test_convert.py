@@ -38,6 +38,7 @@ def test_convert_training_form_loads_without_plugin(checkpoint, tmp_path):
     assert done.stdout.strip() == 'ByobNet', done.stderr
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert 'tag' not in config['pretrained_cfg']
+    assert 'license' not in config['pretrained_cfg']  # nobody told it
     assert 'num_classes' in config
     assert 'num_classes' not in config.get('model_args', {})  # transformers passes the other one too
 

@@ -8,6 +8,7 @@ import timm
 import torch
 from helpers import images, randomise, rel_diff
 from timm.data import create_transform
+from timm.models import save_for_hf
 from torchvision.transforms import InterpolationMode
 
 from repvgg_zoo.pretrained.manifest import read_manifest, weights_dir
@@ -67,6 +68,34 @@ def test_publish_own_folder_keeps_its_configuration(here):
         assert config['pretrained_cfg']['mean'] == [0.1, 0.2, 0.3]
         assert 'license' not in config['pretrained_cfg']
     assert json.loads((here / 'out' / 'test_repvgg.b' / 'config.json').read_text())['model_args']['block'] == 'dbb'
+
+
+@pytest.mark.parametrize('by', ['save_for_hf', 'convert'])
+def test_publish_folder_gives_labels_and_licence_to_card(here, by):
+    model = timm.create_model('test_repvgg', num_classes=2)
+    model.pretrained_cfg['license'] = 'cc-by-4.0'
+    told = dict(label_names=['no', 'yes'], label_descriptions={'yes': 'of course'})
+    save_for_hf(model, 'folder', model_config=dict(told))
+    if by == 'convert':
+        convert('folder', 'converted')
+    command = ['publish', '--from', 'folder' if by == 'save_for_hf' else 'converted', *OWN]
+    assert main([*command, '--name', 'test_repvgg.a']) == 0
+    for name in ('test_repvgg.a', 'test_repvgg.a_deploy'):
+        card = (here / 'out' / name / 'README.md').read_text()
+        assert 'license: cc-by-4.0\n' in card
+        assert '**Classes:** 2: no, yes\n' in card
+        assert "['label_names'][index]" in card
+        config = json.loads((here / 'out' / name / 'config.json').read_text())
+        assert config['pretrained_cfg']['license'] == 'cc-by-4.0'
+        assert {key: config[key] for key in told} == told
+    (here / 'labels.txt').write_text('nein\nja')
+    assert main([*command, '--name', 'test_repvgg.b', '--label-names', 'labels.txt', '--license', 'mit']) == 0
+    card = (here / 'out' / 'test_repvgg.b' / 'README.md').read_text()
+    assert 'license: mit\n' in card
+    assert '**Classes:** 2: nein, ja\n' in card
+    config = json.loads((here / 'out' / 'test_repvgg.b' / 'config.json').read_text())
+    assert (config['label_names'], config['pretrained_cfg']['license']) == (['nein', 'ja'], 'mit')
+    assert 'label_descriptions' not in config
 
 
 def card_on(hub, name):

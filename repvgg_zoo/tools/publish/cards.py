@@ -136,7 +136,7 @@ def _details(publication: Publication, facts: ModelFacts, sha256: str, size_byte
         'Dataset': publication.dataset,
         'Training': publication.recipe,
         'Weights': f'{weights}. Converted from {publication.source.title}, sha256 `{publication.source.sha256}`',
-        'Licence': publication.license.upper() if publication.license else 'not told',
+        'Licence': publication.license or 'not told',
         'Paper': f'RepVGG: Making VGG-style ConvNets Great Again, https://arxiv.org/abs/{PAPER_ID}',
         'File': f'`model.safetensors`, {size_bytes:,} bytes, sha256 `{sha256}`',
     }

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import timm
 import torch
@@ -108,7 +108,12 @@ def build_folders(
             check_replaceable(folder, overwrite=True, ignore=(CARD,))
     with ExitStack() as stack:
         new = [stack.enter_context(workspace(folder)) for folder in folders]
-        save_model(_open(publication), new[0])
+        model = _open(publication)
+        if publication.record is None:
+            publication = _with_defaults(publication, model.pretrained_cfg)
+        _describe_model(model, publication)
+        save_model(model, new[0])
+        del model
         check, facts = _fold(publication, new, images, track)
         published = [
             _describe(publication, new[index], folders[index], owner, check, facts[index]) for index in range(2)
@@ -122,7 +127,7 @@ def build_folders(
 
 
 def _open(publication: Publication) -> RepVGG:
-    """Build the training form, with the description that `config.json` gets."""
+    """Build the training form."""
     source, record = publication.source, publication.record
     if record is not None:
         model = _open_recorded(publication, record)
@@ -138,8 +143,16 @@ def _open(publication: Publication) -> RepVGG:
         raise CheckpointError(f'{source.title} is of the deploy form; both forms are made from the training form')
     if model.num_classes == 0:
         raise CheckpointError(f'{source.title} has no classifier; what is published here are image classifiers')
-    _describe_model(model, publication)
     return model
+
+
+def _with_defaults(publication: Publication, cfg: Mapping[str, Any]) -> Publication:
+    """Take over what a model folder tells of its weights, and the user does not."""
+    publication = replace(publication, license=publication.license or cfg.get('license'))
+    names = cfg.get('label_names')
+    if publication.label_names or not isinstance(names, (list, tuple)):  # timm also takes a mapping that has gaps
+        return publication
+    return replace(publication, label_names=tuple(names), label_descriptions=cfg.get('label_descriptions') or {})
 
 
 def _open_recorded(publication: Publication, record: WeightsRecord) -> RepVGG:
@@ -161,6 +174,7 @@ def _open_recorded(publication: Publication, record: WeightsRecord) -> RepVGG:
 
 
 def _describe_model(model: RepVGG, publication: Publication) -> None:
+    """Give a model the description that `config.json` gets."""
     cfg, arch = model.pretrained_cfg, model.variant.name
     begin = publication.name.split('.')[0]
     if begin in VARIANTS and begin != arch:

@@ -39,7 +39,7 @@ def check_preprocessing(model: RepVGG) -> None:
     crop_pct = config['crop_pct'] if told is None else told  # timm takes 0 for nothing told
     if not 0.1 <= crop_pct <= 1:  # images are resized to the input divided by it
         raise ValueError(
-            f'the preprocessing has crop_pct {crop_pct:g}; it is the part of the image that the crop keeps, from 0.1 to 1'
+            f'the preprocessing has crop_pct {crop_pct:g}; it is the part of an image that the crop keeps, 0.1 to 1'
         )
     for name, lowest, bounds in (('mean', 0, 'from 0 to 1'), ('std', math.ulp(0), 'more than 0 and at most 1')):
         values = config[name]

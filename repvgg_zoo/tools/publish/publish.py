@@ -85,7 +85,7 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--top1', metavar='PCT', type=float, help='its accuracy there, in per cent')
     group.add_argument('--top5', metavar='PCT', type=float, help='the same for the five best classes')
     group.add_argument(
-        '--license', metavar='ID', help='licence, by the name that the Hub has for it: mit, cc-by-4.0, …'
+        '--license', metavar='ID', help='licence, best by the name that the Hub has for it: mit, cc-by-4.0, …'
     )
     group.add_argument('--img-size', metavar='PX', type=positive, help='preprocessing: side of the image')
     group.add_argument('--crop-pct', metavar='N', type=float, help='preprocessing: part that the crop keeps, 0 to 1')
