@@ -98,6 +98,14 @@ def test_publish_folder_gives_labels_and_licence_to_card(here, by):
     assert 'label_descriptions' not in config
 
 
+def test_publish_recorded_weights_from_larger_network(here, own_weights):
+    state_dict = timm.create_model('test_repvgg.cifar10', pretrained=True).state_dict()
+    plain, average = ({f'model.{key}': factor * v for key, v in state_dict.items()} for factor in (1, 2))
+    torch.save({'state_dict': plain, 'state_dict_ema': average}, 'c.ckpt')
+    command = ['publish', 'test_repvgg.cifar10', '--from', 'c.ckpt', '--no-ema', '--prefix', 'model.', *OWN]
+    assert main(command) == 0  # which compares it with the bundled file
+
+
 def card_on(hub, name):
     (_, files) = hub.repositories[name].commits[-1]
     return (hub.blobs / files['README.md']).read_text()
@@ -193,6 +201,9 @@ def test_publish_edited_card_of_other_weights_is_not_lost(here, pushed, capsys):
         (['--name', 'x', '--from', 'c.pth', '--crop-pct', '87.5'], 'crop_pct 87.5; it is the part'),
         (['--name', 'x', '--from', 'c.pth', '--crop-pct', '-1'], 'crop_pct -1; it is the part'),
         (['test_repvgg.cifar10', '--license', 'mit'], '--license describes weights of your own'),
+        (['test_repvgg.cifar10', '--prefix', 'model.'], 'say with --from which'),
+        (['--all', '--no-ema'], 'say with --from which'),
+        (['test_repvgg.cifar10', '--model', 'test_repvgg'], '--variant describes weights of your own'),
         (['test_repvgg.cifar10', '--top1', '0'], '--top1 describes weights of your own'),
         (['--all', '--from', 'c.pth'], 'goes without --from'),
         (['test_repvgg.cifar10', '--from-folder', '.'], '--from-folder goes with --all'),

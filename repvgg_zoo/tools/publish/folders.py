@@ -137,6 +137,7 @@ def _open(publication: Publication) -> RepVGG:
             variant=publication.variant,
             block=publication.block,
             use_ema=publication.use_ema,
+            prefix=publication.prefix,
             model_kwargs=publication.model_kwargs,
         )
     if model.deploy:
@@ -157,7 +158,7 @@ def _with_defaults(publication: Publication, cfg: Mapping[str, Any]) -> Publicat
 
 def _open_recorded(publication: Publication, record: WeightsRecord) -> RepVGG:
     """Build the model of a record, with its auxiliary heads if the file has their weights."""
-    checkpoint = read(publication.source.path, use_ema=publication.use_ema)
+    checkpoint = read(publication.source.path, use_ema=publication.use_ema, prefix=publication.prefix)
     model = cast(
         'RepVGG',
         timm.create_model(

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from timm.utils import ParseKwargs
-
 from ...pretrained.hub import WEIGHT_FILES
 from ...pretrained.manifest import read_manifest
 from ..console import positive, print_error, progress
+from ..model_arguments import add_model_arguments, model_options
 from .cards import CARD
 from .preprocessing import INTERPOLATIONS
 from .publication import Publication, own_publication, recorded_publication
@@ -62,20 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--verify-images', metavar='FOLDER', help='real images to compare the forms on (default: random ones)'
     )
+    add_model_arguments(parser, 'SRC')
     _add_own_arguments(parser)
 
 
 def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('weights of your own, with --name')
-    group.add_argument('--model', metavar='ARCH', help='variant of SRC, if its shapes do not tell')
-    group.add_argument(
-        '--model-kwargs', metavar='KEY=VALUE', nargs='*', action=ParseKwargs,
-        help='arguments of timm.create_model, as in timm\'s scripts: "strides=(1, 1, 2, 2, 2)"',
-    )  # fmt: skip
-    group.add_argument('--block', help='training-time block of SRC, if its keys do not tell')
-    group.add_argument(
-        '--no-ema', action='store_true', default=None, help='take the plain weights if SRC holds an average too'
-    )
     group.add_argument(
         '--base', metavar='NAME', help='what SRC was fine-tuned from: a name of the zoo, whose preprocessing it has '
         'unless you say otherwise, or OWNER/NAME'
@@ -103,7 +94,8 @@ def main(args: argparse.Namespace) -> int:
         _publish_and_print(_own(args), args)
         return 0
     if not args.all:
-        _publish_and_print(recorded_publication(args.name, args.source, trust_source=args.trust_source), args)
+        options: dict[str, Any] = dict(trust_source=args.trust_source, use_ema=not args.no_ema, prefix=args.prefix)
+        _publish_and_print(recorded_publication(args.name, args.source, **options), args)
         return 0
     if args.source:
         raise ValueError('--all takes every source from the manifest, or from --from-folder, so it goes without --from')
@@ -133,7 +125,7 @@ def _all_sources(args: argparse.Namespace) -> Iterator[tuple[str, Path | None]]:
 
 
 _OWN = (
-    *('model', 'model_kwargs', 'block', 'no_ema', 'base', 'label_names', 'dataset', 'top1', 'top5', 'license'),
+    *('variant', 'model_kwargs', 'block', 'base', 'label_names', 'dataset', 'top1', 'top5', 'license'),
     *('img_size', 'crop_pct', 'interpolation', 'mean', 'std'),
 )
 
@@ -145,6 +137,8 @@ def _check_own_arguments(args: argparse.Namespace) -> None:
         if args.trust_source:
             raise ValueError('--trust-source is for weights of the manifest, so it goes without --name')
         return
+    if not args.source and (args.prefix is not None or args.no_ema):
+        raise ValueError('--prefix and --no-ema tell how to read a file; say with --from which')
     if given := [name for name in _OWN if getattr(args, name) is not None]:
         option = f'--{given[0].replace("_", "-")}'
         raise ValueError(f'{option} describes weights of your own; give them a name with --name')
@@ -168,10 +162,7 @@ def _own(args: argparse.Namespace) -> Publication:
         top5_pct=args.top5,
         labels=args.label_names,
         license=args.license,
-        variant=args.model,
-        model_kwargs=args.model_kwargs or {},
-        block=args.block,
-        use_ema=not args.no_ema,
+        **model_options(args),
     )
 
 
