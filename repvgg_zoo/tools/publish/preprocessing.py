@@ -50,10 +50,10 @@ def check_preprocessing(model: RepVGG) -> None:
                 f'the preprocessing has {name} {", ".join(f"{value:g}" for value in values)}; each value is {bounds}, '
                 'as pixels are from 0 to 1'
             )
-    _apply(config, model.in_chans)
+    _try_on_image(config, model.in_chans)
 
 
-def _apply(config: dict[str, Any], in_chans: int) -> None:
+def _try_on_image(config: dict[str, Any], in_chans: int) -> None:
     """Prepare an image once, because timm's transforms find some mistakes only then."""
     try:
         transform = create_transform(**config)
