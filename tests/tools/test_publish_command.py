@@ -148,7 +148,7 @@ def test_publish_again_says_that_nothing_is_new(here, hub, pushed, capsys):
 
 def test_publish_edited_card_needs_replace_and_is_uploaded(here, hub, pushed, capsys):
     card = here / 'out' / 'test_repvgg.mine' / 'README.md'
-    edited = card.read_text().replace('they were published, their logits', 'I published them, their logits') + 'Mine.\n'
+    edited = card.read_text().replace('with sizes of the deploy form', 'and mine')  # which varies in cards of ours
     card.write_text(edited)
     commits = hub.count('POST', '/commit/')
     assert main([*pushed, '--top1', '90']) == 1
