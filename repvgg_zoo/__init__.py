@@ -1,5 +1,6 @@
 """The RepVGG model zoo for timm: importing it registers every variant with timm's registry."""
 
+from . import _interrupt  # noqa: F401  # first: the others take seconds
 from .blocks.factory import BLOCKS
 from .blocks.multi_branch import MultiBranchBlock
 from .blocks.repvgg_block import RepVGGBlock

@@ -19,7 +19,7 @@ from torch import nn
 PACKAGE = Path(__file__).parents[1] / 'repvgg_zoo'
 
 LAYERS = (
-    ('_compat', 'variants'),
+    ('_compat', '_interrupt', 'variants'),
     ('reparam',),
     ('checkpoints',),
     ('blocks',),

@@ -10,10 +10,26 @@ from pathlib import Path
 from ..checkpoints.errors import CheckpointError
 from .network import is_http_error, is_transient, is_unreachable, retrying, short_message
 
-__all__ = ['WEIGHT_FILES', 'cached_sha256', 'download_file', 'download_weights', 'sha256_of']
+__all__ = ['WEIGHT_FILES', 'cached_sha256', 'download_file', 'download_weights', 'is_hub_ref', 'sha256_of']
 
 WEIGHT_FILES = ('model.safetensors', 'pytorch_model.bin')
 """Names of the weights file in a model folder, the preferred one first."""
+
+
+def is_hub_ref(text: str) -> bool:
+    """Tell whether a text can name a Hub repository.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        True for `owner/name` and `owner/name@revision`.
+
+    Example:
+        >>> is_hub_ref('timm/repvgg_a0.rvgg_in1k'), is_hub_ref('./here'), is_hub_ref('repvgg_a0')
+        (True, False, False)
+    """
+    return re.fullmatch(r'\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?', text) is not None
 
 
 def download_weights(hub_ref: str, filename: str | None = None, *, cache_dir: str | Path | None = None) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -58,15 +59,16 @@ def progress(*, transient: bool = True) -> Iterator[Track]:
 
 
 def print_error(error: Exception) -> None:
-    """Print an error in one line on stderr.
+    """Print an error on stderr, in one line except for lines of code.
 
     Args:
-        error: The error.
+        error: The error. Lines of code in it are indented by four columns.
 
     Example:
         >>> print_error(ValueError('no such name'))  # on stderr
     """
-    message = ' '.join(str(error).split()) or type(error).__name__
+    code = r' {4}\S'
+    message = re.sub(rf'\s*\n(?!{code})\s*', ' ', str(error).strip()) or type(error).__name__
     print(f'repvgg-zoo: {message}', file=sys.stderr)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import timm
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from timm.utils import ParseKwargs
 
 from .._compat import save_config_for_hf
 from ..blocks.factory import block_type
@@ -23,11 +22,12 @@ from ..checkpoints.errors import CheckpointError
 from ..checkpoints.files import FILE_SUFFIXES
 from ..checkpoints.state_dicts import Form, identify_variant
 from ..model import RepVGG
-from ..pretrained.hub import download_file
+from ..pretrained.hub import download_file, is_hub_ref
 from ..pretrained.load import assign, convert_form, read
 from ..pretrained.locate import weights_in
 from ..variants import OVERRIDES, VARIANTS, Variant, get_variant, suggestion
 from .atomic import new_folder
+from .model_arguments import add_model_arguments, model_options
 
 __all__ = ['MODEL_FILES', 'add_arguments', 'convert', 'main', 'open_model', 'save_model']
 
@@ -43,24 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('src', metavar='SRC', help='checkpoint file, model folder, or timm model name')
     parser.add_argument('dst', metavar='DST', help='folder to write: model.safetensors and config.json')
     parser.add_argument('--form', choices=('training', 'deploy'), help='form to write (default: that of SRC)')
-    parser.add_argument('--variant', help='variant of SRC, if its shapes do not tell')
     parser.add_argument(
-        '--block',
-        help='training-time block of SRC, if that is a bare file whose keys do not tell; with --unfold, the block to '
-        'make (repvgg)',
+        '--unfold',
+        action='store_true',
+        help='make branches that compute the same as a deploy form, those of --block (default: repvgg)',
     )
-    parser.add_argument(
-        '--model-kwargs', metavar='KEY=VALUE', nargs='*', default={}, action=ParseKwargs,
-        help='arguments of timm.create_model for a bare file, with --variant: "strides=(1, 1, 2, 2, 2)"',
-    )  # fmt: skip
-    parser.add_argument('--unfold', action='store_true', help='make branches that compute the same as a deploy form')
-    parser.add_argument('--no-ema', action='store_true', help='take the plain weights if SRC holds an average too')
-    parser.add_argument('--prefix', help='take only the part of a larger network whose keys start with this')
     parser.add_argument(
         '--overwrite',
         action='store_true',
         help='replace DST if an earlier run wrote it as it is',
     )
+    add_model_arguments(parser, 'SRC')
 
 
 def main(args: argparse.Namespace) -> int:
@@ -69,13 +62,9 @@ def main(args: argparse.Namespace) -> int:
         args.src,
         args.dst,
         form=args.form,
-        variant=args.variant,
-        block=args.block,
         unfold=args.unfold,
-        use_ema=not args.no_ema,
-        prefix=args.prefix,
-        model_kwargs=args.model_kwargs,
         overwrite=args.overwrite,
+        **model_options(args),
     )
     form = 'deploy' if model.deploy else 'training'
     print(f'wrote {model.variant.name}, {form} form, {model.num_classes} classes, to {args.dst}')
@@ -227,8 +216,8 @@ def open_model(
         source: Checkpoint file of any layout and form, model folder with `config.json`, or timm model name.
         variant: Name of the variant. Necessary for files with another block than the default one.
         block: Training-time block. Necessary if two blocks have the same keys.
-        use_ema: Take the averaged weights of a training checkpoint that has them.
-        prefix: Take only the part of a larger network whose keys start with this. For checkpoint files.
+        use_ema: Take the averaged weights of a training checkpoint that has them. Off for a bare file only.
+        prefix: Take only the part of a larger network whose keys start with this, of a bare file.
         model_kwargs: Further arguments of `timm.create_model` for a bare file.
 
     Returns:
@@ -238,6 +227,7 @@ def open_model(
         FileNotFoundError: There is no such file, folder or name.
         CheckpointError: The file fits no known variant, the source is of another variant or block than asked for, or
             of another architecture.
+        ValueError: An argument is none that a model takes, or is for a bare file and the source is none.
 
     Example:
         >>> open_model('test_repvgg.cifar10_deploy').deploy
@@ -247,8 +237,8 @@ def open_model(
     path = Path(source)
     config = path / 'config.json'
     _check_model_kwargs(model_kwargs or {})
-    if model_kwargs and (config.is_file() or _is_model_name(source)):
-        raise ValueError(f'{str(source)!r} knows its own arguments, so it takes no others; a bare file does')
+    if config.is_file() or _is_model_name(source):
+        _check_no_options(source, use_ema=use_ema, prefix=prefix, model_kwargs=model_kwargs)
     if config.is_file():
         try:
             model = _create(f'local-dir:{path}', pretrained=True)
@@ -286,7 +276,18 @@ def open_model(
         **(model_kwargs or {}),
     )
     assign(model, convert_form(checkpoint, model))
+    model.pretrained_cfg['license'] = None  # that of the variant's own weights; nobody told that of these
     return model
+
+
+def _check_no_options(
+    source: str | Path, *, use_ema: bool, prefix: str | None, model_kwargs: Mapping[str, Any] | None
+) -> None:
+    options = {'model_kwargs (--model-kwargs)': model_kwargs, 'prefix (--prefix)': prefix, '--no-ema': not use_ema}
+    if given := [name for name, value in options.items() if value]:
+        raise ValueError(
+            f'{str(source)!r} knows its own arguments and weights, so it takes no {given[0]}; a bare file does'
+        )
 
 
 def _check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:
@@ -333,6 +334,8 @@ def _is_model_name(source: str | Path) -> bool:
         return False
     if ':' in name:
         return True
+    if is_hub_ref(name):
+        raise FileNotFoundError(f"no checkpoint file or folder at {name!r}; if it is on the Hub, write 'hf-hub:{name}'")
     try:
         get_variant(name.split('.')[0])
     except ValueError as error:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ..pretrained.hub import sha256_of
 
-__all__ = ['MARKER', 'check_replaceable', 'foreign_entry', 'write_marker']
+__all__ = ['MARKER', 'check_replaceable', 'foreign_entries', 'write_marker']
 
 MARKER = '.repvgg-zoo.sha256'
 """File in each folder that this package writes: the sha256 of its other files, as `sha256sum` writes them.
@@ -35,12 +36,13 @@ def write_marker(folder: Path) -> None:
     (folder / MARKER).write_text(''.join(f'{sha256_of(folder / name)}  {name}\n' for name in names), 'utf-8')
 
 
-def check_replaceable(path: str | Path, *, overwrite: bool) -> None:
+def check_replaceable(path: str | Path, *, overwrite: bool, ignore: Collection[str] = ()) -> None:
     """Raise an error if writing a folder would lose something.
 
     Args:
         path: The folder to write.
         overwrite: The folder may be replaced if it holds nothing but unchanged files of an earlier run.
+        ignore: Names of files that the caller keeps if they are the user's.
 
     Raises:
         FileExistsError: The path exists, and `overwrite` is off or it holds something else.
@@ -55,28 +57,28 @@ def check_replaceable(path: str | Path, *, overwrite: bool) -> None:
         raise FileExistsError(f'{str(path)!r} exists; choose another path or pass overwrite (--overwrite)')
     if path.is_symlink() or not path.is_dir():
         raise FileExistsError(f'{str(path)!r} is no folder, so it is not overwritten; choose another path')
-    if foreign := foreign_entry(path):
+    if foreign := next((name for name in foreign_entries(path) if name not in ignore), None):
         raise FileExistsError(
             f'{str(path)!r} holds {foreign!r}, which is not one of the files to replace: those that an earlier run '
             'wrote, unchanged. So it is not overwritten; remove it or choose another path'
         )
 
 
-def foreign_entry(folder: Path) -> str | None:
-    """Find something in a folder that this package did not write, or that has changed since.
+def foreign_entries(folder: Path) -> Iterator[str]:
+    """Find what is in a folder that this package did not write, or that has changed since.
 
     Args:
         folder: An existing folder.
 
-    Returns:
-        Path relative to the folder, or None if there is no such thing.
+    Yields:
+        Paths relative to the folder.
 
     Example:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp())
         >>> (folder / 'thesis.txt').touch()
-        >>> foreign_entry(folder)
-        'thesis.txt'
+        >>> list(foreign_entries(folder))
+        ['thesis.txt']
     """
     marker = folder / MARKER
     text = marker.read_text('utf-8') if marker.is_file() else ''
@@ -84,10 +86,9 @@ def foreign_entry(folder: Path) -> str | None:
     for entry in sorted(folder.rglob('*')):
         name = entry.relative_to(folder).as_posix()
         if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
-            return name
-        if entry.is_dir():
+            yield name
+        elif entry.is_dir():
             if not any(entry.iterdir()):
-                return name
+                yield name
         elif name != MARKER and (name not in written or sha256_of(entry) != written[name]):
-            return name
-    return None
+            yield name

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 from timm.data import ImageDataset, create_dataset, create_transform, resolve_model_data_config
@@ -28,6 +28,7 @@ from .benchmark.runtimes import compile_openvino
 from .console import Track, print_table, progress
 from .convert import open_model
 from .markdown import markdown_table
+from .model_arguments import ModelOptions, add_model_arguments, model_options
 
 __all__ = ['LayerError', 'QuantizationReport', 'add_arguments', 'equalize', 'layer_errors', 'main', 'quantize']
 
@@ -57,13 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action='store_true',
         help='let weights use all 8 bits, for machines with VNNI or AMX, or ARM; on others ONNX Runtime saturates then',
     )
-    parser.add_argument('--variant', help='variant of SRC, if its shapes do not tell')
-    parser.add_argument('--block', help='training-time block of SRC, if that is a bare file whose keys do not tell')
     parser.add_argument(
         '--overwrite',
         action='store_true',
         help='replace DST if an earlier run wrote it as it is',
     )
+    add_model_arguments(parser, 'SRC')
 
 
 def main(args: argparse.Namespace) -> int:
@@ -77,10 +77,9 @@ def main(args: argparse.Namespace) -> int:
             subset=args.subset,
             equalize_layers=args.equalize,
             full_range=args.full_range,
-            variant=args.variant,
-            block=args.block,
             overwrite=args.overwrite,
             track=track,
+            **model_options(args),
         )
     print_table(_HEADER, report.rows())
     print(report.summary)
@@ -176,10 +175,9 @@ def quantize(
     subset: int = 300,
     equalize_layers: bool = False,
     full_range: bool = False,
-    variant: str | None = None,
-    block: str | None = None,
     overwrite: bool = False,
     track: Track,
+    **options: Unpack[ModelOptions],
 ) -> QuantizationReport:
     """Write a checkpoint's deploy form in INT8 as a folder.
 
@@ -198,10 +196,9 @@ def quantize(
         full_range: Let weights use all 8 bits. By default they use 7, because without VNNI or AMX, x86 processors add
             two products of 8 bits in 16 bits, and ONNX Runtime lets that saturate. The machine that runs the file
             decides, not the one that writes it.
-        variant: Name of the variant, if the shapes do not tell it.
-        block: Training-time block of a bare file, if its keys do not tell it.
         overwrite: Replace the target if it is such a folder.
         track: Shows the progress, see `repvgg_zoo.tools.console`.
+        options: How to read the source, see `open_model`.
 
     Returns:
         The report.
@@ -221,7 +218,7 @@ def quantize(
     evaluated = _dataset(images)
     calibrated = _dataset(calibration or images)
     with new_folder(target, overwrite=overwrite) as folder:
-        model = open_model(source, variant=variant, block=block).float().eval().switch_to_deploy()
+        model = open_model(source, **options).float().eval().switch_to_deploy()
         if model.in_chans != 3:
             raise ValueError(f'the images have 3 channels, and the model takes {model.in_chans}')
         if equalize_layers:

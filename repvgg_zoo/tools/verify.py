@@ -7,6 +7,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
@@ -19,6 +20,7 @@ from ..reparam.switch import switch_to_deploy
 from ..reparam.tolerance import MAX_REL_DIFF, rel_diff
 from .console import print_table
 from .convert import open_model
+from .model_arguments import ModelOptions, add_model_arguments, model_options
 from .reference import REFERENCE, ReferenceCheck, check_reference, find_reference
 
 __all__ = [
@@ -44,14 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('a', metavar='A', help='checkpoint file, model folder, or timm model name')
     parser.add_argument('b', metavar='B', nargs='?', help='another one (default: the fold of A)')
-    parser.add_argument('--variant', help='variant of A, if its shapes do not tell')
-    parser.add_argument('--block', help='training-time block of A, if that is a bare file whose keys do not tell')
     parser.add_argument('--images', metavar='FOLDER', help='real images to compare on (default: random ones)')
+    add_model_arguments(parser, 'A')
 
 
 def main(args: argparse.Namespace) -> int:
     """Run `repvgg-zoo verify`."""
-    reference = None if args.b else verify_reference(args.a, variant=args.variant, block=args.block)
+    model = open_model(args.a, **model_options(args))
+    reference = None if args.b else _check_reference(model, args.a)
     if reference is not None:
         differences = ', '.join(f'{name} {diff:.1e}' for name, diff in reference.rel_diffs.items())
         print(f'relative difference from the reference outputs: {differences}')
@@ -59,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
         print(f'{args.a} has no reference outputs ({REFERENCE})')
     same = reference is None or reference.same
     if reference is None or reference.form == 'training':
-        results = verify(args.a, args.b, images=args.images, variant=args.variant, block=args.block)
+        results = _compare_with(model, args.a, args.b, images=args.images)
         _print_comparisons(results)
         same = same and all(result.same for result in results.values())
     print('the same function' if same else 'NOT the same function')
@@ -104,8 +106,7 @@ def verify(
     b: str | Path | None = None,
     *,
     images: str | Path | None = None,
-    variant: str | None = None,
-    block: str | None = None,
+    **options: Unpack[ModelOptions],
 ) -> dict[str, Comparison]:
     """Compare two checkpoints, or a training-form one and its fold.
 
@@ -113,8 +114,7 @@ def verify(
         a: Checkpoint file, model folder or timm model name.
         b: Another one, by default the fold of `a`.
         images: Folder of images to compare on, by default random images.
-        variant: Name of the variant of `a`, if its shapes do not tell, and of `b`, if it is a bare file.
-        block: Training-time block of `a`, if its keys do not tell.
+        options: How to read `a`, see `open_model`. A bare file `b` is taken for the same variant.
 
     Returns:
         The comparison in float32 and the one in float64, by dtype.
@@ -128,27 +128,32 @@ def verify(
         >>> verify('test_repvgg', 'test_repvgg.cifar10_deploy')['float32'].same
         True
     """
-    model_a = open_model(a, variant=variant, block=block)
+    return _compare_with(open_model(a, **options), a, b, images=images)
+
+
+def _compare_with(
+    model: RepVGG, a: str | Path, b: str | Path | None, *, images: str | Path | None
+) -> dict[str, Comparison]:
+    """Compare the model of `a` with that of `b`, or with its fold."""
     if b is not None:
-        overrides = model_a.variant.overrides if Path(b).is_file() else None
-        model_b = open_model(b, variant=model_a.variant.name, model_kwargs=overrides)
-    elif model_a.deploy:
+        overrides = model.variant.overrides if Path(b).is_file() else None
+        other = open_model(b, variant=model.variant.name, model_kwargs=overrides)
+    elif model.deploy:
         raise CheckpointError(f'{str(a)!r} is of the deploy form, so there is no other form of it to compare with')
     else:
-        model_b = copy.deepcopy(model_a).eval().switch_to_deploy()
+        other = copy.deepcopy(model).eval().switch_to_deploy()
     return {
-        str(dtype).removeprefix('torch.'): compare(model_a, model_b, images_for(model_a, images), dtype=dtype)
+        str(dtype).removeprefix('torch.'): compare(model, other, images_for(model, images), dtype=dtype)
         for dtype in (torch.float32, torch.float64)
     }
 
 
-def verify_reference(a: str | Path, *, variant: str | None = None, block: str | None = None) -> ReferenceCheck | None:
+def verify_reference(a: str | Path, **options: Unpack[ModelOptions]) -> ReferenceCheck | None:
     """Compare a model with the reference outputs that it was published with.
 
     Args:
         a: Checkpoint file, model folder or timm model name.
-        variant: Name of its variant, if its shapes do not tell.
-        block: Its training-time block, if its keys do not tell.
+        options: How to read it, see `open_model`.
 
     Returns:
         The differences, or None if it has no reference outputs.
@@ -161,9 +166,12 @@ def verify_reference(a: str | Path, *, variant: str | None = None, block: str | 
         >>> verify_reference('test_repvgg') is None  # the bundled weights have none
         True
     """
-    model = open_model(a, variant=variant, block=block).float().eval()
-    path = find_reference(a, model)
-    return None if path is None else check_reference(model, path)
+    return _check_reference(open_model(a, **options), a)
+
+
+def _check_reference(model: RepVGG, source: str | Path) -> ReferenceCheck | None:
+    path = find_reference(source, model)
+    return None if path is None else check_reference(model.float().eval(), path)
 
 
 def compare(a: RepVGG, b: RepVGG, batches: Iterator[Tensor], *, dtype: torch.dtype) -> Comparison:

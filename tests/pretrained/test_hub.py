@@ -31,7 +31,7 @@ def test_download_weights_cache_dir_is_used(hub, folder, tmp_path):
 
 
 def test_download_weights_revision_gives_that_file(hub, folder):
-    first = push_folder(folder, ID)
+    first = push_folder(folder, ID).revision
     old = (folder / 'model.safetensors').read_bytes()
     (folder / 'model.safetensors').write_bytes(old[:-4] + b'\0\0\0\0')
     push_folder(folder, ID, replace=True)
@@ -93,7 +93,7 @@ def test_download_weights_always_cut_raises(hub, folder, monkeypatch):
 
 @pytest.mark.parametrize('suffix', ['', '@'])
 def test_download_weights_flipped_byte_raises(hub, folder, suffix):
-    revision = push_folder(folder, ID)
+    revision = push_folder(folder, ID).revision
     name = f'hf-hub:{ID}{suffix}{revision if suffix else ""}'
     timm.create_model(name, pretrained=True)
     path = download_weights(ID)
@@ -154,7 +154,7 @@ def test_push_folder_without_network_does_not_wait(folder, no_network):
 
 
 def test_create_model_hub_name_loads_weights(hub, folder):
-    revision = push_folder(folder, ID)
+    revision = push_folder(folder, ID).revision
     x = images(px=32)
     expected = load_checkpoint(timm.create_model('test_repvgg'), folder / 'model.safetensors').eval()(x)
     for name in (f'hf-hub:{ID}', f'hf-hub:{ID}@{revision}'):

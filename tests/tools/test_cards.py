@@ -110,6 +110,16 @@ def test_model_card_of_own_weights_says_what_the_user_told(file, tmp_path):
     assert read_manifest()['repvgg_a0.rvgg_in1k'].origin not in card.text
 
 
+@pytest.mark.parametrize(
+    ('licence', 'fields'),
+    [('Apache-2.0', ['license: apache-2.0']), ('Acme: v2', ['license: other', "license_name: 'Acme: v2'"]), (None, [])],
+)
+def test_model_card_licence_is_one_that_the_hub_takes(file, licence, fields):
+    card = card_of(own_publication('repvgg_a0.mine', file, variant='repvgg_a0', license=licence))
+    assert [line for line in str(card).split('---')[1].splitlines() if line.startswith('license')] == fields
+    assert f'- **Licence:** {licence or "not told"}\n' in card.text
+
+
 @pytest.mark.parametrize('create', [dict(block='acb'), dict(depths=(1, 1, 1, 1)), dict(strides=(1, 1, 2, 2, 2))])
 def test_model_card_of_what_timm_does_not_know_says_so(file, create):
     card = card_of(own_publication('repvgg_a0.mine', file, variant='repvgg_a0'), **create)

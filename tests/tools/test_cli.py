@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
 import repvgg_zoo_cli
 from repvgg_zoo import VARIANTS, __version__
+from repvgg_zoo.tools.console import print_error
 from repvgg_zoo_cli import COMMANDS, main
 
 ENTRY_POINT = [sys.executable, '-c', 'import sys; from repvgg_zoo_cli import main; sys.exit(main())']
@@ -90,6 +93,46 @@ INTERRUPT = 'import signal; signal.signal(2, signal.default_int_handler); signal
 def test_main_interrupted_import_ends_in_one_line(no_torch):
     done = zoo('list', env=no_torch(INTERRUPT))
     assert (done.returncode, done.stdout, done.stderr) == (130, '', 'repvgg-zoo: interrupted\n')
+
+
+def test_module_interrupted_import_ends_in_one_line(no_torch):
+    """Python imports the package before `__main__`, which catches Ctrl-C from then on."""
+    command = [sys.executable, '-m', 'repvgg_zoo', 'list']
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | no_torch(INTERRUPT), timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, '', 'repvgg-zoo: interrupted\n')
+
+
+@pytest.mark.parametrize('how', [['-c', 'import repvgg_zoo'], ['-m', 'other']])
+def test_package_interrupted_import_of_other_program_is_its_own(how, no_torch, tmp_path):
+    environment = no_torch(INTERRUPT)
+    (tmp_path / 'other').mkdir()
+    for name in ('__init__', '__main__'):
+        (tmp_path / 'other' / f'{name}.py').write_text('import repvgg_zoo')
+    done = subprocess.run([sys.executable, *how], capture_output=True, text=True, env=os.environ | environment)
+    assert 'Traceback' in done.stderr
+    assert 'repvgg-zoo' not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ('message', 'printed'),
+    [
+        ('', 'ValueError'),
+        ('one\n  two\n\tthree\n', 'one two three'),
+        ('save its weights:\n    a = 1\n    b = 2', 'save its weights:\n    a = 1\n    b = 2'),
+    ],
+)
+def test_print_error_keeps_only_lines_of_code(message, printed, capsys):
+    print_error(ValueError(message))
+    assert capsys.readouterr().err == f'repvgg-zoo: {printed}\n'
+
+
+def test_verify_whole_module_remedy_can_be_copied(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(timm.create_model('test_repvgg'), 'whole.pth')
+    assert main(['verify', 'whole.pth']) == 1
+    code = [line for line in capsys.readouterr().err.splitlines() if line.startswith('    ')]
+    exec('\n'.join(line.strip() for line in code), {'torch': torch})  # noqa: S102
+    assert main(['verify', 'weights.pth']) == 0
 
 
 def test_main_interrupted_command_ends_in_one_line(monkeypatch, capsys):

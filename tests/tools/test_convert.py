@@ -38,6 +38,7 @@ def test_convert_training_form_loads_without_plugin(checkpoint, tmp_path):
     assert done.stdout.strip() == 'ByobNet', done.stderr
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert 'tag' not in config['pretrained_cfg']
+    assert 'license' not in config['pretrained_cfg']  # nobody told it
     assert 'num_classes' in config
     assert 'num_classes' not in config.get('model_args', {})  # transformers passes the other one too
 
@@ -220,6 +221,29 @@ def test_convert_custom_architecture_needs_its_numbers(tmp_path):
     assert verify(tmp_path / 'out', tmp_path / 'last.pth')['float32'].same
     with pytest.raises(ValueError, match='knows its own arguments'):
         open_model(tmp_path / 'out', model_kwargs=small)
+
+
+@pytest.mark.parametrize('kind', ['name', 'folder'])
+@pytest.mark.parametrize(
+    ('option', 'said'),
+    [
+        (dict(prefix='model.'), r'prefix \(--prefix\)'),
+        (dict(use_ema=False), '--no-ema'),
+        (dict(model_kwargs=dict(strides=(1, 1, 2, 2, 2))), r'model_kwargs \(--model-kwargs\)'),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else '',
+)
+def test_open_model_option_for_bare_files_raises_for_others(kind, option, said, tmp_path):
+    if kind == 'folder':
+        save_model(timm.create_model('test_repvgg'), tmp_path)
+    with pytest.raises(ValueError, match=f'knows its own arguments and weights, so it takes no {said}; a bare file'):
+        open_model(tmp_path if kind == 'folder' else 'test_repvgg', **option)
+
+
+@pytest.mark.parametrize('name', ['me/repvgg_a0.mine', 'me/x@v1'])
+def test_open_model_hub_name_without_prefix_gives_hint(name):
+    with pytest.raises(FileNotFoundError, match=f"at '{name}'; if it is on the Hub, write 'hf-hub:{name}'"):
+        open_model(name)
 
 
 @pytest.mark.parametrize(('name', 'hint'), [('strid', "did you mean 'strides'"), ('num_classes', 'these can: depths')])

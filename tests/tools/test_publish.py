@@ -94,11 +94,17 @@ def test_build_folders_edited_file_is_not_replaced(own_weights, tmp_path, name):
     build(owner='zoo', out=tmp_path)
     (tmp_path / f'{NAME}_deploy' / name).write_text('mine')
     before = tree(tmp_path)
-    with pytest.raises(FileExistsError, match=rf'_deploy.* holds {name!r}, which is not one of the files to replace'):
-        build(owner='zoo', out=tmp_path, replace_existing=True)
     if name == 'README.md':  # an edited card is what its author wants to push
-        build(owner='zoo', out=tmp_path)
+        for replace in (False, True):
+            assert [item.edited_card for item in build(owner='zoo', out=tmp_path, replace_existing=replace)] == [
+                False,
+                True,
+            ]
     else:
+        with pytest.raises(
+            FileExistsError, match=rf'_deploy.* holds {name!r}, which is not one of the files to replace'
+        ):
+            build(owner='zoo', out=tmp_path, replace_existing=True)
         with pytest.raises(FileExistsError, match=r'holds another config\.json'):
             build(owner='zoo', out=tmp_path)
     assert tree(tmp_path) == before
@@ -199,7 +205,7 @@ def test_build_folders_ignores_override_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize('revision', [False, True])
 def test_build_folders_source_on_hub_is_used(hub, own_weights, tmp_path, revision):
     (training, _) = build(owner='zoo', out=tmp_path / 'a')
-    commit = push_folder(training.folder, 'somebody/weights')
+    commit = push_folder(training.folder, 'somebody/weights').revision
     source = f'somebody/weights@{commit}' if revision else 'hf-hub:somebody/weights'
     (again, _) = build(source=source, owner='zoo', out=tmp_path / 'b')
     assert again.sha256 == training.sha256

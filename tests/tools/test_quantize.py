@@ -28,6 +28,7 @@ from repvgg_zoo.tools.quantize import (
     layer_errors,
     quantize,
 )
+from repvgg_zoo_cli import main
 
 TRAIN, VALIDATION = (weights_dir() / 'cifar10' / split for split in ('train', 'validation'))
 
@@ -53,6 +54,17 @@ def unbalanced(seed: int = 0) -> torch.nn.Module:
 def quantized(tmp_path_factory):
     folder = tmp_path_factory.mktemp('quantized') / 'out'
     return folder, quantize('test_repvgg', folder, images=VALIDATION, calibration=TRAIN, track=no_progress)
+
+
+def test_quantize_command_takes_the_arguments_of_bare_files(monkeypatch, tmp_path, capsys):
+    def open_model(source, **options):
+        raise ValueError(f'{options}')
+
+    monkeypatch.setattr('repvgg_zoo.tools.quantize.open_model', open_model)
+    options = ['--prefix', 'model.', '--no-ema', '--model-kwargs', 'width=2']
+    assert main(['quantize', 'c.pth', str(tmp_path / 'out'), '--images', str(VALIDATION), *options]) == 1
+    said = capsys.readouterr().err
+    assert all(text in said for text in ("'prefix': 'model.'", "'use_ema': False", "'model_kwargs': {'width': 2}"))
 
 
 def test_quantize_top1_loses_at_most_one_point(quantized):

@@ -21,16 +21,17 @@ def files_of(folder):
 
 
 def test_push_folder_new_repository_one_commit(hub, folder):
-    revision = push_folder(folder, ID)
+    revision, uploaded = push_folder(folder, ID)
+    assert uploaded
     assert content_of(hub, ID) == files_of(folder)
     assert [commit[0] for commit in hub.repositories[ID].commits][1:] == [revision]
     assert hub.count('PUT', '^/lfs/') == 1
 
 
 def test_push_folder_same_files_uploads_nothing(hub, folder):
-    revision = push_folder(folder, ID)
+    revision, _ = push_folder(folder, ID)
     before = len(hub.requests)
-    assert push_folder(folder, ID) == revision
+    assert push_folder(folder, ID) == (revision, False)
     assert hub.requests[before:] == [('GET', f'/api/models/{ID}')]
 
 
@@ -116,10 +117,13 @@ def test_push_folder_foreign_commit_meanwhile_raises(hub, folder):
 
 
 def test_push_folder_other_card_needs_replace(hub, folder):
-    revision = push_folder(folder, ID)
+    revision, _ = push_folder(folder, ID)
     (folder / 'README.md').write_text('---\nlicense: mit\n---\nOther figures.\n')
-    assert push_folder(folder, ID) == revision
-    assert push_folder(folder, ID, replace=True) != revision
+    with pytest.raises(HubError, match=r'README\.md\), so nothing is uploaded; .*--replace'):
+        push_folder(folder, ID)
+    again, uploaded = push_folder(folder, ID, replace=True)
+    assert uploaded
+    assert again != revision
     assert content_of(hub, ID) == files_of(folder)
 
 

@@ -7,8 +7,11 @@ from helpers import randomise
 
 from repvgg_zoo import CheckpointError
 from repvgg_zoo.pretrained.manifest import weights_dir
-from repvgg_zoo.tools.convert import convert
+from repvgg_zoo.tools.convert import convert, open_model
+from repvgg_zoo.tools.publish.folders import build_folders
+from repvgg_zoo.tools.publish.publication import recorded_publication
 from repvgg_zoo.tools.verify import compare, images_for, verify
+from repvgg_zoo_cli import main
 
 
 def test_verify_both_forms_are_same():
@@ -21,6 +24,49 @@ def test_verify_both_forms_are_same():
 def test_verify_two_files_are_same(checkpoint, tmp_path):
     convert(checkpoint, tmp_path / 'deploy', form='deploy')
     assert all(result.same for result in verify(checkpoint, tmp_path / 'deploy').values())
+
+
+@pytest.fixture
+def larger_network(tmp_path):
+    """A custom architecture in a checkpoint of a larger network, with an average; the command line that reads it."""
+    numbers = dict(depths=(1, 1, 1, 1), strides=(1, 1, 2, 2, 2))
+    plain, average = (
+        {f'model.{key}': value for key, value in timm.create_model('test_repvgg', **numbers).state_dict().items()}
+        for _ in range(2)
+    )
+    other = {'criterion.weight': torch.ones(3)}
+    torch.save({'state_dict': plain | other, 'state_dict_ema': average | other}, tmp_path / 'c.ckpt')
+    arguments = ['--variant', 'test_repvgg', '--prefix', 'model.', '--no-ema', '--model-kwargs']
+    return tmp_path / 'c.ckpt', [*arguments, *(f'{key}={value}' for key, value in numbers.items())], plain
+
+
+def test_commands_all_take_the_arguments_that_errors_advise(larger_network, tmp_path, capsys):
+    path, arguments, plain = larger_network
+    out, own = str(tmp_path / 'out'), ['--name', 'test_repvgg.mine', '--owner', 'me']
+    for command in (
+        ['verify', str(path)],
+        ['convert', str(path), f'{out}/converted'],
+        ['publish', '--from', str(path), *own, '--out', out],
+    ):
+        assert main([*command, *arguments]) == 0, capsys.readouterr().err
+    for folder in ('converted', 'test_repvgg.mine'):
+        written = timm.create_model(f'local-dir:{out}/{folder}', pretrained=True).state_dict()
+        assert {f'model.{key}': value.tolist() for key, value in written.items()} == {
+            key: value.tolist() for key, value in plain.items()
+        }
+
+
+def test_verify_opens_the_model_once(monkeypatch, tmp_path):
+    opened = []
+
+    def spy(source, **options):
+        opened.append(source)
+        return open_model(source, **options)
+
+    build_folders(recorded_publication('test_repvgg.cifar10'), owner='me', out=tmp_path)
+    monkeypatch.setattr('repvgg_zoo.tools.verify.open_model', spy)
+    assert main(['verify', str(tmp_path / 'test_repvgg.cifar10')]) == 0
+    assert len(opened) == 1
 
 
 def test_compare_other_weights_gives_difference(model):

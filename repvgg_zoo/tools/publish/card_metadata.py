@@ -10,6 +10,7 @@ from huggingface_hub import CardData, EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from ...pretrained.manifest import Metrics, read_manifest
+from .licences import licence_fields
 from .publication import Publication
 
 __all__ = ['PAPER_ID', 'base_repository', 'card_metadata']
@@ -35,19 +36,19 @@ def card_metadata(publication: Publication, name: str) -> CardData:
         >>> card_metadata(recorded_publication('test_repvgg.cifar10'), 'test_repvgg.cifar10').pipeline_tag
         'image-classification'
     """
-    extra: dict[str, Any] = {'model-index': _model_index(publication, name)}  # not an identifier
     datasets = {_dataset_id(m.dataset) for m in (*publication.published, *publication.measured)}
     if publication.dataset:
         datasets.add(_dataset_id(publication.dataset))
-    return CardData(
-        license=publication.license,
-        library_name='timm',
-        pipeline_tag=_TASK,
-        tags=[_TASK, 'timm', 'repvgg', f'arxiv:{PAPER_ID}'],
-        datasets=sorted(dataset for dataset in datasets if _DATASET_ID.fullmatch(dataset)) or None,
-        base_model=base_repository(publication),
-        **extra,
-    )
+    fields: dict[str, Any] = {
+        **licence_fields(publication.license),
+        'library_name': 'timm',
+        'pipeline_tag': _TASK,
+        'tags': [_TASK, 'timm', 'repvgg', f'arxiv:{PAPER_ID}'],
+        'datasets': sorted(dataset for dataset in datasets if _DATASET_ID.fullmatch(dataset)) or None,
+        'base_model': base_repository(publication),
+        'model-index': _model_index(publication, name),
+    }
+    return CardData(**fields)
 
 
 def base_repository(publication: Publication) -> str | None:

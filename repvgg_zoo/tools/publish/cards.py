@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from huggingface_hub import RepoCard
 
 from ...pretrained.manifest import DEPLOY_SUFFIX, FoldCheck, Metrics, WeightsRecord, read_manifest
@@ -11,7 +13,10 @@ from .card_usage import usage
 from .facts import ModelFacts
 from .publication import Publication
 
-__all__ = ['model_card']
+__all__ = ['CARD', 'is_same_card', 'model_card']
+
+CARD = 'README.md'
+"""Name of the model card in a model folder."""
 
 _CITATION = """```bibtex
 @inproceedings{ding2021repvgg,
@@ -22,6 +27,13 @@ _CITATION = """```bibtex
   year      = {2021}
 }
 ```"""
+
+_VARYING = re.compile(
+    r'their logits differed by .*? images(, [\d.]+ % of them with the same top class)?'
+    r'|(?<=Converted from ).*?(?=, sha256)'
+    r'|(?<=^## Model Comparison\n).*?(?=^## )',
+    re.MULTILINE | re.DOTALL,
+)
 
 
 def model_card(
@@ -65,6 +77,27 @@ def model_card(
     return RepoCard(f'---\n{card_metadata(publication, name).to_yaml()}\n---\n\n{text}\n')
 
 
+def is_same_card(a: str, b: str) -> bool:
+    """Compare what two cards say of the weights.
+
+    The comparison of both forms varies with the machine and the images. The source has the same sha256 under any name:
+    the manifest names the Hub once the weights are there. The table of other models tells nothing of these, and changes
+    whenever others are published.
+
+    Args:
+        a: A card, with its metadata.
+        b: Another one.
+
+    Returns:
+        True if they are the same except for these parts.
+
+    Example:
+        >>> is_same_card('their logits differed by 1e-7 on 8 images', 'their logits differed by 2e-7 on 9 images')
+        True
+    """
+    return _VARYING.sub('', a) == _VARYING.sub('', b)
+
+
 def _introduction(publication: Publication, facts: ModelFacts, owner: str) -> str:
     base = f', fine-tuned from {_linked_base(publication)}' if publication.base_model else ''
     on = f', trained on {publication.dataset}' if publication.dataset else ''
@@ -103,7 +136,7 @@ def _details(publication: Publication, facts: ModelFacts, sha256: str, size_byte
         'Dataset': publication.dataset,
         'Training': publication.recipe,
         'Weights': f'{weights}. Converted from {publication.source.title}, sha256 `{publication.source.sha256}`',
-        'Licence': publication.license.upper() if publication.license else 'not told',
+        'Licence': publication.license or 'not told',
         'Paper': f'RepVGG: Making VGG-style ConvNets Great Again, https://arxiv.org/abs/{PAPER_ID}',
         'File': f'`model.safetensors`, {size_bytes:,} bytes, sha256 `{sha256}`',
     }

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import timm
 import torch
@@ -26,13 +26,13 @@ from ...variants import VARIANTS
 from ..atomic import put_in_place, workspace
 from ..console import Track, no_progress
 from ..convert import open_model, save_model
-from ..own_files import MARKER, check_replaceable
-from ..reference import write_reference
+from ..own_files import MARKER, check_replaceable, foreign_entries
+from ..reference import REFERENCE, write_reference
 from ..verify import float64_rel_diff, images_for
-from .cards import model_card
+from .cards import CARD, is_same_card, model_card
 from .facts import ModelFacts, facts_of
+from .preprocessing import check_preprocessing
 from .publication import Publication
-from .upload import CARD, MEASURED
 
 __all__ = ['Published', 'build_folders']
 
@@ -52,6 +52,10 @@ class Published:
     fold_check: FoldCheck
     in_manifest: bool
     """These are the weights that the manifest describes under this name."""
+    edited_card: bool = False
+    """The card is the user's, and stays as it is."""
+    uploaded: bool | None = None
+    """Something was uploaded. None before the push."""
 
 
 def build_folders(
@@ -66,14 +70,14 @@ def build_folders(
     """Write the model folders of both forms of a checkpoint.
 
     Each holds the weights, timm's configuration, a model card and reference outputs. The files are read again and
-    compared before the folders take their names. A folder that holds the same weights and configuration already stays
-    as it is, with the figures that were measured then.
+    compared before the folders take their names. A folder that holds the same already stays as it is, with the
+    figures that were measured then. A card that the user edited stays too, as long as the weights are the same.
 
     Args:
         publication: What to publish.
         owner: Hub account that the folders are meant for.
         out: Folder for both; `owner` by default.
-        replace_existing: Replace model folders that hold other weights.
+        replace_existing: Replace model folders that hold something else.
         images: Folder of images to compare the forms on; random images by default.
         track: Shows the progress of the comparison.
 
@@ -81,9 +85,10 @@ def build_folders(
         The training form and the deploy form.
 
     Raises:
-        ValueError: The name or the owner can be none, or the labels are not as many as the classes.
+        ValueError: The name or the owner can be none, the labels are not as many as the classes, or timm cannot prepare
+            images as the publication says.
         CheckpointError: The checkpoint is of another variant or of the deploy form, or the fold is wrong.
-        FileExistsError: A folder holds other weights, or files that an earlier run did not write.
+        FileExistsError: A folder holds other weights or another card, or files that an earlier run did not write.
 
     Example:
         >>> import tempfile
@@ -100,22 +105,29 @@ def build_folders(
     folders = [Path(out or owner) / name for name in publication.names]
     for folder in folders:
         if replace_existing or folder.is_symlink() or not folder.is_dir():
-            check_replaceable(folder, overwrite=True)
+            check_replaceable(folder, overwrite=True, ignore=(CARD,))
     with ExitStack() as stack:
         new = [stack.enter_context(workspace(folder)) for folder in folders]
-        save_model(_open(publication), new[0])
+        model = _open(publication)
+        if publication.record is None:
+            publication = _with_defaults(publication, model.pretrained_cfg)
+        _describe_model(model, publication)
+        save_model(model, new[0])
+        del model
         check, facts = _fold(publication, new, images, track)
         published = [
             _describe(publication, new[index], folders[index], owner, check, facts[index]) for index in range(2)
         ]
-        changed = [i for i in range(2) if replace_existing or not _holds_the_same(folders[i], new[i])]
-        for index in changed:
-            put_in_place(new[index], folders[index], overwrite=True)
-    return published[0], published[1]
+        kept = [_is_kept(folders[index], new[index], replace_existing=replace_existing) for index in range(2)]
+        for index in range(2):
+            if not kept[index]:
+                put_in_place(new[index], folders[index], overwrite=True)
+    training, deploy = (replace(item, edited_card=CARD in foreign_entries(item.folder)) for item in published)
+    return training, deploy
 
 
 def _open(publication: Publication) -> RepVGG:
-    """Build the training form, with the description that `config.json` gets."""
+    """Build the training form."""
     source, record = publication.source, publication.record
     if record is not None:
         model = _open_recorded(publication, record)
@@ -125,19 +137,28 @@ def _open(publication: Publication) -> RepVGG:
             variant=publication.variant,
             block=publication.block,
             use_ema=publication.use_ema,
+            prefix=publication.prefix,
             model_kwargs=publication.model_kwargs,
         )
     if model.deploy:
         raise CheckpointError(f'{source.title} is of the deploy form; both forms are made from the training form')
     if model.num_classes == 0:
         raise CheckpointError(f'{source.title} has no classifier; what is published here are image classifiers')
-    _describe_model(model, publication)
     return model
+
+
+def _with_defaults(publication: Publication, cfg: Mapping[str, Any]) -> Publication:
+    """Take over what a model folder tells of its weights, and the user does not."""
+    publication = replace(publication, license=publication.license or cfg.get('license'))
+    names = cfg.get('label_names')
+    if publication.label_names or not isinstance(names, (list, tuple)):  # timm also takes a mapping that has gaps
+        return publication
+    return replace(publication, label_names=tuple(names), label_descriptions=cfg.get('label_descriptions') or {})
 
 
 def _open_recorded(publication: Publication, record: WeightsRecord) -> RepVGG:
     """Build the model of a record, with its auxiliary heads if the file has their weights."""
-    checkpoint = read(publication.source.path, use_ema=publication.use_ema)
+    checkpoint = read(publication.source.path, use_ema=publication.use_ema, prefix=publication.prefix)
     model = cast(
         'RepVGG',
         timm.create_model(
@@ -154,6 +175,7 @@ def _open_recorded(publication: Publication, record: WeightsRecord) -> RepVGG:
 
 
 def _describe_model(model: RepVGG, publication: Publication) -> None:
+    """Give a model the description that `config.json` gets."""
     cfg, arch = model.pretrained_cfg, model.variant.name
     begin = publication.name.split('.')[0]
     if begin in VARIANTS and begin != arch:
@@ -163,6 +185,7 @@ def _describe_model(model: RepVGG, publication: Publication) -> None:
     _, height, width = cfg['input_size']
     cfg['input_size'] = (model.in_chans, height, width)
     cfg['pool_size'] = tuple(-(-side // model.output_stride) for side in (height, width))
+    check_preprocessing(model)
     cfg['license'], cfg['num_classes'] = publication.license, model.num_classes
     if labels := publication.label_names:
         if len(labels) != model.num_classes:
@@ -239,10 +262,11 @@ def _describe(
     )
 
 
-def _holds_the_same(folder: Path, new: Path) -> bool:
-    """Tell whether a folder has what was to be written, apart from measured figures.
+def _is_kept(folder: Path, new: Path, *, replace_existing: bool) -> bool:
+    """Tell whether a folder stays as it is.
 
-    Raises `FileExistsError` if it has something else.
+    It does if it has what was to be written, except for what varies between machines, or if the user edited its card.
+    Raises `FileExistsError` if it has something else that is not to be replaced.
     """
     if not folder.exists() or not any(folder.iterdir()):
         return False
@@ -255,9 +279,22 @@ def _holds_the_same(folder: Path, new: Path) -> bool:
             f'{str(folder)!r} holds {foreign[0]!r}, which is not one of the files to replace; remove it or choose '
             'another folder (--out)'
         )
-    for name in sorted(names):
-        if name not in present or (name not in MEASURED and not filecmp.cmp(folder / name, new / name, False)):
-            raise FileExistsError(
-                f'{str(folder)!r} holds another {name}, or none; look at it, and pass replace (--replace) to replace it'
-            )
-    return True
+    edited_card = CARD in foreign_entries(folder)
+    different = sorted(
+        (name for name in names if name not in present or not _is_same(name, folder, new, edited_card)),
+        key=lambda name: (name == CARD, name),  # other weights are the better reason
+    )
+    if different and not replace_existing:
+        raise FileExistsError(
+            f'{str(folder)!r} holds another {different[0]}, or none; look at it, and pass replace (--replace) to '
+            'replace it'
+        )
+    if different:  # an edited card tells of other weights
+        check_replaceable(folder, overwrite=True)
+    return edited_card if replace_existing else True
+
+
+def _is_same(name: str, folder: Path, new: Path, edited_card: bool) -> bool:
+    if name == CARD and not edited_card:
+        return is_same_card((folder / name).read_text('utf-8'), (new / name).read_text('utf-8'))
+    return name in (CARD, REFERENCE) or filecmp.cmp(folder / name, new / name, False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import timm
 from timm.models import PretrainedCfg
 
 from ...checkpoints.files import FILE_SUFFIXES
-from ...pretrained.hub import download_weights, sha256_of
+from ...pretrained.hub import download_weights, is_hub_ref, sha256_of
 from ...pretrained.locate import locate, weights_in
 from ...pretrained.manifest import DEPLOY_SUFFIX, Metrics, WeightsRecord, read_manifest
 from ...pretrained.urls import sha256_prefix
@@ -21,7 +20,6 @@ from ...variants import VARIANTS, suggestion
 
 __all__ = ['Publication', 'Source', 'own_publication', 'read_labels', 'recorded_publication']
 
-_HUB_REF = re.compile(r'(hf-hub:)?\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?')
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _LABELS = {
     'CIFAR-10': ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'),
@@ -56,10 +54,12 @@ class Publication:
     """Record of the manifest that these weights are published for. None for the user's own."""
     variant: str | None = None
     block: str | None = None
-    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    model_kwargs: Mapping[str, Any] | None = None
     """Further arguments of `timm.create_model`."""
     use_ema: bool = True
     """Take the averaged weights of a training checkpoint that has them."""
+    prefix: str | None = None
+    """Take only the part of a larger network whose keys start with this."""
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     """Fields of timm's `pretrained_cfg` that differ from those of the variant."""
     base_model: str | None = None
@@ -83,7 +83,14 @@ class Publication:
         return self.name, self.name + DEPLOY_SUFFIX
 
 
-def recorded_publication(name: str, source: str | Path | None = None, *, trust_source: bool = False) -> Publication:
+def recorded_publication(
+    name: str,
+    source: str | Path | None = None,
+    *,
+    trust_source: bool = False,
+    use_ema: bool = True,
+    prefix: str | None = None,
+) -> Publication:
     """Describe weights of the manifest.
 
     A file that the user gives could hold any weights. Unless it has the sha256 of the manifest, or the user vouches for
@@ -94,6 +101,8 @@ def recorded_publication(name: str, source: str | Path | None = None, *, trust_s
         source: Checkpoint file of any layout, model folder, or Hub repository `owner/name`; by default what the
             manifest names.
         trust_source: The source holds the weights that the manifest describes.
+        use_ema: Take the averaged weights of a training checkpoint that has them.
+        prefix: Take only the part of a larger network whose keys start with this.
 
     Returns:
         The description.
@@ -109,7 +118,9 @@ def recorded_publication(name: str, source: str | Path | None = None, *, trust_s
     """
     record = _training_record(name)
     found = _recorded_source(record) if source is None else _given_source(source)
-    publication = Publication(name=name, source=found, record=record, variant=record.arch)
+    publication = Publication(
+        name=name, source=found, record=record, variant=record.arch, use_ema=use_ema, prefix=prefix
+    )
     if not (source is None or trust_source or _is_known(record, found.sha256)):
         return replace(publication, vouched=False)
     dataset = next((m.dataset for m in (*record.measured, *record.published)), None)
@@ -156,7 +167,7 @@ def own_publication(
 
     Raises:
         ValueError: The name is taken by the manifest or ends as those of deploy forms do, the base is unknown, or
-            there is accuracy without a data set.
+            there is accuracy without a data set or an impossible one.
         FileNotFoundError: The source or the file of labels does not exist.
         CheckpointError: The source cannot be had.
 
@@ -175,6 +186,10 @@ def own_publication(
     for figure in (top1, top5):
         if figure is not None and not 0 <= figure <= 100:
             raise ValueError(f'an accuracy of {figure:g} % is not between 0 and 100')
+    if top1 is not None and top5 is not None and top5 < top1:
+        raise ValueError(
+            f'top-5 of {top5:g} % is less than top-1 of {top1:g} %, and counts each image that top-1 counts'
+        )
     measured: tuple[Metrics, ...] = ()
     if top1 is not None:
         said = 'told by the publisher'
@@ -259,8 +274,8 @@ def _given_source(source: str | Path) -> Source:
         return Source(path=weights, title=weights.name, model=text)
     if text and path.is_file():
         return Source(path=path, title=path.name, model=text)
-    if not path.exists() and _HUB_REF.fullmatch(text) and not text.endswith(FILE_SUFFIXES):
-        hub_ref = text.removeprefix('hf-hub:')
+    hub_ref = text.removeprefix('hf-hub:')
+    if not path.exists() and is_hub_ref(hub_ref) and not text.endswith(FILE_SUFFIXES):
         return Source(path=download_weights(hub_ref), title=hub_ref, model=f'hf-hub:{hub_ref}')
     if record := read_manifest().get(text):
         return _recorded_source(record)

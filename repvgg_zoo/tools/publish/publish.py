@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from timm.utils import ParseKwargs
-
 from ...pretrained.hub import WEIGHT_FILES
 from ...pretrained.manifest import read_manifest
 from ..console import positive, print_error, progress
+from ..model_arguments import add_model_arguments, model_options
+from .cards import CARD
+from .preprocessing import INTERPOLATIONS
 from .publication import Publication, own_publication, recorded_publication
 from .push import names_to_publish, publish
 
@@ -53,23 +54,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--out', metavar='DIR', help='folder for the model folders (default: OWNER)')
     parser.add_argument('--push', action='store_true', help='upload; the manifest records where its own weights are')
     parser.add_argument(
-        '--replace', action='store_true', help='replace model folders and repositories that hold other weights'
+        '--replace',
+        action='store_true',
+        help='replace model folders that hold something else, and files of repositories; a card that you edited stays',
     )
     parser.add_argument(
         '--verify-images', metavar='FOLDER', help='real images to compare the forms on (default: random ones)'
     )
+    add_model_arguments(parser, 'SRC')
     _add_own_arguments(parser)
 
 
 def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('weights of your own, with --name')
-    group.add_argument('--model', metavar='ARCH', help='variant of SRC, if its shapes do not tell')
-    group.add_argument(
-        '--model-kwargs', metavar='KEY=VALUE', nargs='*', default={}, action=ParseKwargs,
-        help='arguments of timm.create_model, as in timm\'s scripts: "strides=(1, 1, 2, 2, 2)"',
-    )  # fmt: skip
-    group.add_argument('--block', help='training-time block of SRC, if its keys do not tell')
-    group.add_argument('--no-ema', action='store_true', help='take the plain weights if SRC holds an average too')
     group.add_argument(
         '--base', metavar='NAME', help='what SRC was fine-tuned from: a name of the zoo, whose preprocessing it has '
         'unless you say otherwise, or OWNER/NAME'
@@ -79,11 +76,11 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--top1', metavar='PCT', type=float, help='its accuracy there, in per cent')
     group.add_argument('--top5', metavar='PCT', type=float, help='the same for the five best classes')
     group.add_argument(
-        '--license', metavar='ID', help='licence, by the name that the Hub has for it: mit, cc-by-4.0, …'
+        '--license', metavar='ID', help='licence, best by the name that the Hub has for it: mit, cc-by-4.0, …'
     )
     group.add_argument('--img-size', metavar='PX', type=positive, help='preprocessing: side of the image')
     group.add_argument('--crop-pct', metavar='N', type=float, help='preprocessing: part that the crop keeps, 0 to 1')
-    group.add_argument('--interpolation', metavar='NAME', help='preprocessing: bilinear, bicubic, …')
+    group.add_argument('--interpolation', choices=INTERPOLATIONS, help='preprocessing: resizing')
     group.add_argument('--mean', metavar='N', type=float, nargs='+', help='preprocessing: mean of each channel')
     group.add_argument('--std', metavar='N', type=float, nargs='+', help='preprocessing: deviation of each channel')
 
@@ -97,7 +94,8 @@ def main(args: argparse.Namespace) -> int:
         _publish_and_print(_own(args), args)
         return 0
     if not args.all:
-        _publish_and_print(recorded_publication(args.name, args.source, trust_source=args.trust_source), args)
+        options: dict[str, Any] = dict(trust_source=args.trust_source, use_ema=not args.no_ema, prefix=args.prefix)
+        _publish_and_print(recorded_publication(args.name, args.source, **options), args)
         return 0
     if args.source:
         raise ValueError('--all takes every source from the manifest, or from --from-folder, so it goes without --from')
@@ -127,7 +125,7 @@ def _all_sources(args: argparse.Namespace) -> Iterator[tuple[str, Path | None]]:
 
 
 _OWN = (
-    *('model', 'model_kwargs', 'block', 'no_ema', 'base', 'label_names', 'dataset', 'top1', 'top5', 'license'),
+    *('variant', 'model_kwargs', 'block', 'base', 'label_names', 'dataset', 'top1', 'top5', 'license'),
     *('img_size', 'crop_pct', 'interpolation', 'mean', 'std'),
 )
 
@@ -139,7 +137,9 @@ def _check_own_arguments(args: argparse.Namespace) -> None:
         if args.trust_source:
             raise ValueError('--trust-source is for weights of the manifest, so it goes without --name')
         return
-    if given := [name for name in _OWN if getattr(args, name)]:
+    if not args.source and (args.prefix is not None or args.no_ema):
+        raise ValueError('--prefix and --no-ema tell how to read a file; say with --from which')
+    if given := [name for name in _OWN if getattr(args, name) is not None]:
         option = f'--{given[0].replace("_", "-")}'
         raise ValueError(f'{option} describes weights of your own; give them a name with --name')
 
@@ -162,11 +162,11 @@ def _own(args: argparse.Namespace) -> Publication:
         top5_pct=args.top5,
         labels=args.label_names,
         license=args.license,
-        variant=args.model,
-        model_kwargs=args.model_kwargs,
-        block=args.block,
-        use_ema=not args.no_ema,
+        **model_options(args),
     )
+
+
+_DONE = {None: 'would publish', True: 'published', False: 'nothing to upload, it is on the Hub already'}
 
 
 def _publish_and_print(publication: Publication, args: argparse.Namespace) -> None:
@@ -181,9 +181,10 @@ def _publish_and_print(publication: Publication, args: argparse.Namespace) -> No
             track=track,
         )
     for item in published:
-        done = 'published' if args.push else 'would publish'
         size_mb = (item.folder / WEIGHT_FILES[0]).stat().st_size / 1e6
-        print(f'{item.folder}: {size_mb:.1f} MB, {done} as {item.hub_id}')
+        print(f'{item.folder}: {size_mb:.1f} MB, {_DONE[item.uploaded]} as {item.hub_id}')
+        if item.edited_card:
+            print(f'{item.folder / CARD} stays as you edited it; for a new card delete it, and pass --replace')
     check = published[0].fold_check
     print(f'the forms differ by {check.float64_rel_diff:.1e} in float64, {check.float32_rel_diff:.1e} in float32')
     if not publication.vouched:

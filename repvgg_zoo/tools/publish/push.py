@@ -28,7 +28,7 @@ def publish(
     Args:
         publication: See `build_folders`.
         push: Upload the folders, see `push_folders`.
-        replace_existing: Replace model folders, and with `push` files of repositories, that hold other weights.
+        replace_existing: Replace model folders, and with `push` files of repositories, that hold something else.
         options: Other options of `build_folders`. `owner` is required.
 
     Returns:
@@ -50,16 +50,20 @@ def publish(
         raise PermissionError(f'{str(weights_dir)!r} cannot be written, so publishing could not be recorded there')
     published = build_folders(publication, replace_existing=replace_existing, **options)
     if push:
-        push_folders(published, replace_existing=replace_existing)
+        training, deploy = push_folders(published, replace_existing=replace_existing)
+        published = training, deploy
     return published
 
 
-def push_folders(published: Iterable[Published], *, replace_existing: bool = False) -> None:
+def push_folders(published: Iterable[Published], *, replace_existing: bool = False) -> list[Published]:
     """Upload model folders to their repositories, and record in the manifest where its own weights are.
 
     Args:
         published: What `build_folders` returns.
         replace_existing: Replace other files that a repository holds.
+
+    Returns:
+        The same, and whether something was uploaded.
 
     Raises:
         HubError: A folder has changed, or the Hub did not take it. Folders that were uploaded before stay on the Hub
@@ -68,25 +72,28 @@ def push_folders(published: Iterable[Published], *, replace_existing: bool = Fal
     Example:
         >>> from repvgg_zoo.tools.publish.publication import recorded_publication
         >>> publication = recorded_publication('test_repvgg.cifar10')
-        >>> push_folders(build_folders(publication, owner='me'))  # doctest: +SKIP
+        >>> pushed = push_folders(build_folders(publication, owner='me'))  # doctest: +SKIP
     """
+    pushed = []
     for item in published:
         weights = item.folder / WEIGHT_FILES[0]
         if sha256_of(weights) != item.sha256:
             raise HubError(f'{str(weights)!r} has changed since it was written; publish it again')
-        revision = push_folder(item.folder, item.hub_id, replace=replace_existing)
+        push = push_folder(item.folder, item.hub_id, replace=replace_existing)
+        pushed.append(replace(item, uploaded=push.uploaded))
         if item.in_manifest:
             record_weights(
                 replace(
                     read_manifest()[item.name],
                     hub_id=item.hub_id,
-                    revision=revision,
+                    revision=push.revision,
                     sha256=item.sha256,
                     size_bytes=item.size_bytes,
                     fold_check=item.fold_check,
                 )
             )
-        _logger.info('%s is on the Hub at revision %s', item.hub_id, revision)
+        _logger.info('%s is on the Hub at revision %s', item.hub_id, push.revision)
+    return pushed
 
 
 def names_to_publish(owner: str) -> list[str]:
