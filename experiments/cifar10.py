@@ -10,19 +10,21 @@ averaged weights. A run that was stopped goes on where it was; its file of the s
 
 import argparse
 import csv
+import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from safetensors.torch import save_model
 from timm.data import create_dataset
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, ParseKwargs
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 
 import repvgg_zoo  # noqa: F401  registers its models
 
@@ -38,6 +40,9 @@ def main() -> None:
     parser.add_argument('--model', default='test_repvgg')
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
     parser.add_argument('--epochs', type=int, default=200)
+    parser.add_argument(
+        '--minutes', type=float, default=float('inf'), help='end by then; the learning rate falls faster'
+    )
     parser.add_argument('--batch-size', type=int, default=128)
     parser.add_argument('--lr', type=float, default=0.1)
     parser.add_argument('--weight-decay', type=float, default=5e-4)
@@ -51,9 +56,10 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    model = timm.create_model(args.model, num_classes=10, **args.model_kwargs).to(args.device)
     train_images, train_labels = load(args.data, 'train', args.images, args.device)
     test_images, test_labels = load(args.data, args.val_split, args.images, args.device)
+    model = timm.create_model(args.model, num_classes=10, **args.model_kwargs).to(args.device)
+    print(f'{len(train_labels)} training images, {len(test_labels)} test images', flush=True)
     padded, px = pad(train_images), train_images.shape[1]
     mean, std = (255 * torch.tensor(model.pretrained_cfg[key], device=args.device) for key in ('mean', 'std'))
     ema = ModelEmaV3(model, decay=args.ema_decay)
@@ -72,6 +78,7 @@ def main() -> None:
         model.compile(mode='reduce-overhead' if args.device.startswith('cuda') else None)
 
     steps = len(train_labels) // args.batch_size
+    last, warm, begin, part = args.epochs * steps, 2 * steps, time.perf_counter(), 0.0
     for epoch in range(begun, args.epochs):
         start = time.perf_counter()
         generator = torch.Generator().manual_seed(1000 * args.seed + epoch)
@@ -82,7 +89,9 @@ def main() -> None:
         model.train()
         total = torch.zeros((), device=args.device)
         for step, (chosen, top, left, flip) in zip(range(steps), zip(*batches, strict=True), strict=False):
-            lr = args.lr * triangle(epoch * steps + step, 2 * steps, args.epochs * steps)
+            done = epoch * steps + step
+            part = max(done / last, (time.perf_counter() - begin) / (60 * args.minutes))
+            lr = args.lr * max(0.0, min((done + 1) / warm, (1 - part) / (1 - min(warm, last - 1) / last)))
             for group in optimizer.param_groups:
                 group['lr'] = lr
             x = normalise(crop(padded, chosen, top, left, flip, px), mean, std)
@@ -94,7 +103,8 @@ def main() -> None:
             optimizer.zero_grad()
             ema.update(model)
             total += loss.detach()
-        tested, score = epoch % 5 == 4 or epoch == args.epochs - 1, ''
+        is_over = part >= 1 or epoch == args.epochs - 1
+        tested, score = epoch % 5 == 4 or is_over, ''
         if tested:
             score = f'{top1_pct(ema.module, normalise(test_images, mean, std), test_labels):.2f}'
         if tested or args.device == 'cpu':
@@ -105,18 +115,25 @@ def main() -> None:
                 (epoch, f'{lr:.5f}', f'{total.item() / steps:.4f}', score, f'{seconds:.1f}')
             )
         print(log.read_text().splitlines()[-1], flush=True)
+        if is_over:
+            break
     save_model(ema.module, str(args.out / 'model.safetensors'))
     state_file.unlink(missing_ok=True)
 
 
 def load(root: str, split: str, count: int | None, device: str) -> tuple[Tensor, Tensor]:
     """Images `(N, H, W, 3)` as bytes, and their classes."""
-    samples = create_dataset('', root=root, split=split)
-    chosen = range(len(samples)) if count is None else torch.linspace(0, len(samples) - 1, count).long().tolist()
-    with ThreadPoolExecutor() as pool:
-        pairs = list(pool.map(lambda index: samples[index], chosen))
-    images = torch.from_numpy(np.stack([np.asarray(image) for image, _ in pairs]))
-    return images.to(device), torch.tensor([label for _, label in pairs], device=device)
+    samples = create_dataset('', root=str(Path(root) / split))
+    if count is not None:
+        samples = Subset(samples, torch.linspace(0, len(samples) - 1, count).long().tolist())
+    batches = list(DataLoader(samples, batch_size=500, num_workers=os.cpu_count() or 1, collate_fn=stack))
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return images.to(device), labels.to(device)
+
+
+def stack(samples: list[tuple[Image, int]]) -> tuple[Tensor, Tensor]:
+    images, labels = zip(*samples, strict=True)
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])), torch.tensor(labels)
 
 
 def pad(images: Tensor) -> Tensor:
@@ -136,11 +153,6 @@ def crop(padded: Tensor, chosen: Tensor, top: Tensor, left: Tensor, flip: Tensor
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """`(B, 3, H, W)` in channels_last from bytes `(B, H, W, 3)`."""
     return ((images - mean) / std).permute(0, 3, 1, 2)
-
-
-def triangle(step: int, peak: int, end: int) -> float:
-    """Rise from 0 to 1 until `peak`, fall to 0 until `end`."""
-    return (step + 1) / peak if step < peak else (end - step) / max(1, end - peak)
 
 
 def autocast(device: str) -> torch.autocast:

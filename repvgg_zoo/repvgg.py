@@ -98,10 +98,11 @@ def _create_repvgg(
     def build(**model_kwargs: Any) -> RepVGG:
         if not pretrained:
             return RepVGG(variant, deploy=deploy, **model_kwargs)
+        device = torch.device(model_kwargs.get('device') or torch.get_default_device())
         # unfolding starts from the initial values of the branches
-        make = RepVGG if unfold else _build_without_values
+        make = RepVGG if unfold or device.type == 'meta' else _build_without_values
         model = make(variant, deploy=deploy, **model_kwargs)
-        load_pretrained(model, cfg, cache_dir=cache_dir, unfold=unfold)
+        load_pretrained(model, cfg, cache_dir=cache_dir, unfold=unfold, device=device)
         return model
 
     description: Any = dataclasses.replace(cfg, state_dict=None)
@@ -119,12 +120,11 @@ def _create_repvgg(
 
 
 def _build_without_values(variant: Variant, **kwargs: Any) -> RepVGG:
-    """Build a model whose tensors are all loaded next. On the CPU it spends no memory or time on initial values."""
-    if kwargs.get('device') is None and torch.get_default_device().type == 'cpu':
-        model = RepVGG(variant, **(kwargs | {'device': 'meta'}))
-        tensors = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-        if tensors <= model.state_dict().keys():  # no layer has a buffer that no file holds
-            return model
+    """Build a model whose tensors are all loaded next, and spend no memory or time on initial values."""
+    model = RepVGG(variant, **(kwargs | {'device': 'meta'}))
+    tensors = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    if tensors <= model.state_dict().keys():  # no layer has a buffer that no file holds
+        return model
     return RepVGG(variant, **kwargs)
 
 

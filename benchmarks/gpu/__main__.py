@@ -9,7 +9,10 @@ part that fails leaves a line in the page, and the others go on. `--out` gets a 
 """
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -37,6 +40,7 @@ def main() -> int:
     parser.add_argument('--rehearse', action='store_true', help='tiny models, on the CPU unless --device is given')
     parser.add_argument('--minutes', type=float, default=8.5, help='start no part after that (%(default)s)')
     parser.add_argument('--cifar10', metavar='FOLDER', help='folder with the folders train and test')
+    parser.add_argument('--cifar10-options', nargs=argparse.REMAINDER, default=[], help='of experiments/cifar10.py')
     parser.add_argument('--epochs', type=int, default=200, help='of the training on CIFAR-10 (%(default)s)')
     parser.add_argument('--skip', nargs='*', default=[], metavar='PART', help='parts to leave out')
     args = parser.parse_args()
@@ -54,13 +58,13 @@ def main() -> int:
     agreeing = apart.submit(agreement, settings.agreeing, args.device, px=settings.agreement_px)
     parts = plans(settings, args.device)
     compiled = [case for cases in parts.values() for case in cases if case.runtime != 'eager']
-    results.add('warm_up', lambda: warm_up(compiled, seconds=results.seconds_left() / 2, workers=4))
+    results.add('warm_up', lambda: warm_up(compiled, seconds=results.seconds_left() / 3, workers=5))
     results.add('agreement', lambda: agreeing.result(results.seconds_left()))
     apart.shutdown(wait=False, cancel_futures=True)
     if tests:
-        results.add('tests', lambda: finish(tests, results.seconds_left(), args.out / 'device-tests.txt'))
+        results.add('tests', lambda: finish(tests, results.seconds_left() / 4, args.out / 'device-tests.txt'))
     if training:
-        results.add('cifar10', lambda: finish(training, results.seconds_left(), args.out / 'cifar10.txt'))
+        results.add('cifar10', lambda: finish(training, results.seconds_left() / 2, args.out / 'cifar10.txt'))
 
     results.add('loading', lambda: loading(settings, args.device))
     for name, cases in parts.items():
@@ -100,19 +104,21 @@ class Parts:
 
 
 def device_tests(args: argparse.Namespace) -> list[str]:
-    chosen = ['tests/reparam/test_fold.py'] if args.rehearse else ['tests']
-    options = ['-m', 'device and not slow', '-q', '-p', 'no:cacheprovider', '-n', '2' if args.rehearse else '5']
-    return [sys.executable, '-m', 'pytest', *chosen, '--device', args.device, *options]
+    chosen, workers = ('tests/reparam/test_fold.py', '2') if args.rehearse else ('tests', '6')
+    options = ['-q', '-m', 'device and not slow and not exhaustive', '-n', workers, '-p', 'no:cacheprovider']
+    return [sys.executable, '-m', 'pytest', chosen, '--device', args.device, *options]
 
 
 def cifar10(args: argparse.Namespace) -> list[str]:
-    options = ['--epochs', str(args.epochs), '--device', args.device, '--out', str(args.out / 'cifar10')]
+    options = ['--epochs', str(args.epochs), '--minutes', str(args.minutes / 2), '--device', args.device]
+    options += ['--out', str(args.out / 'cifar10')]
+    options += args.cifar10_options
     tiny = ['--images', '256', '--eager'] if args.rehearse else []
     return [sys.executable, 'experiments/cifar10.py', '--data', args.cifar10, *options, *tiny]
 
 
 def start(command: list[str], log: Path) -> subprocess.Popen:
-    return subprocess.Popen(command, cwd=ROOT, stdout=log.open('w'), stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, cwd=ROOT, stdout=log.open('w'), stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def finish(process: subprocess.Popen, seconds: float, log: Path) -> dict[str, Any]:
@@ -120,7 +126,8 @@ def finish(process: subprocess.Popen, seconds: float, log: Path) -> dict[str, An
     try:
         status = process.wait(seconds)
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its workers too
     last = (log.read_text().splitlines() or [''])[-1]
     if status:
         raise RuntimeError(f'exit status {status}: {last}')

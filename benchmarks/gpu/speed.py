@@ -26,7 +26,9 @@ class Settings:
     agreement_px: int
     inferring: Sequence[str]
     training: Sequence[str]
+    compiled: Sequence[str]
     peers: Sequence[str]
+    trained_peer: str
     loaded: str
     batch: int
     rounds: int
@@ -37,7 +39,9 @@ FULL = Settings(
     agreement_px=128,
     inferring=('repvgg_a0', 'repvgg_a2', 'repvgg_b1', 'repvgg_b1g4', 'repvgg_b3', 'repvgg_d2se'),
     training=('repvgg_a0', 'repvgg_b1', 'repvgg_b1g4'),
+    compiled=('repvgg_a0', 'repvgg_b1'),
     peers=('timm:resnet18', 'timm:resnet50', 'timm:resnet101'),
+    trained_peer='timm:resnet50',
     loaded='repvgg_b3',
     batch=256,
     rounds=5,
@@ -47,7 +51,9 @@ REHEARSAL = Settings(
     agreement_px=64,
     inferring=('test_repvgg',),
     training=('test_repvgg',),
+    compiled=('test_repvgg',),
     peers=('timm:test_resnet',),
+    trained_peer='timm:test_resnet',
     loaded='repvgg_a0',
     batch=2,
     rounds=1,
@@ -56,23 +62,20 @@ REHEARSAL = Settings(
 
 def plans(settings: Settings, device: str) -> dict[str, list[Case]]:
     """The cases of each part, the most important part first."""
-    compiled = {1: 'compile-reduce-overhead', settings.batch: 'compile'}
     inferring = [*with_timms(settings.inferring), *settings.peers]
-    training = [*with_timms(settings.training), next(peer for peer in reversed(settings.peers) if '101' not in peer)]
+    training = [*with_timms(settings.training), settings.trained_peer]
+    compiled = [*with_timms(settings.compiled), settings.trained_peer]
     infer: dict[str, Any] = dict(forms=['deploy'], dtypes=['bfloat16'], layouts=['channels_last'], device=device)
     train: dict[str, Any] = dict(work=['train'], batches=[settings.batch], dtypes=['amp_bfloat16'], device=device)
     return {
-        'inference_eager': plan(inferring, batches=list(compiled), **infer),
-        'training_eager': plan(training, layouts=['channels_last', 'contiguous'], **train),
+        'training_eager_channels_last': plan(training, layouts=['channels_last'], **train),
+        'inference_eager': plan(inferring, batches=[1, settings.batch], **infer),
         'inference_compiled': [
-            case
-            for batch, runtime in compiled.items()
-            for case in plan(inferring, batches=[batch], runtimes=[runtime], **infer)
+            *plan(compiled, batches=[1], runtimes=['compile-reduce-overhead'], **infer),
+            *plan(compiled, batches=[settings.batch], runtimes=['compile'], **infer),
         ],
-        **{
-            f'training_compiled_{layout}': plan(training, layouts=[layout], runtimes=['compile'], **train)
-            for layout in ('channels_last', 'contiguous')
-        },
+        'training_compiled': plan(compiled, layouts=['channels_last'], runtimes=['compile'], **train),
+        'training_eager_contiguous': plan(training, layouts=['contiguous'], **train),
     }
 
 
@@ -84,8 +87,10 @@ def with_timms(names: Sequence[str]) -> list[str]:
 
 def measure(cases: Sequence[Case], settings: Settings) -> dict[str, Any]:
     """Rows of the benchmark, and why cases were skipped."""
-    # a baseline without cases of its own: the page compares rows of the same setting
-    results = run_benchmark(cases, baseline=settings.peers[0], rounds=settings.rounds, memory=False, track=no_progress)
+    # the page compares rows of the same setting itself
+    results = run_benchmark(
+        cases, baseline=settings.trained_peer, rounds=settings.rounds, memory=False, track=no_progress
+    )
     return {'rows': [asdict(row) for row in results.rows], 'skipped': results.skipped, 'peaks': results.machine}
 
 

@@ -21,7 +21,7 @@ FILE_SUFFIXES = ('.safetensors', '.pth', '.pt', '.tar', '.bin', '.ckpt', INDEX_S
 """Suffixes of checkpoint files."""
 
 
-def read_checkpoint(path: str | Path, *, use_ema: bool = True) -> dict[Any, Any]:
+def read_checkpoint(path: str | Path, *, use_ema: bool = True, device: str = 'cpu') -> dict[Any, Any]:
     """Read the state dict of a `.safetensors` or torch file, with its keys and values as they are.
 
     A trainer's checkpoint holds its state dict under a name like `state_dict` or `model`, and possibly an average of
@@ -31,9 +31,10 @@ def read_checkpoint(path: str | Path, *, use_ema: bool = True) -> dict[Any, Any]
     Args:
         path: A file in either format, with any name, or an index like `model.safetensors.index.json`.
         use_ema: Take the average if the file has one.
+        device: Device to read safetensors to. Those of torch files are on the CPU.
 
     Returns:
-        Tensors on the CPU that own their memory.
+        Tensors that own their memory.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -49,8 +50,8 @@ def read_checkpoint(path: str | Path, *, use_ema: bool = True) -> dict[Any, Any]
     if not path.is_file():
         raise FileNotFoundError(f'no checkpoint file at {str(path)!r}')
     if path.name.endswith(INDEX_SUFFIX):
-        return _read_shards(path)
-    content = _read_safetensors(path) if _is_safetensors(path) else read_torch(path)
+        return _read_shards(path, device)
+    content = _read_safetensors(path, device) if _is_safetensors(path) else read_torch(path)
     weights = weights_of(content, use_ema=use_ema)
     if weights is None:
         held = f'; it holds {abbreviate(map(str, content))}' if isinstance(content, Mapping) and content else ''
@@ -61,7 +62,7 @@ def read_checkpoint(path: str | Path, *, use_ema: bool = True) -> dict[Any, Any]
     return dict(weights)
 
 
-def _read_shards(path: Path) -> StateDict:
+def _read_shards(path: Path, device: str) -> StateDict:
     """Read weights in several files, as huggingface_hub and accelerate split them."""
     try:
         places = json.loads(path.read_text('utf-8'))['weight_map']
@@ -75,7 +76,7 @@ def _read_shards(path: Path) -> StateDict:
         raise CheckpointError(f'{str(path)!r} names files that are not there: {abbreviate(missing)}; get them too')
     state_dict: StateDict = {}
     for name in names:
-        state_dict |= read_checkpoint(path.parent / name)
+        state_dict |= read_checkpoint(path.parent / name, device=device)
     if lost := [key for key in places if key not in state_dict]:
         raise CheckpointError(f'the files of {str(path)!r} lack {abbreviate(lost)}; get them again')
     return state_dict
@@ -92,7 +93,7 @@ def _is_safetensors(path: Path) -> bool:
     return path.suffix == '.safetensors' or (first == b'{' and header_size < path.stat().st_size)
 
 
-def _read_safetensors(path: Path) -> StateDict:
+def _read_safetensors(path: Path, device: str) -> StateDict:
     """Read tensors into memory of their own, because tensors that map the file would change with it."""
     from safetensors import safe_open
 
@@ -101,9 +102,10 @@ def _read_safetensors(path: Path) -> StateDict:
         with safe_open(path, 'pt') as file:
             keys = list(file.keys())
         for first in range(0, len(keys), _TENSORS_AT_A_TIME):
-            with safe_open(path, 'pt') as file:
+            with safe_open(path, 'pt', device=device) as file:
                 for key in keys[first : first + _TENSORS_AT_A_TIME]:
-                    tensors[key] = file.get_tensor(key).clone()
+                    tensor = file.get_tensor(key)
+                    tensors[key] = tensor.clone() if device == 'cpu' else tensor
     except Exception as error:  # a bad header makes the reader raise errors of any class
         raise CheckpointError(f'{str(path)!r} is truncated or no safetensors file ({error}); get it again') from error
     return tensors

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from timm.models import PretrainedCfg, adapt_input_conv
 from torch import Tensor, nn
 
@@ -88,7 +89,12 @@ def load_checkpoint(
 
 
 def load_pretrained(
-    model: RepVGG, cfg: PretrainedCfg, *, cache_dir: str | Path | None = None, unfold: bool = False
+    model: RepVGG,
+    cfg: PretrainedCfg,
+    *,
+    cache_dir: str | Path | None = None,
+    unfold: bool = False,
+    device: torch.device | None = None,
 ) -> None:
     """Load the weights that a pretrained configuration names into a model.
 
@@ -100,6 +106,7 @@ def load_pretrained(
         cfg: Names a state dict, a file, a Hub repository or a URL.
         cache_dir: Folder for downloads, instead of the default one.
         unfold: As in `load_checkpoint`.
+        device: Device for a model on the meta device, instead of the CPU.
 
     Raises:
         CheckpointError: The weights cannot be had or read, or do not fit the model.
@@ -114,32 +121,41 @@ def load_pretrained(
     if cfg.state_dict is not None:
         checkpoint = identify(cfg.state_dict)
         copies = {key: value.clone() for key, value in checkpoint.state_dict.items()}
-        _load(model, replace(checkpoint, state_dict=copies), unfold=unfold, cfg=cfg)
+        _load(model, replace(checkpoint, state_dict=copies), unfold=unfold, cfg=cfg, device=device)
         return
     path = locate(cfg, cache_dir=cache_dir)
-    checkpoint = read(path)
+    # CUDA folds faster than the CPU, and other devices may lack float64
+    checkpoint = read(path, device=str(device) if device is not None and device.type == 'cuda' else 'cpu')
     try:
-        _load(model, checkpoint, unfold=unfold, cfg=cfg)
+        _load(model, checkpoint, unfold=unfold, cfg=cfg, device=device)
     except CheckpointError as error:
         raise CheckpointError(f'{str(path)!r}: {error}') from error
 
 
-def _load(model: RepVGG, checkpoint: Checkpoint, *, unfold: bool, cfg: PretrainedCfg | None = None) -> None:
+def _load(
+    model: RepVGG,
+    checkpoint: Checkpoint,
+    *,
+    unfold: bool,
+    cfg: PretrainedCfg | None = None,
+    device: torch.device | None = None,
+) -> None:
     checkpoint = convert_form(checkpoint, model, unfold=unfold)
     if cfg is not None:
         adapt_inputs_and_classifier(checkpoint, model, cfg)
     if unfold:  # once the shapes are the model's
         checkpoint = make_branches(checkpoint, model)
-    assign(model, checkpoint)
+    assign(model, checkpoint, device=device)
 
 
-def read(path: str | Path, *, use_ema: bool = True, prefix: str | None = None) -> Checkpoint:
+def read(path: str | Path, *, use_ema: bool = True, prefix: str | None = None, device: str = 'cpu') -> Checkpoint:
     """Read a file of weights, rename its keys, check its values and identify it.
 
     Args:
         path: See `load_checkpoint`.
         use_ema: Take the average of the weights where the file has one.
         prefix: Take only the part of a larger network whose keys start with this.
+        device: Device to read safetensors to. Those of torch files are on the CPU.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -155,7 +171,7 @@ def read(path: str | Path, *, use_ema: bool = True, prefix: str | None = None) -
     """
     path = Path(path)
     path = weights_in(path) if path.is_dir() else path
-    state_dict = read_checkpoint(path, use_ema=use_ema)
+    state_dict = read_checkpoint(path, use_ema=use_ema, device=device)
     try:
         return identify(state_dict, prefix=prefix)
     except CheckpointError as error:
@@ -250,8 +266,13 @@ def make_branches(checkpoint: Checkpoint, model: RepVGG) -> Checkpoint:
     return Checkpoint(state_dict, 'training', (model.block,))
 
 
-def assign(model: RepVGG, checkpoint: Checkpoint) -> None:
+def assign(model: RepVGG, checkpoint: Checkpoint, *, device: torch.device | None = None) -> None:
     """Give a model weights that fit it exactly: a model on the meta device takes the tensors over, others copy them.
+
+    Args:
+        model: The model to change.
+        checkpoint: Weights in the form of the model.
+        device: Device for a model on the meta device, instead of that of the weights.
 
     Raises:
         CheckpointError: The weights do not fit, or are beyond the dtype of the model; the model is then unchanged.
@@ -262,7 +283,7 @@ def assign(model: RepVGG, checkpoint: Checkpoint) -> None:
     if model.device.type != 'meta':
         model.load_state_dict(state_dict)
         return
-    own = {key: _detached_copy(value, expected[key]) for key, value in state_dict.items()}
+    own = {key: _detached_copy(value, expected[key], device or value.device) for key, value in state_dict.items()}
     model.load_state_dict(own, assign=True)
 
 
@@ -302,8 +323,8 @@ def _adapt_stem(checkpoint: Checkpoint, model: RepVGG, source_chans: int) -> Non
         state_dict[key] = adapt_input_conv(model.in_chans, state_dict[key])
 
 
-def _detached_copy(value: Tensor, like: Tensor) -> Tensor:
+def _detached_copy(value: Tensor, like: Tensor, device: torch.device) -> Tensor:
     """Return a contiguous tensor in the dtype of `like` with a storage of its own; copy only if necessary."""
     # flat in between, because a 1x1 kernel is contiguous in channels_last too
-    value = value.detach().to(like.dtype).contiguous().view(-1).view(value.shape)
+    value = value.detach().to(like.dtype).to(device).contiguous().view(-1).view(value.shape)
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
