@@ -172,6 +172,9 @@ def test_load_onto_a_device_gives_the_same(options, elsewhere):
         made.reset_classifier(7)
         made.reset_classifier(5, 'catavgmax')
         assert_all_on('cuda', made)
+        made.head = nn.Identity()
+        made.reset_classifier(4)
+        assert_all_on('cuda', made)
 
 
 def test_unfold_state_dict_of_the_cpu_for_a_model_on_a_device_gives_the_same(elsewhere):

@@ -128,12 +128,11 @@ class ConvBN(NamedTuple):
 
     def scale_shift(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
         """scale = γ / sqrt(σ² + ε), shift = β + (b - μ) · scale, both `(C_out,)`; a scale of None is 1."""
-        device = self.kernel.device
         if self.norm is None or isinstance(self.norm, nn.Identity):
-            zeros = torch.zeros(len(self.kernel), dtype=dtype, device=device)
-            return None, zeros if self.bias is None else self.bias.to(device, dtype)
-        scale, shift = (t.to(device) for t in BNStats.of(self.norm).scale_shift(dtype))
-        return scale, shift if self.bias is None else shift + self.bias.to(device, dtype) * scale
+            zeros = torch.zeros(len(self.kernel), dtype=dtype, device=self.kernel.device)
+            return None, zeros if self.bias is None else self.bias.to(dtype)
+        scale, shift = BNStats.of(self.norm).scale_shift(dtype)
+        return scale, shift if self.bias is None else shift + self.bias.to(dtype) * scale
 
 
 def fold_branches(
