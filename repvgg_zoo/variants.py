@@ -141,9 +141,9 @@ VARIANTS = MappingProxyType(
             Variant(name='repvggplus_l2pse', depths=_DEPTHS_D, width=_W25, se=_SE_PLUS, aux_heads=True),
             Variant(
                 name='test_repvgg',  # for images of 32 pixels
-                depths=(4, 4, 1, 1),
-                width=(0.75, 0.75, 0.5, 0.1875),
-                strides=(1, 2, 2, 2, 2),
+                depths=(2, 4, 3, 1),
+                width=(0.5, 0.5, 0.5, 0.1875),
+                strides=(1, 1, 2, 2, 2),
             ),
         )
     }

@@ -168,7 +168,7 @@ def read_manifest() -> Mapping[str, WeightsRecord]:
     Example:
         >>> record = read_manifest()['test_repvgg.cifar10_deploy']
         >>> record.form, record.training_name, record.params
-        ('deploy', 'test_repvgg.cifar10', 597546)
+        ('deploy', 'test_repvgg.cifar10', 629354)
     """
     records = json.loads(manifest_path().read_text('utf-8'))
     return MappingProxyType({name: _record(name, fields) for name, fields in records.items()})

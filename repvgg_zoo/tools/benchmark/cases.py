@@ -138,7 +138,7 @@ def gmacs(model: ModelName, form: BenchmarkForm) -> float:
 
     Example:
         >>> round(gmacs(ModelName.parse('test_repvgg'), 'deploy'), 3)
-        0.043
+        0.078
     """
     return forward_gmacs(model.build(form).to('meta'), Case(model=model, form=form).batch_of_images().to('meta'))
 
