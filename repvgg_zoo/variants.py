@@ -145,9 +145,9 @@ VARIANTS = MappingProxyType(
             Variant(name='repvgg_a2_cifar', depths=_DEPTHS_A, width=_A2, strides=_STRIDES_CIFAR),
             Variant(
                 name='test_repvgg',  # for images of 32 pixels
-                depths=(4, 4, 1, 1),
-                width=(0.75, 0.75, 0.5, 0.1875),
-                strides=(1, 2, 2, 2, 2),
+                depths=(2, 4, 3, 1),
+                width=(0.5, 0.5, 0.5, 0.1875),
+                strides=(1, 1, 2, 2, 2),
             ),
         )
     }

@@ -209,11 +209,11 @@ def model(request):
 def test_model_has_the_interface_of_timm(model):
     x = images(2, px=32)
     features = model.forward_features(x)
-    assert features.shape == (2, model.num_features, 2, 2)
+    assert features.shape == (2, model.num_features, 4, 4)
     assert torch.equal(model.forward_head(features), model(x))
     assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
     assert (model.in_chans, model.num_classes, model.global_pool) == (3, 10, 'avg')
-    assert (model.drop_rate, model.drop_path_rate, model.output_stride) == (0, 0, 16)
+    assert (model.drop_rate, model.drop_path_rate, model.output_stride) == (0, 0, 8)
     assert (model.device, model.dtype) == (x.device, torch.float32)
     assert model.no_weight_decay() == set()
     assert model.get_classifier() is model.head.fc
@@ -288,7 +288,7 @@ class NarrowHead(nn.Module):
 
 
 HEADS = {
-    'identity': (nn.Identity, (2, 96, 2, 2)),
+    'identity': (nn.Identity, (2, 96, 4, 4)),
     'sequential': (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 3)), (2, 3)),
     'own class': (lambda: NarrowHead(96), (2, 3)),
 }

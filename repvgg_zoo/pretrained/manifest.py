@@ -176,7 +176,7 @@ def read_manifest() -> Mapping[str, WeightsRecord]:
     Example:
         >>> record = read_manifest()['test_repvgg.cifar10_deploy']
         >>> record.form, record.training_name, record.params
-        ('deploy', 'test_repvgg.cifar10', 597546)
+        ('deploy', 'test_repvgg.cifar10', 629354)
     """
     path = manifest_path()
     try:

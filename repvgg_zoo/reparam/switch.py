@@ -81,7 +81,7 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
         >>> model = timm.create_model('test_repvgg', pretrained=True)
         >>> model = repvgg_zoo.switch_to_deploy(model, verify=torch.ones(1, 3, 32, 32))
         >>> model.stem.reparam_conv
-        Conv2d(3, 48, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
+        Conv2d(3, 32, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
     _refuse_graphs_and_shards(module)
     blocks = list(_find_blocks(module))

@@ -104,7 +104,7 @@ def test_load_part_of_state_dict_reports_missing_keys(state_dict):
 
 def test_fold_shared_kernels_gives_each_block_its_own(state_dict, model):
     """As tied weights in a torch file are."""
-    first, second = 'stages.0.1.conv_kxk.conv.weight', 'stages.0.2.conv_kxk.conv.weight'
+    first, second = 'stages.1.1.conv_kxk.conv.weight', 'stages.1.2.conv_kxk.conv.weight'
     state_dict[second] = state_dict[first]
     model = copy.deepcopy(model)
     model.load_state_dict(state_dict)

@@ -6,18 +6,28 @@ import pytest
 import timm
 import torch
 from helpers import FORMS, images, randomise, rel_diff
+from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
-from repvgg_zoo import switch_to_deploy
+from repvgg_zoo import VARIANTS, switch_to_deploy
 from repvgg_zoo.reparam.evaluation import disable_fast_path
 
 
-def pretrained_stem():
-    return timm.create_model('test_repvgg', pretrained=True).state_dict()['stem.conv_kxk.conv.weight']
+@pytest.fixture(scope='module')
+def backbone(tmp_path_factory):
+    """A folder with a small backbone of reductions 2 to 32, as segmentation and detection expect it."""
+    folder = tmp_path_factory.mktemp('backbone')
+    small = dict(depths=(1, 2, 2, 1), width=(0.25, 0.25, 0.25, 0.125), num_classes=2)
+    save_for_hf(randomise(timm.create_model('repvgg_a0', **small)), folder)
+    return f'local-dir:{folder}'
+
+
+def stem_kernel(model):
+    return model.state_dict()['stem.conv_kxk.conv.weight'].float()
 
 
 def check_training_and_switch(module, loss, run):
@@ -38,20 +48,16 @@ def check_training_and_switch(module, loss, run):
 
 @pytest.mark.parametrize('decoder', ['Unet', 'FPN', 'Linknet', 'DeepLabV3Plus', 'UPerNet'])
 @pytest.mark.parametrize('output_stride', [None, 8, 16])
-def test_segmentation_decoder_trains_and_switches(decoder, output_stride):
+def test_segmentation_decoder_trains_and_switches(decoder, output_stride, backbone):
     smp = pytest.importorskip('segmentation_models_pytorch')
     decoder = getattr(smp, decoder)
-    options = {'encoder_depth': 4}  # test_repvgg has five feature maps, of reductions 1 to 16
+    options = {'decoder_channels': 32} if decoder is smp.DeepLabV3Plus else {}  # its 256 take a minute
     if output_stride and 'encoder_output_stride' not in inspect.signature(decoder).parameters:
         pytest.skip('the decoder has no such option')
     if output_stride:
         options['encoder_output_stride'] = output_stride
-    if decoder is smp.Unet:
-        options['decoder_channels'] = (64, 32, 16, 16)
-    if decoder is smp.FPN:
-        options['upsampling'] = 2
-    network = decoder('tu-test_repvgg', encoder_weights=True, classes=2, **options).double()
-    assert torch.equal(network.encoder.model.state_dict()['stem.conv_kxk.conv.weight'].float(), pretrained_stem())
+    network = decoder(f'tu-{backbone}', encoder_weights=True, classes=2, **options).double()
+    assert torch.equal(stem_kernel(network.encoder.model), stem_kernel(timm.create_model(backbone, pretrained=True)))
     x = images(2, px=64, dtype=torch.float64)
     assert network.eval()(x).shape == (2, 2, 64, 64)
     check_training_and_switch(network, lambda: network(x).square().mean(), lambda: network(x))
@@ -90,19 +96,19 @@ def test_torchvision_detector_trains_and_switches(detector):
     assert set(network(x)[0]) == {'boxes', 'labels', 'scores'}
 
 
-def test_efficientdet_trains_and_switches():
+def test_efficientdet_trains_and_switches(backbone):
     effdet = pytest.importorskip('effdet')
     config = effdet.get_efficientdet_config('efficientdet_d0')
     config.update(
-        dict(backbone_name='test_repvgg', image_size=[128, 128], num_classes=3, fpn_cell_repeats=1, fpn_channels=16),
+        dict(backbone_name=backbone, image_size=[128, 128], num_classes=3, fpn_cell_repeats=1, fpn_channels=16),
         box_class_repeats=1,
         backbone_args={},
         backbone_indices=(2, 3, 4),
-        min_level=2,
-        max_level=6,
+        min_level=3,
+        max_level=7,
     )
     network = effdet.EfficientDet(config, pretrained_backbone=True).double()
-    assert torch.equal(network.backbone.state_dict()['stem.conv_kxk.conv.weight'].float(), pretrained_stem())
+    assert torch.equal(stem_kernel(network.backbone), stem_kernel(timm.create_model(backbone, pretrained=True)))
     x = images(2, px=128, dtype=torch.float64)
 
     def run():
@@ -165,7 +171,7 @@ def test_pruned_model_switch_keeps_outputs(block):
     for folded in (model.stem, model.stages[1][1]):
         conv = folded.reparam_conv
         assert (conv.out_channels, conv.in_channels) == conv.weight.shape[:2]
-    assert model.stem.reparam_conv.out_channels == 24
+    assert model.stem.reparam_conv.out_channels == VARIANTS['test_repvgg'].stem_channels // 2
 
 
 @FORMS

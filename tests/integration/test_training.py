@@ -149,9 +149,10 @@ def test_frozen_norms_switch_keeps_outputs():
 
 
 def test_train_mode_one_value_per_channel_raises_torchs_error():
+    px = repvgg_zoo.VARIANTS['test_repvgg'].total_stride
     with pytest.raises(ValueError, match='Expected more than 1 value per channel when training'):
-        timm.create_model('test_repvgg').train()(images(1, px=16))
-    timm.create_model('test_repvgg', deploy=True).train()(images(1, px=16))
+        timm.create_model('test_repvgg').train()(images(1, px=px))
+    timm.create_model('test_repvgg', deploy=True).train()(images(1, px=px))
 
 
 @FORMS

@@ -170,7 +170,7 @@ def test_pretrained_features_only_equals_intermediates(model, x, deploy, feature
     expected = model.forward_intermediates(x, indices=(1, 4), intermediates_only=True)
     for a, b in zip(features(x), expected, strict=True):
         assert rel_diff(a, b) < 1e-5
-    assert features.feature_info.channels() == [48, 96]
+    assert features.feature_info.channels() == [32, 96]
 
 
 def test_pretrained_flipped_byte_raises(tmp_path, monkeypatch):

@@ -280,9 +280,9 @@ def test_layer_errors_quantize_one_layer_at_a_time():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not model.stem.reparam_conv._forward_pre_hooks
     with torch.no_grad():  # one channel with a range that leaves nothing to the others, and of no consequence itself
-        model.stages[0][2].reparam_conv.weight[5] *= 1000
-        model.stages[0][3].reparam_conv.weight[:, 5] = 0
-    assert layer_errors(model, x, track=no_progress)[0].layer == 'stages.0.3.reparam_conv'
+        model.stages[1][2].reparam_conv.weight[5] *= 1000
+        model.stages[1][3].reparam_conv.weight[:, 5] = 0
+    assert layer_errors(model, x, track=no_progress)[0].layer == 'stages.1.3.reparam_conv'
 
 
 def test_fake_quantized_values_have_eight_bits():
@@ -304,7 +304,7 @@ def test_equalize_computes_same_with_equal_ranges():
     expected = model(x)
     assert equalize(model) is model
     assert rel_diff(model(x), expected) < 1e-9
-    first, second = model.stages[0][1].reparam_conv.weight, model.stages[0][2].reparam_conv.weight
+    first, second = model.stages[1][1].reparam_conv.weight, model.stages[1][2].reparam_conv.weight
     ranges = first.abs().amax((1, 2, 3)) / second.abs().amax((0, 2, 3))
     assert ((ranges > 0.5) & (ranges < 2)).all()  # the sweeps come near it
 
@@ -337,7 +337,7 @@ def test_evenly_spaced_covers_folder():
 def test_equalize_dead_channels_stay():
     model = deployed()
     with torch.no_grad():
-        conv = model.stages[0][1].reparam_conv
+        conv = model.stages[1][1].reparam_conv
         conv.weight[5] *= 1e-12
         conv.bias[5] = 0.5
     x = images(8, 32)
@@ -348,10 +348,10 @@ def test_equalize_dead_channels_stay():
 def test_equalize_unread_channels_stay():
     model = deployed()
     with torch.no_grad():
-        model.stages[0][2].reparam_conv.weight[:, 5] *= 1e-12
-    bias = model.stages[0][1].reparam_conv.bias[5].item()
+        model.stages[1][2].reparam_conv.weight[:, 5] *= 1e-12
+    bias = model.stages[1][1].reparam_conv.bias[5].item()
     equalize(model, sweeps=1)
-    assert model.stages[0][1].reparam_conv.bias[5].item() == bias
+    assert model.stages[1][1].reparam_conv.bias[5].item() == bias
 
 
 def test_quantize_impossible_request_raises(tmp_path):

@@ -153,7 +153,7 @@ def gmacs(model: ModelName, form: BenchmarkForm) -> float:
 
     Example:
         >>> round(gmacs(ModelName.parse('test_repvgg'), 'deploy'), 3)
-        0.043
+        0.078
     """
     built = model.build(form, device='meta' if model.source == 'zoo' else 'cpu')  # timm's fold needs values
     return forward_gmacs(built.to('meta'), Case(model=model, form=form).batch_of_images().to('meta'))
