@@ -32,7 +32,10 @@ from repvgg_zoo.tools.markdown import markdown_table
 from repvgg_zoo.tools.quantize import quantize
 
 EPOCHS = 10
-RECIPE = """
+NETWORK = dict(depths=(4, 4, 1, 1), width=(0.75, 0.75, 0.5, 0.1875), strides=(1, 2, 2, 2, 2))
+"""Half the work of `test_repvgg` itself."""
+RECIPE = f"""
+    --model-kwargs {' '.join(f'{k}={str(v).replace(" ", "")}' for k, v in NETWORK.items())}
     --dataset= --train-split train --val-split test --model test_repvgg --num-classes 10 --epochs 10 --warmup-epochs 1
     --batch-size 128 --validation-batch-size 500 --opt sgd --momentum 0.9 --weight-decay 5e-4 --lr 0.1 --min-lr 0
     --sched-on-updates --scale 0.7 1.0 --ratio 0.9 1.1 --hflip 0.5 --train-interpolation bilinear --color-jitter 0
@@ -129,7 +132,7 @@ def accuracies(run: Path, block: str, data: Path) -> dict[str, str]:
     """Of the last epoch, not of the best one, which was chosen on the images that it is measured on."""
     with tempfile.TemporaryDirectory() as temporary:
         folder, last = Path(temporary), run / 'last.pth.tar'
-        model = convert(last, folder / 'model', variant='test_repvgg', block=block).eval()
+        model = convert(last, folder / 'model', variant='test_repvgg', block=block, model_kwargs=NETWORK).eval()
         dataset = create_dataset('', root=str(data / 'test'))
         dataset.transform = create_transform(**resolve_model_data_config(model))
         right = 0
@@ -155,7 +158,7 @@ def training_costs(precision: str) -> dict[str, tuple[str, ...]]:
     """Time of a training step and bytes saved for it, relative to the default block, and parameters in thousands."""
     x = torch.randn(128, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (128,))
-    models = {block: timm.create_model('test_repvgg', num_classes=10, block=block) for block in BLOCKS}
+    models = {block: timm.create_model('test_repvgg', num_classes=10, block=block, **NETWORK) for block in BLOCKS}
     autocast = torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bfloat16')
 
     def step(model: torch.nn.Module) -> None:
@@ -202,7 +205,7 @@ def plot(rows: dict[tuple[str, int], dict[str, str]], costs: dict[str, tuple[str
     axes.margins(0.08)
     axes.set_xlabel('time of a training step, relative to repvgg')
     axes.set_ylabel('top-1 of the deploy form, %')
-    axes.set_title(f'test_repvgg, {EPOCHS} epochs of CIFAR-10, a point a seed', fontsize=10)
+    axes.set_title(f'0.6 M parameters, {EPOCHS} epochs of CIFAR-10, a point a seed', fontsize=10)
     axes.grid(alpha=0.3)
     figure.savefig(RESULTS.with_suffix('.png'), dpi=120)
 
