@@ -25,6 +25,7 @@ import repvgg_zoo
 from repvgg_zoo import (
     BLOCKS,
     VARIANTS,
+    FoldError,
     RepVGG,
     RepVGGBlock,
     load_checkpoint,
@@ -36,6 +37,7 @@ from repvgg_zoo.blocks.base import ReparamBlock
 from repvgg_zoo.blocks.factory import block_type
 from repvgg_zoo.blocks.unfold import unfold_state_dict
 from repvgg_zoo.reparam import fold
+from repvgg_zoo.reparam.switch import _verify
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*non-leaf Tensor')
 BLOCK = pytest.mark.parametrize('name', BLOCKS)
@@ -291,3 +293,13 @@ def test_load_with_another_default_device_gives_the_same(tmp_path):
             load_checkpoint(made, tmp_path / 'file.pth')
         assert_all_on('cpu', made)
         assert rel_diff(made(image(1, 32, 3)), source(image(1, 32, 3))) < NEAR
+
+
+@pytest.mark.parametrize(('kind', 'raises'), [('cpu', True), ('cuda', False)])
+def test_switch_verify_bound_of_float32_is_that_of_tf32_on_cuda(kind, raises):
+    """cuDNN rounds to TF32: outputs of both forms may differ by some thousandths."""
+    outputs = [torch.ones(2), torch.tensor([1.0, 1.003])]
+    with pretended_device():
+        before, after = (t.to(kind) for t in outputs)
+        with pytest.raises(FoldError, match=r'differs by 0\.003') if raises else nullcontext():
+            _verify([before], [after])

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from agreement import agreement
-from page import write_page
+from page import BY_BRANCHES, write_page
 from speed import FULL, REHEARSAL, loading, measure, plans, warm_up
 
 from repvgg_zoo.tools.benchmark.benchmark import machine_facts
@@ -69,8 +69,9 @@ def main() -> int:
     results.add('loading', lambda: loading(settings, args.device))
     for name, cases in parts.items():
         results.add(name, lambda cases=cases: measure(cases, settings))
+        if name == 'training_eager_channels_last':
+            results.add(BY_BRANCHES, lambda cases=cases: measure(cases, settings, by_branches=True))
     results.add('page', lambda: write_page(results.parts, args.out))
-    print((args.out / 'README.md').read_text())
     return 1 if results.failed() else 0
 
 
@@ -104,8 +105,8 @@ class Parts:
 
 
 def device_tests(args: argparse.Namespace) -> list[str]:
-    chosen, workers = ('tests/reparam/test_fold.py', '2') if args.rehearse else ('tests', '6')
-    options = ['-q', '-m', 'device and not slow and not exhaustive', '-n', workers, '-p', 'no:cacheprovider']
+    chosen, workers = ('tests/reparam/test_fold.py', '2') if args.rehearse else ('tests', '8')
+    options = ['-v', '-m', 'device and not slow and not exhaustive', '-n', workers, '-p', 'no:cacheprovider']
     return [sys.executable, '-m', 'pytest', chosen, '--device', args.device, *options]
 
 
@@ -125,14 +126,17 @@ def finish(process: subprocess.Popen, seconds: float, log: Path) -> dict[str, An
     """Wait for a process, and give the last line that it printed."""
     try:
         status = process.wait(seconds)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its workers too
+    except subprocess.TimeoutExpired:
+        status = 'no end in time'
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # its workers too
     last = (log.read_text().splitlines() or [''])[-1]
     if status:
-        raise RuntimeError(f'exit status {status}: {last}')
+        raise RuntimeError(f'{status}; its last line: {last}')
     return {'last_line': last}
 
 
 if __name__ == '__main__':
+    if 'PYTHONHASHSEED' not in os.environ:  # or each process would compile, and cache, other code for the same model
+        os.execve(sys.executable, sys.orig_argv, os.environ | {'PYTHONHASHSEED': '0'})
     sys.exit(main())

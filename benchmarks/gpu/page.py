@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from repvgg_zoo.tools.markdown import markdown_table
 
 Row = dict[str, Any]
+BY_BRANCHES = 'training_by_branches'
 
 
 def write_page(parts: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def write_page(parts: dict[str, Any], out: Path) -> dict[str, Any]:
         speed_table([row for row in rows if row['work'] == 'infer']),
         '## Training step',
         'Forward, loss and backward, bfloat16 autocast. Peak memory includes the weights; `kept` is what '
-        "autograd keeps for the backward pass. Beside the time and the kept memory: the zoo over timm's own.",
+        "autograd keeps for the backward pass. In brackets: the zoo over timm's own.",
         training_table([row for row in rows if row['work'] == 'train']),
         '## Loading',
         'From a safetensors file of training weights to a model on the device, and the switch of a model there.',
@@ -43,8 +44,7 @@ def write_page(parts: dict[str, Any], out: Path) -> dict[str, Any]:
         '## Training on CIFAR-10',
         last_line(parts, 'cifar10'),
         '## Not measured',
-        *(f'- {line}' for line in skipped(parts)),
-        '',
+        '\n'.join(f'- {line}' for line in skipped(parts)) or 'All was.',
         'Seconds of each part: ' + ', '.join(f'{name} {seconds}' for name, seconds in parts['seconds'].items()) + '.',
     ]
     (out / 'README.md').write_text('\n\n'.join(text) + '\n')
@@ -99,14 +99,16 @@ def beside_timm(row: Row, rows: list[Row], key: str) -> str:
 
 
 def speed_table(rows: list[Row]) -> str:
-    columns = dict.fromkeys((row['form'], row['work'], row['runtime'], row['batch']) for row in rows)
-    columns = dict.fromkeys((('' if w == 'infer' else f'{w} {f}, ') + f'{r}, batch {b}') for f, w, r, b in columns)
+    def column_of(row: Row) -> str:
+        if row['work'] == 'infer':
+            return f'{row["runtime"]}, batch {row["batch"]}'
+        return 'switch' if row['work'] == 'fold' else f'load, {row["form"]} form'
+
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
-        prefix = '' if row['work'] == 'infer' else f'{row["work"]} {row["form"]}, '
-        column = f'{prefix}{row["runtime"]}, batch {row["batch"]}'
         value = f'{row["latency_ms"]:.2f} ms{beside_timm(row, rows, "latency_ms")}'
-        cells.setdefault(row['model'], {}).setdefault(column, value)
+        cells.setdefault(row['model'], {}).setdefault(column_of(row), value)
+    columns = list(dict.fromkeys(map(column_of, rows)))
     lines = [(model, *(found.get(column, '') for column in columns)) for model, found in cells.items()]
     return markdown_table(lines, ('model', *columns), text_columns=('model',))
 
@@ -115,7 +117,7 @@ def training_table(rows: list[Row]) -> str:
     lines = [
         (
             row['model'],
-            row['runtime'],
+            row['runtime'] + (', fast paths off' if row['part'] == BY_BRANCHES else ''),
             row['layout'],
             f'{row["images_per_s"]:.0f}',
             f'{row["latency_ms"]:.1f}{beside_timm(row, rows, "latency_ms")}',

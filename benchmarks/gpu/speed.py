@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from repvgg_zoo import VARIANTS
+from repvgg_zoo.reparam.evaluation import disable_fast_path
 from repvgg_zoo.tools.benchmark.benchmark import run_benchmark
 from repvgg_zoo.tools.benchmark.cases import Case
 from repvgg_zoo.tools.benchmark.models import ModelName, timms_own
@@ -51,7 +52,7 @@ REHEARSAL = Settings(
     agreement_px=64,
     inferring=('test_repvgg',),
     training=('test_repvgg',),
-    compiled=('test_repvgg',),
+    compiled=(),
     peers=('timm:test_resnet',),
     trained_peer='timm:test_resnet',
     loaded='repvgg_a0',
@@ -85,8 +86,11 @@ def with_timms(names: Sequence[str]) -> list[str]:
     return [str(model) for ours in parsed for model in (ours, timms_own(ours)) if model is not None]
 
 
-def measure(cases: Sequence[Case], settings: Settings) -> dict[str, Any]:
-    """Rows of the benchmark, and why cases were skipped."""
+def measure(cases: Sequence[Case], settings: Settings, *, by_branches: bool = False) -> dict[str, Any]:
+    """Rows of the benchmark, and why cases were skipped; with `by_branches` of the zoo's models without fast paths."""
+    if by_branches:
+        with disable_fast_path():
+            return measure([case for case in cases if case.model.source == 'zoo'], settings)
     # the page compares rows of the same setting itself
     results = run_benchmark(
         cases, baseline=settings.trained_peer, rounds=settings.rounds, memory=False, track=no_progress

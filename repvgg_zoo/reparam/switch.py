@@ -17,7 +17,7 @@ from .fold import FoldError, exact_dtype
 from .foreign import MULTI_BRANCH_KEY, ForeignBlock
 from .geometry import Geometry
 from .stale_optimizers import forget_replaced, remember_replaced
-from .tolerance import MAX_REL_DIFF
+from .tolerance import MAX_REL_DIFF, max_rel_diff
 
 __all__ = ['Foldable', 'switch_to_deploy']
 
@@ -252,7 +252,7 @@ def _verify(reference: list[Tensor], outputs: list[Tensor]) -> None:
         )
     for before, after in zip(reference, outputs, strict=True):
         diff, largest = _difference([before], [after])
-        bound = MAX_REL_DIFF[before.dtype] * largest
+        bound = max_rel_diff(before.dtype, before.device) * largest
         _logger.info('switch_to_deploy: largest difference %.3g, largest output %.3g', diff, largest)
         if not diff <= bound:
             raise FoldError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib.metadata
 import logging
 import platform
@@ -198,6 +199,7 @@ def _time(
             if line not in skipped:
                 skipped.append(line)
             continue
+        gc.collect()  # what an earlier case left does not count
         before = torch.cuda.memory_allocated(device) if device.type == 'cuda' else 0
         try:
             set_up, run = case.prepare(_weights(case, folder))

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...reparam.switch import switch_to_deploy
-from ...reparam.tolerance import MAX_REL_DIFF, rel_diff
+from ...reparam.tolerance import max_rel_diff, rel_diff
 from ..console import silenced
 from .models import BenchmarkForm, ModelName, timms_own
 from .runtimes import COMPILE_OPTIONS, RUNTIMES, autocast, cast
@@ -99,9 +99,7 @@ class Case:
 
     def _check(self, output: Any, expected: Tensor) -> None:
         diff = rel_diff(torch.as_tensor(output), expected)
-        # PyTorch lets cuDNN round float32 to TF32, which has the mantissa of float16
-        is_tf32 = self.dtype == 'float32' and expected.is_cuda
-        if not diff <= MAX_REL_DIFF[torch.float16 if is_tf32 else getattr(torch, self.dtype.removeprefix('amp_'))]:
+        if not diff <= max_rel_diff(getattr(torch, self.dtype.removeprefix('amp_')), expected.device):
             raise WrongOutputError(f'{self.runtime} is off by {diff:.1e} of the largest output')
 
     def saved_bytes(self) -> int:
