@@ -12,12 +12,12 @@ from helpers import FORMS
 
 from repvgg_zoo import VARIANTS
 from repvgg_zoo.tools.benchmark.benchmark import run_benchmark, write_results
-from repvgg_zoo.tools.benchmark.cases import Case, WrongOutputError, baseline_of, gmacs
+from repvgg_zoo.tools.benchmark.cases import DTYPES, Case, WrongOutputError, baseline_of, gmacs
 from repvgg_zoo.tools.benchmark.measure import matmul_peak_gmacs_per_s, time_rounds
 from repvgg_zoo.tools.benchmark.models import PEERS, ModelName
 from repvgg_zoo.tools.benchmark.plan import FULL, QUICK, plan
 from repvgg_zoo.tools.benchmark.report import Results, latency_quantiles_ms
-from repvgg_zoo.tools.benchmark.runtimes import RUNTIMES, Runtime
+from repvgg_zoo.tools.benchmark.runtimes import RUNTIMES, Runtime, autocast, cast
 from repvgg_zoo.tools.console import no_progress
 from repvgg_zoo_cli import main
 
@@ -189,13 +189,87 @@ def test_run_benchmark_wrong_output_is_skipped(monkeypatch):
     assert 'eager is off by 1.0e-02 of the largest output' in results.skipped[0]
 
 
+def exhaustive(value):
+    return pytest.param(value, marks=pytest.mark.exhaustive)
+
+
+ON_CPU = [name for name, runtime in RUNTIMES.items() if runtime.devices is None or 'cpu' in runtime.devices]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('runtime', RUNTIMES)
+@pytest.mark.parametrize(
+    'runtime',
+    # on a CPU the modes of the compiler are the same
+    [n if n in ('compile', 'compile-freezing') or 'compile' not in n else exhaustive(n) for n in ON_CPU],
+)
 def test_runtime_every_dtype_gives_outputs_of_eager(runtime):
     """Preparing compares them."""
     results = run(plan(['test_repvgg'], runtimes=[runtime], dtypes=['float32', 'bfloat16']))
     assert results.skipped == []
     assert {row.runtime for row in results.rows} == {runtime}
+
+
+def test_runtimes_of_gpus_are_planned_for_gpus():
+    assert set(RUNTIMES) - set(ON_CPU) == {'onnxruntime-cuda', 'onnxruntime-tensorrt', 'torch-tensorrt'}
+    for runtime in set(RUNTIMES) - set(ON_CPU):
+        with pytest.raises(ValueError, match=rf'none of the runtimes {runtime} takes .* on cpu'):
+            plan(['test_repvgg'], runtimes=[runtime])
+        cases = plan(['test_repvgg'], runtimes=[runtime], dtypes=['float16'], device='cuda:1')
+        assert {case.device for case in cases} == {'cuda:1'}
+        assert str(cases[0]).endswith(', cuda:1')
+
+
+def test_onnxruntime_without_provider_is_skipped(monkeypatch):
+    options = dict(packages=(), devices=('cpu',))
+    monkeypatch.setitem(RUNTIMES, 'openvino', replace(RUNTIMES['onnxruntime-cuda'], **options))
+    results = run(plan(['test_repvgg'], forms=['deploy'], runtimes=['openvino']))
+    assert results.rows == []
+    assert 'this onnxruntime has no CUDAExecutionProvider, only ' in results.skipped[0]
+
+
+def test_run_benchmark_training_under_autocast_keeps_less():
+    assert not any(case.dtype == 'float16' for case in plan(['test_repvgg'], work=['train'], dtypes=DTYPES))
+    cases = plan(['test_repvgg'], work=['train'], batches=[2], dtypes=['float32', 'amp_bfloat16'])
+    results = run(cases, baseline='test_repvgg')
+    assert results.skipped == []
+    kept = {row.dtype: row.saved_mb for row in results.rows}
+    assert 0 < kept['amp_bfloat16'] < kept['float32']
+
+
+def test_cast_and_autocast_give_dtype_of_setting():
+    x = torch.ones(1, 3, 8, 8)
+    for dtype, weights, outputs in (
+        ('float16', torch.float16, torch.float16),
+        ('amp_bfloat16', torch.float32, torch.bfloat16),
+        ('float32', torch.float32, torch.float32),
+    ):
+        model, images = cast(torch.nn.Conv2d(3, 3, 3), x, dtype)
+        with autocast('cpu', dtype):
+            assert (model.weight.dtype, model(images).dtype) == (weights, outputs)
+
+
+def test_baseline_of_training_trains_in_the_same_runtime():
+    case = Case(model=ModelName.parse('repvgg_a0'), form='training', work='train', runtime='compile', device='cuda')
+    baseline = baseline_of(replace(case, layout='channels_last'), 'timm')
+    assert (baseline.runtime, baseline.form, baseline.layout) == ('compile', 'training', 'channels_last')
+
+
+@pytest.mark.slow
+def test_training_compiled_takes_a_step():
+    results = run(plan(['test_repvgg'], work=['train'], runtimes=['eager', 'compile', 'ncnn'], batches=[2]))
+    assert [(row.runtime, row.work) for row in results.rows] == [('eager', 'train'), ('compile', 'train')]
+
+
+def test_main_missing_device_lists_those_that_exist(capsys):
+    with pytest.raises(SystemExit):
+        main(['benchmark', 'test_repvgg', '--device', 'cuda:7'])
+    assert "there is no device 'cuda:7' here; there is: cpu" in capsys.readouterr().err
+
+
+def test_build_on_meta_device_gives_meta_model():
+    for name in ('test_repvgg', 'timm:repvgg_a0', 'timm:test_resnet'):
+        model = ModelName.parse(name).build('training', device='meta')
+        assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {'meta'}
 
 
 def test_time_rounds_each_round_has_own_order(monkeypatch):

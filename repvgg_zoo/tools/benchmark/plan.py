@@ -92,7 +92,7 @@ def plan(
     if not cases:
         raise ValueError(
             f'there is nothing to measure: none of the runtimes {", ".join(runtimes)} takes batch sizes '
-            f'{", ".join(map(str, batches))} in {", ".join(dtypes)}, {", ".join(layouts)}, and loading and folding '
-            'need models with two forms'
+            f'{", ".join(map(str, batches))} in {", ".join(dtypes)}, {", ".join(layouts)} on {device}, and loading and '
+            'folding need models with two forms'
         )
     return cases
