@@ -227,13 +227,15 @@ def test_onnxruntime_without_provider_is_skipped(monkeypatch):
     assert 'this onnxruntime has no CUDAExecutionProvider, only ' in results.skipped[0]
 
 
-def test_run_benchmark_training_under_autocast_keeps_less():
+def test_run_benchmark_trains_in_each_precision():
     assert not any(case.dtype == 'float16' for case in plan(['test_repvgg'], work=['train'], dtypes=DTYPES))
-    cases = plan(['test_repvgg'], work=['train'], batches=[2], dtypes=['float32', 'amp_bfloat16'])
+    cases = plan(['test_repvgg'], work=['train'], batches=[2], dtypes=['float32', 'bfloat16', 'amp_bfloat16'])
     results = run(cases, baseline='test_repvgg')
     assert results.skipped == []
     kept = {row.dtype: row.saved_mb for row in results.rows}
-    assert 0 < kept['amp_bfloat16'] < kept['float32']
+    assert kept['bfloat16'] == pytest.approx(kept['float32'] / 2, rel=0.01)
+    weights_mb = 2 * sum(p.numel() for p in timm.create_model('test_repvgg').parameters() if p.ndim > 1) / 1e6
+    assert kept['amp_bfloat16'] == pytest.approx(kept['bfloat16'] + weights_mb, rel=0.05)  # their casts
 
 
 def test_cast_and_autocast_give_dtype_of_setting():
