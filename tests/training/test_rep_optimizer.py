@@ -179,7 +179,7 @@ def test_rep_optimizer_other_variant_raises_and_changes_nothing(kwargs, load):
     optimizer = sgd(model)
     like = create_model('test_repvgg', block='csla', **kwargs).double()
     with pytest.raises(
-        ValueError, match=r'one variant.* the kernel and eps of stem are \(\(48, 3, 3, 3\), 1e-05\) and'
+        ValueError, match=r'one variant.* the kernel and eps of stem are \(\(32, 3, 3, 3\), 1e-05\) and'
     ):
         rep_optimizer(optimizer, model, like, load=load)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
