@@ -283,8 +283,14 @@ class ReparamBlock(nn.Module):
 
     @torch.jit.unused
     def _runs_as_written(self) -> bool:
-        """Tell whether `run_branches` is that of this package: a subclass or an instance may have another one."""
-        return 'branch_names' in vars(type(self)) and 'run_branches' not in vars(self)
+        """Tell whether `forward` is that of this package: a subclass or an instance may have another one.
+
+        Wrappers such as `fully_shard` derive a class and leave the methods.
+        """
+        kind: Any = type(self)
+        written: Any = next(cls for cls in kind.__mro__ if 'branch_names' in vars(cls))
+        is_kept = kind.forward is written.forward and kind.run_branches is written.run_branches
+        return is_kept and 'run_branches' not in vars(self)
 
     @torch.jit.unused
     @torch.no_grad()

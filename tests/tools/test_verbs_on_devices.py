@@ -112,6 +112,7 @@ def test_device_argument_takes_those_that_are_there(monkeypatch, capsys):
 def test_verify_on_a_device_compares_there(elsewhere, cats, real):
     name, _ = elsewhere
     expected, found = (verify('test_repvgg', images=cats if real else None, device=where) for where in ('cpu', name))
+    assert next(images_for(open_model('test_repvgg').to(name))).device == torch.device(name)
     for dtype, result in found.items():
         assert (result.same, result.device, result.images) == (True, name, expected[dtype].images)
     assert all(0 < result.max_rel_diff < NEAR for result in found.values())
