@@ -24,7 +24,7 @@ from ..reparam.fold import (
     fold_branches,
     fold_exactly,
 )
-from ..reparam.geometry import Geometry, agreed, build_conv
+from ..reparam.geometry import GATHER, Geometry, agreed, build_conv
 from ..reparam.kernel_hooks import computes_kernel, refresh_kernels
 from ..reparam.switch import switch_to_deploy
 from .branches import BRANCHES, CONVOLUTIONS, Branch, ConvSpec
@@ -300,7 +300,11 @@ class ReparamBlock(nn.Module):
         self.geometry()
         for norm in (*self.branch_norms(), self.norm):
             check_norm(norm)
-        kernel = next(p for branch in self.named_branches().values() for p in branch.parameters() if p.ndim == 4)
+        kernel = next(
+            (p for branch in self.named_branches().values() for p in branch.parameters() if p.ndim == 4), None
+        )
+        if kernel is None:
+            raise FoldError(f'no kernel is among its parameters; if they are sharded over processes, {GATHER}')
         with full_precision(self):
             check_result(self._conv_bns(exact_dtype(kernel)), kernel.dtype, self.norm)
 

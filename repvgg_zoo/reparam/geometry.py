@@ -110,7 +110,8 @@ def check_is_plain_conv(conv: nn.Module, name: str, *, known: tuple[type[nn.Modu
 
 def check_has_values(kernel: Tensor, name: str) -> None:
     """Raise `FoldError` if a kernel is elsewhere: on the meta device, offloaded, or sharded over processes."""
-    if hasattr(kernel, 'full_tensor') or kernel.ndim != 4:
+    is_freed = kernel.numel() and not kernel.untyped_storage().nbytes()  # between calls; to read it ends the process
+    if hasattr(kernel, 'full_tensor') or kernel.ndim != 4 or is_freed:
         raise FoldError(f'the kernel of its {name} is sharded over processes; {GATHER}')
     if kernel.is_meta:
         raise FoldError(

@@ -38,7 +38,7 @@ def elsewhere(device, monkeypatch):
     """The name of a device that is not the CPU, and the devices of all that was timed."""
     timed = []
     if device.type != 'cpu':
-        yield str(device), timed
+        yield str(torch.empty(0, device=device).device), timed
         return
 
     def once(run, device):
@@ -167,10 +167,18 @@ def test_demo_on_a_device_learns_and_runs_there(elsewhere, tmp_path, monkeypatch
     name, timed = elsewhere
     monkeypatch.setattr(demo, '_EPOCHS', 1)
     monkeypatch.setattr('repvgg_zoo.tools.devices._available', str)
+    evaluated, evaluate = [], demo._evaluate
+
+    def spy(model, *args, **kwargs):
+        evaluated.append(model.device)
+        return evaluate(model, *args, **kwargs)
+
+    monkeypatch.setattr(demo, '_evaluate', spy)
     out = tmp_path / 'out'
     assert main(['demo', '--out', str(out), '--device', name]) == 0
     assert f'per image, {name}' in capsys.readouterr().out
     assert set(timed) <= {torch.device(name).type}
+    assert evaluated == 5 * [torch.device(name)]
     assert all(value.device.type == 'cpu' for value in load_file(out / 'training' / 'model.safetensors').values())
 
 
