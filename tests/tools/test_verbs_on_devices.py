@@ -13,6 +13,7 @@ from helpers import images
 from pretended_device import pretended_device
 from safetensors.torch import load_file, save_file
 
+from repvgg_zoo.model import RepVGG
 from repvgg_zoo.pretrained.manifest import weights_dir
 from repvgg_zoo.reparam import fold
 from repvgg_zoo.tools.benchmark import measure
@@ -21,8 +22,6 @@ from repvgg_zoo.tools.convert import convert, open_model
 from repvgg_zoo.tools.demo import demo
 from repvgg_zoo.tools.devices import add_device_argument
 from repvgg_zoo.tools.publish.cards import CARD
-from repvgg_zoo.tools.publish.folders import build_folders
-from repvgg_zoo.tools.publish.publication import recorded_publication
 from repvgg_zoo.tools.quantize import layer_errors
 from repvgg_zoo.tools.reference import REFERENCE, check_reference
 from repvgg_zoo.tools.verify import float64_rel_diff, images_for, verify
@@ -146,20 +145,31 @@ def test_verify_command_on_a_device_says_where(elsewhere, capsys, monkeypatch):
     assert name not in capsys.readouterr().out
 
 
-def test_publish_on_a_device_writes_the_same_files_and_says_where_it_compared(elsewhere, cats, tmp_path):
+def test_publish_on_a_device_writes_the_same_files_and_says_where_it_compared(
+    elsewhere, cats, tmp_path, monkeypatch, capsys
+):
     name, _ = elsewhere
-    publication = recorded_publication('test_repvgg.cifar10')
-    expected = build_folders(publication, owner='me', out=tmp_path / 'cpu')
-    found = build_folders(publication, owner='me', out=tmp_path / 'there', device=name, images=cats)
-    for here, there in zip(expected, found, strict=True):
-        assert (here.sha256, here.fold_check.device, there.fold_check.device) == (there.sha256, 'cpu', name)
-        assert 0 < there.fold_check.float64_rel_diff < 1e-12 < there.fold_check.float32_rel_diff < NEAR
-        assert there.fold_check.top1_agreement_pct == 100
-        assert (here.folder / REFERENCE).read_bytes() == (there.folder / REFERENCE).read_bytes()
-        assert f', computed on {name}. In `train()`' in (there.folder / CARD).read_text('utf-8')
-        assert 'computed on' not in (here.folder / CARD).read_text('utf-8')
-    model = open_model(found[0].folder).to(name).eval()
-    assert check_reference(model, found[0].folder / REFERENCE).same
+    switched, switch = [], RepVGG.switch_to_deploy
+
+    def spy(model):
+        switched.append(model.device.type)
+        return switch(model)
+
+    monkeypatch.setattr(RepVGG, 'switch_to_deploy', spy)
+    monkeypatch.setattr('repvgg_zoo.tools.devices._available', str)
+    command = ['publish', 'test_repvgg.cifar10', '--owner', 'me', '--verify-images', str(cats), '--out']
+    assert main([*command, str(tmp_path / 'cpu')]) == 0
+    assert name not in capsys.readouterr().out
+    assert main([*command, str(tmp_path / 'there'), '--device', name]) == 0
+    assert f' in float32, on {name}\n' in capsys.readouterr().out
+    assert switched == ['cpu', 'cpu']  # kernels may differ in the last bit elsewhere
+    for form in ('test_repvgg.cifar10', 'test_repvgg.cifar10_deploy'):
+        here, there = (tmp_path / where / form for where in ('cpu', 'there'))
+        for file in ('model.safetensors', 'config.json', REFERENCE):
+            assert (here / file).read_bytes() == (there / file).read_bytes()
+        assert f' 100 % of them with the same top class, computed on {name}. In `t' in (there / CARD).read_text('utf-8')
+        assert 'computed on' not in (here / CARD).read_text('utf-8')
+        assert check_reference(open_model(there).to(name).eval(), there / REFERENCE).same
 
 
 @pytest.mark.usefixtures('cats')

@@ -219,7 +219,7 @@ def _fold(
 
     model = opened(folders[0])
     float64 = float64_rel_diff(model, next(images_for(model, images))[:1])
-    training = logits(model)
+    training, where = logits(model), str(model.device)
     model.cpu().switch_to_deploy()
     model.pretrained_cfg['tag'] += DEPLOY_SUFFIX
     save_model(model, folders[1])
@@ -238,7 +238,7 @@ def _fold(
         float32_rel_diff=float32,
         images=len(training),
         top1_agreement_pct=100 * same_class if images else None,
-        device=device,
+        device=where,
     )
     return check, facts
 
