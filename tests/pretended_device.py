@@ -63,6 +63,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, float64: b
     inside = [t for t in tensors if isinstance(t, _Pretended)]
     outside = [t for t in tensors if not isinstance(t, _Pretended) and t.dim()]
     copies = func.overloadpacket in (torch.ops.aten.copy_, torch.ops.aten._to_copy)
+    if inside and outside and func.overloadpacket is torch.ops.aten._has_compatible_shallow_copy_type:
+        return False  # so that a module that is moved gets new parameters
     if inside and outside and not copies:
         raise RuntimeError(f'{func} got tensors of two devices, {DEVICE} and {outside[0].device}')
     asked = next((d for d in tree_leaves((args, kwargs)) if isinstance(d, torch.device)), None)

@@ -24,7 +24,7 @@ from ..reparam.fold import (
     fold_branches,
     fold_exactly,
 )
-from ..reparam.geometry import Geometry, agreed, build_conv
+from ..reparam.geometry import GATHER, Geometry, agreed, build_conv
 from ..reparam.kernel_hooks import computes_kernel, refresh_kernels
 from ..reparam.switch import switch_to_deploy
 from .branches import BRANCHES, CONVOLUTIONS, Branch, ConvSpec
@@ -283,8 +283,14 @@ class ReparamBlock(nn.Module):
 
     @torch.jit.unused
     def _runs_as_written(self) -> bool:
-        """Tell whether `run_branches` is that of this package: a subclass or an instance may have another one."""
-        return 'branch_names' in vars(type(self)) and 'run_branches' not in vars(self)
+        """Tell whether `forward` is that of this package: a subclass or an instance may have another one.
+
+        Wrappers such as `fully_shard` derive a class and leave the methods.
+        """
+        kind: Any = type(self)
+        written: Any = next(cls for cls in kind.__mro__ if 'branch_names' in vars(cls))
+        is_kept = kind.forward is written.forward and kind.run_branches is written.run_branches
+        return is_kept and 'run_branches' not in vars(self)
 
     @torch.jit.unused
     @torch.no_grad()
@@ -294,7 +300,11 @@ class ReparamBlock(nn.Module):
         self.geometry()
         for norm in (*self.branch_norms(), self.norm):
             check_norm(norm)
-        kernel = next(p for branch in self.named_branches().values() for p in branch.parameters() if p.ndim == 4)
+        kernel = next(
+            (p for branch in self.named_branches().values() for p in branch.parameters() if p.ndim == 4), None
+        )
+        if kernel is None:
+            raise FoldError(f'no kernel is among its parameters; if they are sharded over processes, {GATHER}')
         with full_precision(self):
             check_result(self._conv_bns(exact_dtype(kernel)), kernel.dtype, self.norm)
 

@@ -322,7 +322,7 @@ class _OverparameterisedBranch(Branch):
     def forward(self, x: Tensor) -> Tensor:
         conv = self.conv
         if not torch.jit.is_scripting():
-            compute_kernel(conv)
+            compute_kernel(conv, x)
         kernel = self.kernel(conv.weight.dtype)
         if conv.padding_mode == 'zeros':
             y = F.conv2d(x, kernel, None, conv.stride, conv.dilation, conv.dilation, conv.groups)
@@ -497,7 +497,7 @@ class _ChainBranch(Branch):
 
     def _normalised_point(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            compute_kernel(self.conv)
+            compute_kernel(self.conv, x)
         kernel = self.point()
         y = F.conv2d(x, kernel, groups=self.groups)
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript takes this condition only by itself

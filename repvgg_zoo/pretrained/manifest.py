@@ -64,6 +64,8 @@ class FoldCheck:
     images: int
     top1_agreement_pct: float | None
     """Images with the same top class in both forms. None if the images were random."""
+    device: str = 'cpu'
+    """Where both forms ran."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,14 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 
 from .fold import FoldError
 
-__all__ = ['Geometry', 'agreed', 'as_pair', 'build_conv', 'check_is_plain_conv', 'geometry_of']
+__all__ = ['GATHER', 'Geometry', 'agreed', 'as_pair', 'build_conv', 'check_is_plain_conv', 'geometry_of']
+
+GATHER = (
+    'gather the full state dict (torch.distributed.checkpoint.state_dict.get_model_state_dict, with '
+    'StateDictOptions(full_state_dict=True, cpu_offload=True)), load it into a model that is not sharded, and switch '
+    'that one'
+)
+"""Remedy of the errors about sharded parameters."""
 
 
 class Geometry(NamedTuple):
@@ -103,15 +110,13 @@ def check_is_plain_conv(conv: nn.Module, name: str, *, known: tuple[type[nn.Modu
 
 def check_has_values(kernel: Tensor, name: str) -> None:
     """Raise `FoldError` if a kernel is elsewhere: on the meta device, offloaded, or sharded over processes."""
-    if hasattr(kernel, 'full_tensor') or kernel.ndim != 4:
-        raise FoldError(
-            f'the kernel of its {name} is sharded over processes; gather the full state dict, load it into a model '
-            'that is not sharded, and switch that one'
-        )
+    is_freed = kernel.numel() and not kernel.untyped_storage().nbytes()  # between calls; to read it ends the process
+    if hasattr(kernel, 'full_tensor') or kernel.ndim != 4 or is_freed:
+        raise FoldError(f'the kernel of its {name} is sharded over processes; {GATHER}')
     if kernel.is_meta:
         raise FoldError(
             f"the kernel of its {name} is on device 'meta' and has no values; load the weights first, or bring "
-            'offloaded ones back'
+            'offloaded ones back (accelerate.hooks.remove_hook_from_submodules)'
         )
 
 

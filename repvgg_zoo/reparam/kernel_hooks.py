@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -38,8 +38,20 @@ def refresh_kernels(module: nn.Module) -> None:
                     submodule.training = training
 
 
-def compute_kernel(conv: nn.Module) -> None:
-    """Run the hooks that compute a kernel, for a convolution whose kernel is read without a call."""
+def compute_kernel(conv: nn.Conv2d, x: Tensor) -> None:
+    """Run the hooks that compute a kernel, for a convolution whose kernel is read without a call.
+
+    Hooks that bring a kernel from elsewhere cannot run so. Without it, raises `RuntimeError`: a kernel without values
+    gives arbitrary outputs.
+    """
     for hook in forward_pre_hooks(conv):
         if computes_kernel(hook):
             hook(conv, ())
+    is_sharded = hasattr(conv.weight, 'full_tensor') and not hasattr(x, 'full_tensor')
+    if is_sharded or conv.weight.device != x.device:
+        place = 'sharded over processes' if is_sharded else f'on {conv.weight.device}'
+        raise RuntimeError(
+            f'the kernel of a branch is {place}, and its input on {x.device}. The branch reads the kernel without '
+            'calling its convolution, so offload or shard blocks, not the layers inside them: '
+            "preload_module_classes=['MultiBranchBlock'] of accelerate, fully_shard(block)"
+        )

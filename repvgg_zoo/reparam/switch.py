@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .evaluation import eval_outputs
 from .fold import FoldError, exact_dtype
 from .foreign import MULTI_BRANCH_KEY, ForeignBlock
-from .geometry import Geometry
+from .geometry import GATHER, Geometry
 from .stale_optimizers import forget_replaced, remember_replaced
 from .tolerance import MAX_REL_DIFF, max_rel_diff
 
@@ -140,10 +140,7 @@ def _refuse_graphs_and_shards(module: nn.Module) -> None:
                 'form before tracing, scripting or exporting'
             )
         if isinstance(submodule, sharded) and any(not f.is_deploy() for _, _, f in _find_blocks(submodule)):
-            raise FoldError(
-                f'{name} is sharded over processes (FSDP); gather the full state dict, load it into a model that is '
-                'not sharded, and switch that one'
-            )
+            raise FoldError(f'{name} is sharded over processes (FSDP); {GATHER}')
 
 
 def _has_branches(graph: nn.Module) -> bool:

@@ -7,11 +7,12 @@ import argparse
 __all__ = ['add_device_argument']
 
 
-def add_device_argument(parser: argparse.ArgumentParser) -> None:
+def add_device_argument(parser: argparse.ArgumentParser, *, what: str = 'models run') -> None:
     """Add `--device`, the name of a device of PyTorch, `cpu` by default.
 
     Args:
         parser: Its parsed arguments get `device`, a name that PyTorch can compute on here.
+        what: What happens on the device, for the help.
 
     Example:
         >>> parser = argparse.ArgumentParser()
@@ -20,7 +21,11 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
         'cpu'
     """
     parser.add_argument(
-        '--device', type=_available, default='cpu', metavar='DEVICE', help='cpu, cuda, cuda:N or mps (%(default)s)'
+        '--device',
+        type=_available,
+        default='cpu',
+        metavar='DEVICE',
+        help=f'where {what}: cpu, cuda, cuda:N or mps (%(default)s)',
     )
 
 

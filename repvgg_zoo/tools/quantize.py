@@ -27,6 +27,7 @@ from .benchmark.measure import time_rounds
 from .benchmark.runtimes import compile_openvino
 from .console import Track, print_table, progress
 from .convert import open_model
+from .devices import add_device_argument
 from .markdown import markdown_table
 from .model_arguments import ModelOptions, add_model_arguments, model_options
 
@@ -63,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action='store_true',
         help='replace DST if an earlier run wrote it as it is',
     )
+    add_device_argument(parser, what='the sensitivity of the layers is computed')
     add_model_arguments(parser, 'SRC')
 
 
@@ -78,6 +80,7 @@ def main(args: argparse.Namespace) -> int:
             equalize_layers=args.equalize,
             full_range=args.full_range,
             overwrite=args.overwrite,
+            device=args.device,
             track=track,
             **model_options(args),
         )
@@ -86,7 +89,7 @@ def main(args: argparse.Namespace) -> int:
     if report.no_top1:
         print(f'no top-1: {report.no_top1}')
     worst = ', '.join(f'{error.layer} {error.rel_error:.1e}' for error in report.sensitivity[:3])
-    print(f'most sensitive layers, and the relative error of the logits: {worst}')
+    print(f'most sensitive layers, and the relative error of the logits{report.place}: {worst}')
     print(f'the model and the whole report are in {args.dst}')
     return 0
 
@@ -122,6 +125,8 @@ class QuantizationReport:
     int8_latency_ms: float
     float32_bytes: int
     int8_bytes: int
+    sensitivity_device: str
+    """Where the sensitivity was computed."""
     sensitivity: tuple[LayerError, ...]
     """The largest error first."""
 
@@ -135,6 +140,11 @@ class QuantizationReport:
         """Speed and agreement of INT8, relative to float32."""
         summary, same = f'{self.speedup:.2f} times as fast', self.same_top_class_pct
         return summary if same is None else f'{summary}; the same top class on {same:.2f} % of the images'
+
+    @property
+    def place(self) -> str:
+        """The device of the sensitivity, for the end of a sentence. The CPU goes unsaid."""
+        return '' if self.sensitivity_device == 'cpu' else f' on {self.sensitivity_device}'
 
     def rows(self) -> list[tuple[str, ...]]:
         """One row for each precision: top-1, latency and size."""
@@ -158,7 +168,7 @@ class QuantizationReport:
                 f'{self.images} images, calibrated on {self.calibration_images}; one image a time in OpenVINO with '
                 f'{self.threads} threads: {self.summary}.' + (f' No top-1: {self.no_top1}.' if self.no_top1 else ''),
                 '',
-                'Relative error of the logits if only one layer is quantized:',
+                f'Relative error of the logits if only one layer is quantized{self.place}:',
                 '',
                 markdown_table(layers, ('layer', 'error')),
                 '',
@@ -176,6 +186,7 @@ def quantize(
     equalize_layers: bool = False,
     full_range: bool = False,
     overwrite: bool = False,
+    device: str = 'cpu',
     track: Track,
     **options: Unpack[ModelOptions],
 ) -> QuantizationReport:
@@ -197,6 +208,7 @@ def quantize(
             two products of 8 bits in 16 bits, and ONNX Runtime lets that saturate. The machine that runs the file
             decides, not the one that writes it.
         overwrite: Replace the target if it is such a folder.
+        device: Where PyTorch computes the sensitivity of the layers. OpenVINO runs on the CPU.
         track: Shows the progress, see `repvgg_zoo.tools.console`.
         options: How to read the source, see `open_model`.
 
@@ -234,7 +246,7 @@ def quantize(
         runs = [_compile(path) for path in (exact, quantized)]
         scores = _evaluate(runs, evaluated, model.num_classes, track)
         latencies = _latencies(runs, sample[:1], track)
-        sensitivity = layer_errors(model, sample[:_SENSITIVITY_IMAGES], track=track)
+        sensitivity = layer_errors(model.to(device), sample[:_SENSITIVITY_IMAGES].to(device), track=track)
         report = QuantizationReport(
             variant=model.variant.name,
             images=len(evaluated),
@@ -246,6 +258,7 @@ def quantize(
             **latencies,
             float32_bytes=exact.stat().st_size,
             int8_bytes=quantized.stat().st_size,
+            sensitivity_device=device,
             sensitivity=tuple(sensitivity),
         )
         exact.unlink()
@@ -386,12 +399,12 @@ def layer_errors(model: RepVGG, images: Tensor, *, track: Track) -> list[LayerEr
     errors = []
     for name, layer in track(list(layers.items()), description='sensitivity'):
         handle = layer.register_forward_pre_hook(lambda _, inputs: (_fake_quantized_input(inputs[0]),))
-        weight = layer.weight.data
+        weight = layer.weight.clone()
         try:
-            layer.weight.data = _fake_quantized_weight(weight)
+            layer.weight.copy_(_fake_quantized_weight(weight))
             error = (model(images) - reference).square().mean().sqrt() / reference.square().mean().sqrt()
         finally:
-            layer.weight.data = weight
+            layer.weight.copy_(weight)
             handle.remove()
         errors.append(LayerError(layer=name, rel_error=error.item()))
     return sorted(errors, key=lambda error: -error.rel_error)

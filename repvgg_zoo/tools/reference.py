@@ -94,7 +94,7 @@ def check_reference(model: RepVGG, path: Path) -> ReferenceCheck:
         raise CheckpointError(f'cannot read the reference outputs {str(path)!r}: {error}') from error
     if missing := {'input', *_OUTPUTS} - reference.keys():
         raise CheckpointError(f'{str(path)!r} holds no reference outputs: it lacks {", ".join(sorted(missing))}')
-    x = reference['input']
+    x = reference['input'].to(model.device)
     if x.ndim != 4 or x.shape[1] != model.in_chans:
         raise CheckpointError(
             f'{str(path)!r} has an input of shape {tuple(x.shape)}, and the model takes {model.in_chans} channels'

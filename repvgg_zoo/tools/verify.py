@@ -16,10 +16,12 @@ from torch import Tensor
 from ..checkpoints.errors import CheckpointError
 from ..model import RepVGG
 from ..reparam.evaluation import disable_fast_path
+from ..reparam.fold import exact_dtype
 from ..reparam.switch import switch_to_deploy
 from ..reparam.tolerance import MAX_REL_DIFF, rel_diff
 from .console import print_table
 from .convert import open_model
+from .devices import add_device_argument
 from .model_arguments import ModelOptions, add_model_arguments, model_options
 from .reference import REFERENCE, ReferenceCheck, check_reference, find_reference
 
@@ -47,12 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('a', metavar='A', help='checkpoint file, model folder, or timm model name')
     parser.add_argument('b', metavar='B', nargs='?', help='another one (default: the fold of A)')
     parser.add_argument('--images', metavar='FOLDER', help='real images to compare on (default: random ones)')
+    add_device_argument(parser, what='both run')
     add_model_arguments(parser, 'A')
 
 
 def main(args: argparse.Namespace) -> int:
     """Run `repvgg-zoo verify`."""
-    model = open_model(args.a, **model_options(args))
+    model = open_model(args.a, **model_options(args)).to(args.device)
     reference = None if args.b else _check_reference(model, args.a)
     if reference is not None:
         differences = ', '.join(f'{name} {diff:.1e}' for name, diff in reference.rel_diffs.items())
@@ -73,7 +76,7 @@ def _print_comparisons(results: Mapping[str, Comparison]) -> None:
         ('computed in', 'images', 'largest\ndifference', 'relative to the\nlargest logit', 'same top class'),
         [
             (
-                dtype,
+                dtype if result.device == 'cpu' else f'{dtype}, {result.device}',
                 str(result.images),
                 f'{result.max_abs_diff:.2e}',
                 f'{result.max_rel_diff:.2e}',
@@ -89,6 +92,8 @@ class Comparison:
     """Difference between the logits of two models, over all images and classes."""
 
     images: int
+    device: str = 'cpu'
+    """Where both were computed."""
     max_abs_diff: float
     max_rel_diff: float
     """Largest absolute difference, relative to the largest logit of the first model."""
@@ -106,6 +111,7 @@ def verify(
     b: str | Path | None = None,
     *,
     images: str | Path | None = None,
+    device: str = 'cpu',
     **options: Unpack[ModelOptions],
 ) -> dict[str, Comparison]:
     """Compare two checkpoints, or a training-form one and its fold.
@@ -114,6 +120,7 @@ def verify(
         a: Checkpoint file, model folder or timm model name.
         b: Another one, by default the fold of `a`.
         images: Folder of images to compare on, by default random images.
+        device: Where to compute. If it has no float64, float64 is computed on the CPU.
         options: How to read `a`, see `open_model`. A bare file `b` is taken for the same variant.
 
     Returns:
@@ -128,7 +135,7 @@ def verify(
         >>> verify('test_repvgg', 'test_repvgg.cifar10_deploy')['float32'].same
         True
     """
-    return _compare_with(open_model(a, **options), a, b, images=images)
+    return _compare_with(open_model(a, **options).to(device), a, b, images=images)
 
 
 def _compare_with(
@@ -175,7 +182,9 @@ def _check_reference(model: RepVGG, source: str | Path) -> ReferenceCheck | None
 
 
 def compare(a: RepVGG, b: RepVGG, batches: Iterator[Tensor], *, dtype: torch.dtype) -> Comparison:
-    """Compare two models in eval mode.
+    """Compare two models in eval mode, on the device of the first one.
+
+    If that has no such dtype, both are compared on the CPU.
 
     Args:
         a: A model. Relative differences are relative to its logits.
@@ -199,18 +208,21 @@ def compare(a: RepVGG, b: RepVGG, batches: Iterator[Tensor], *, dtype: torch.dty
             f'the models differ in shape: {a.in_chans} channels to {a.num_classes} classes, and {b.in_chans} channels '
             f'to {b.num_classes} classes'
         )
-    a, b = (copy.deepcopy(model).to(dtype).eval() for model in (a, b))
+    device = _device_for(a, dtype)
+    a, b = (copy.deepcopy(model).to(device).to(dtype).eval() for model in (a, b))
     images = agreeing = 0
     max_abs_diff = largest = torch.zeros((), dtype=torch.float64)
     with torch.inference_mode(), disable_fast_path():
         for batch in batches:
-            logits_a, logits_b = a(batch.to(dtype)).double(), b(batch.to(dtype)).double()
+            x = batch.to(device).to(dtype)
+            logits_a, logits_b = (model(x).cpu().double() for model in (a, b))
             images += len(batch)
             agreeing += int((logits_a.argmax(1) == logits_b.argmax(1)).sum())
             max_abs_diff = torch.maximum(max_abs_diff, (logits_a - logits_b).abs().max())  # keeps NaN, unlike max()
             largest = torch.maximum(largest, logits_a.abs().max())
     return Comparison(
         images=images,
+        device=str(device),
         max_abs_diff=max_abs_diff.item(),
         max_rel_diff=(max_abs_diff / largest).item() if max_abs_diff != 0 else 0.0,
         top1_agreement_pct=100 * agreeing / images,
@@ -220,6 +232,7 @@ def compare(a: RepVGG, b: RepVGG, batches: Iterator[Tensor], *, dtype: torch.dty
 def float64_rel_diff(model: RepVGG, x: Tensor) -> float:
     """Compute the difference between the logits of a model and of its fold, both in float64.
 
+    They run on the device of the model, or on the CPU if that has no float64.
     One block at a time is copied, so the memory needed is that of a block.
 
     Args:
@@ -234,18 +247,25 @@ def float64_rel_diff(model: RepVGG, x: Tensor) -> float:
         >>> float64_rel_diff(model, next(images_for(model))) < 1e-12
         True
     """
-    training = deploy = x.double()
+    device = _device_for(model, torch.float64)
+    training = deploy = x.to(device).double()
     with torch.inference_mode(), disable_fast_path():
         for block in (model.stem, *(block for stage in model.stages for block in stage.children())):
-            exact = copy.deepcopy(block).double()
+            exact = copy.deepcopy(block).to(device).double()
             training = exact(training)
             deploy = switch_to_deploy(exact)(deploy)
-        head = copy.deepcopy(model.head).double()
+        head = copy.deepcopy(model.head).to(device).double()
         return rel_diff(head(deploy), head(training))
 
 
+def _device_for(model: RepVGG, dtype: torch.dtype) -> torch.device:
+    """The device of a model, or the CPU if that has no such dtype."""
+    is_possible = dtype != torch.float64 or exact_dtype(next(model.parameters())) == dtype
+    return model.device if is_possible else torch.device('cpu')
+
+
 def images_for(model: RepVGG, folder: str | Path | None = None) -> Iterator[Tensor]:
-    """Read images, preprocessed for a model.
+    """Read images, preprocessed for a model and on its device.
 
     Args:
         model: The model.
@@ -265,7 +285,8 @@ def images_for(model: RepVGG, folder: str | Path | None = None) -> Iterator[Tens
     config = resolve_model_data_config(model)
     if folder is None:
         size = model.in_chans, *config['input_size'][1:]
-        yield from torch.randn(_RANDOM_IMAGES, *size, generator=torch.Generator().manual_seed(0)).split(_BATCH_SIZE)
+        x = torch.randn(_RANDOM_IMAGES, *size, generator=torch.Generator().manual_seed(0))  # everywhere the same
+        yield from x.to(model.device).split(_BATCH_SIZE)
         return
     if model.in_chans != 3:
         raise ValueError(f'the images have 3 channels, and the model takes {model.in_chans}; leave the images out')
@@ -273,4 +294,4 @@ def images_for(model: RepVGG, folder: str | Path | None = None) -> Iterator[Tens
         raise FileNotFoundError(f'no folder of images at {str(folder)!r}')
     dataset = ImageDataset(str(folder), transform=create_transform(**config))
     for batch, _ in torch.utils.data.DataLoader(dataset, batch_size=_BATCH_SIZE):
-        yield batch
+        yield batch.to(model.device)

@@ -952,3 +952,22 @@ def test_fold_strides_as_numbers_or_lists_keeps_the_outputs(make, in_chs):
     expected = run_branches(lambda: made.eval()(x))
     assert rel_diff(made(x), expected) < 1e-12
     assert rel_diff(made.switch_to_deploy()(x), expected) < 1e-12
+
+
+def test_fold_for_call_derived_class_with_the_same_forward_folds(fast_path_calls):
+    """As `fully_shard` makes them."""
+
+    class Derived(RepVGGBlock):
+        pass
+
+    class Scaled(RepVGGBlock):
+        def run_branches(self, x):
+            return 2 * super().run_branches(x)
+
+    class Shifted(RepVGGBlock):
+        def forward(self, x):
+            return super().forward(x + 1)
+
+    for kind in (Derived, Scaled, Shifted):
+        to_device(kind(8, 8)).eval()(images(2, 33, in_chans=8))
+    assert fast_path_calls == [True, False, False]

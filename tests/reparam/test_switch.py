@@ -601,21 +601,37 @@ def test_switch_weights_on_meta_raise(make):
         switch_to_deploy(nn.Sequential(make(4, 4), make(4, 4, device='meta')))
 
 
-@pytest.mark.cpu
-@pytest.mark.parametrize('version', [1, 2])
-def test_switch_sharded_module_raises(version, tmp_path):
-    from torch.distributed import fsdp
+SHARDED = r'sharded over processes.*gather the full state dict .*get_model_state_dict.*switch that one'
 
+
+def sharded(kind):
+    from torch.distributed import fsdp, tensor
+
+    mesh = torch.distributed.init_device_mesh('cpu', (1,))
+    model = create_model('test_repvgg')
+    if kind == 'FSDP':
+        return fsdp.FullyShardedDataParallel(model, device_id=torch.device('cpu'))
+    if kind == 'tensor parallel':
+        return tensor.distribute_module(model, mesh)
+    return fsdp.fully_shard(model, mesh=mesh)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize('kind', ['FSDP', 'FSDP2', 'tensor parallel'])
+def test_switch_sharded_module_raises(kind, tmp_path):
     torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     try:
-        model = create_model('test_repvgg')
-        if version == 1:
-            model = fsdp.FullyShardedDataParallel(model, device_id=torch.device('cpu'))
-        else:
-            fsdp.fully_shard(model, mesh=torch.distributed.init_device_mesh('cpu', (1,)))
-        keys = list(model.state_dict()) if version == 2 else None
-        with pytest.raises(FoldError, match=r'sharded over processes.*gather the full state dict.*switch that one'):
-            switch_to_deploy(model)
+        model = sharded(kind)
+        keys = None if kind == 'FSDP' else list(model.state_dict())
+        if kind == 'FSDP2':
+            model.unshard()  # for the time being
+        block = next(m for m in model.modules() if isinstance(m, RepVGGBlock))
+        for part in (model, block) if kind == 'tensor parallel' else (model,):
+            with pytest.raises(FoldError, match=SHARDED):
+                switch_to_deploy(part)
+        if kind != 'FSDP':
+            with pytest.raises(FoldError, match=SHARDED):
+                model.switch_to_deploy()
         assert keys is None or list(model.state_dict()) == keys
     finally:
         torch.distributed.destroy_process_group()

@@ -28,6 +28,7 @@ from ..atomic import new_folder
 from ..benchmark.measure import time_rounds
 from ..console import Track, print_table, progress
 from ..convert import open_model, save_model
+from ..devices import add_device_argument
 from .picture import Answers, draw_picture
 
 __all__ = ['DemoRow', 'add_arguments', 'main', 'run_demo']
@@ -54,14 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = 'Needs no network and less than a minute.'
     parser.add_argument('--out', default='repvgg-demo', help='folder for both forms and the picture (%(default)s)')
     parser.add_argument('--overwrite', action='store_true', help='replace it if an earlier run wrote it as it is')
+    add_device_argument(parser, what='the model learns and runs')
 
 
 def main(args: argparse.Namespace) -> int:
     """Run `repvgg-zoo demo`."""
     with progress(transient=False) as track:
-        rows = run_demo(args.out, track=track, overwrite=args.overwrite)
+        rows = run_demo(args.out, track=track, overwrite=args.overwrite, device=args.device)
+    place = '' if args.device == 'cpu' else f', {args.device}'
     print_table(
-        ('model', 'parameters', 'top1_pct', 'latency_ms\nper image', 'largest logit\ndifference'),
+        ('model', 'parameters', 'top1_pct', f'latency_ms\nper image{place}', 'largest logit\ndifference'),
         [
             (
                 row.model,
@@ -77,13 +80,14 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_demo(out: str | Path, *, track: Track, overwrite: bool = False) -> list[DemoRow]:
+def run_demo(out: str | Path, *, track: Track, overwrite: bool = False, device: str = 'cpu') -> list[DemoRow]:
     """Fine-tune the bundled model on negatives of the bundled images, write both forms of it, and draw a picture.
 
     Args:
         out: Folder to write. It gets the model folders `training` and `deploy`, and `demo.png`.
         track: Shows the progress, see `repvgg_zoo.tools.console`.
         overwrite: Replace the folder if an earlier demo wrote it.
+        device: Where the model learns and runs.
 
     Returns:
         Figures of the pretrained model on photographs, and on negatives those of the pretrained model, of both forms of
@@ -98,7 +102,7 @@ def run_demo(out: str | Path, *, track: Track, overwrite: bool = False) -> list[
     """
     torch.manual_seed(0)
     with new_folder(out, overwrite=overwrite) as folder:
-        model = open_model(_MODEL)
+        model = open_model(_MODEL).to(device)
         on_photographs = _evaluate(model, track, negatives=False)
         before = _evaluate(model, track)
 
@@ -111,10 +115,12 @@ def run_demo(out: str | Path, *, track: Track, overwrite: bool = False) -> list[
         switched = _evaluate(deployed, track)
         (folder / _DEPLOY).mkdir()
         save_model(deployed, folder / _DEPLOY)
-        reloaded = _evaluate(open_model(folder / _DEPLOY), track)
+        reloaded = _evaluate(open_model(folder / _DEPLOY).to(device), track)
 
         training_ms, deploy_ms = _latencies_ms([model, deployed], track)
-        _draw(before, after, switched, {'training form': training_ms, 'deploy form': deploy_ms}).save(folder / _PICTURE)
+        place = '' if device == 'cpu' else f', {device}'
+        latencies_ms = {f'training form{place}': training_ms, f'deploy form{place}': deploy_ms}
+        _draw(before, after, switched, latencies_ms).save(folder / _PICTURE)
     return [
         on_photographs.row('pretrained, photographs'),
         before.row('pretrained, negatives'),
@@ -173,7 +179,7 @@ def _finetune(model: RepVGG, track: Track) -> None:
         scheduler.step(epoch)
         for images, labels in track(loader, description=f'fine-tuning, epoch {epoch + 1} of {_EPOCHS}'):
             optimizer.zero_grad()
-            criterion(model(images), labels).backward()
+            criterion(model(images.to(model.device)), labels.to(model.device)).backward()
             optimizer.step()
 
 
@@ -182,7 +188,7 @@ def _evaluate(model: RepVGG, track: Track, *, negatives: bool = True) -> _Evalua
     model.eval()
     outputs, targets = [], []
     for images, target in track(_loader(model, 'validation', negatives=negatives), description='evaluating'):
-        outputs.append(model(images))
+        outputs.append(model(images.to(model.device)).cpu())
         targets.append(target)
     return _Evaluation(
         params=sum(parameter.numel() for parameter in model.parameters()),
@@ -193,8 +199,10 @@ def _evaluate(model: RepVGG, track: Track, *, negatives: bool = True) -> _Evalua
 
 @torch.inference_mode()
 def _latencies_ms(models: list[RepVGG], track: Track) -> list[float]:
-    image = next(iter(_loader(models[0], 'validation')))[0][:1]
-    seconds = time_rounds([(lambda: image, model) for model in models], rounds=_LATENCY_ROUNDS, track=track)
+    device = models[0].device
+    image = next(iter(_loader(models[0], 'validation')))[0][:1].to(device)
+    runs: list[Any] = [(lambda: image, model) for model in models]
+    seconds = time_rounds(runs, rounds=_LATENCY_ROUNDS, device=device, track=track)
     return [1e3 * statistics.median(times) for times in seconds]
 
 

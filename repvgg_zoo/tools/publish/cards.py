@@ -186,6 +186,7 @@ def _forms(facts: ModelFacts, check: FoldCheck, training_id: str) -> str:
         if check.top1_agreement_pct is None
         else f'{check.images} real images, {check.top1_agreement_pct:g} % of them with the same top class'
     )
+    place = '' if check.device == 'cpu' else f', computed on {check.device}'
     tuning = (
         f'Fine-tune the training form, `hf-hub:{training_id}`, and fold the result with `switch_to_deploy()`.'
         if facts.form == 'deploy'
@@ -194,7 +195,7 @@ def _forms(facts: ModelFacts, check: FoldCheck, training_id: str) -> str:
     return (
         'Both forms compute the same function in `eval()` mode. When they were published, their logits differed by '
         f'{check.float64_rel_diff:.1e} of the largest logit in float64, and by {check.float32_rel_diff:.1e} in float32 '
-        f'on {agreement}. In `train()` mode the training form normalises by the batch. {tuning}'
+        f'on {agreement}{place}. In `train()` mode the training form normalises by the batch. {tuning}'
     )
 
 

@@ -65,6 +65,7 @@ def build_folders(
     out: str | Path | None = None,
     replace_existing: bool = False,
     images: str | Path | None = None,
+    device: str = 'cpu',
     track: Track = no_progress,
 ) -> tuple[Published, Published]:
     """Write the model folders of both forms of a checkpoint.
@@ -79,6 +80,7 @@ def build_folders(
         out: Folder for both; `owner` by default.
         replace_existing: Replace model folders that hold something else.
         images: Folder of images to compare the forms on; random images by default.
+        device: Where to compare the forms. What is written is computed on the CPU, so it is the same on each device.
         track: Shows the progress of the comparison.
 
     Returns:
@@ -114,7 +116,7 @@ def build_folders(
         _describe_model(model, publication)
         save_model(model, new[0])
         del model
-        check, facts = _fold(publication, new, images, track)
+        check, facts = _fold(publication, new, images, device, track)
         published = [
             _describe(publication, new[index], folders[index], owner, check, facts[index]) for index in range(2)
         ]
@@ -195,7 +197,7 @@ def _describe_model(model: RepVGG, publication: Publication) -> None:
 
 
 def _fold(
-    publication: Publication, folders: Sequence[Path], images: str | Path | None, track: Track
+    publication: Publication, folders: Sequence[Path], images: str | Path | None, device: str, track: Track
 ) -> tuple[FoldCheck, list[ModelFacts]]:
     """Fold the training form of the first folder into the second folder, and compare both forms.
 
@@ -203,22 +205,26 @@ def _fold(
     """
     facts = []
 
-    def run(model: RepVGG, folder: Path) -> Tensor:
+    def opened(folder: Path) -> RepVGG:
+        model = open_model(folder).eval()
         write_reference(model, folder)
         facts.append(facts_of(model))
+        return model.to(device)
+
+    def logits(model: RepVGG) -> Tensor:
         description = f'{publication.name}: {facts[-1].form} form'
         with torch.inference_mode(), disable_fast_path():
             batches = track(images_for(model, images), description=description, total=None)
-            return torch.cat([model(batch) for batch in batches]).double()
+            return torch.cat([model(batch).cpu() for batch in batches]).double()
 
-    model = open_model(folders[0]).eval()
+    model = opened(folders[0])
     float64 = float64_rel_diff(model, next(images_for(model, images))[:1])
-    training = run(model, folders[0])
-    model.switch_to_deploy()
+    training, where = logits(model), str(model.device)
+    model.cpu().switch_to_deploy()
     model.pretrained_cfg['tag'] += DEPLOY_SUFFIX
     save_model(model, folders[1])
     del model
-    deploy = run(open_model(folders[1]).eval(), folders[1])
+    deploy = logits(opened(folders[1]))
     float32 = rel_diff(deploy, training)
     if not (float64 <= MAX_REL_DIFF[torch.float64] and float32 <= MAX_REL_DIFF[torch.float32]):
         raise CheckpointError(
@@ -232,6 +238,7 @@ def _fold(
         float32_rel_diff=float32,
         images=len(training),
         top1_agreement_pct=100 * same_class if images else None,
+        device=where,
     )
     return check, facts
 

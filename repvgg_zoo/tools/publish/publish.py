@@ -10,6 +10,7 @@ from typing import Any
 from ...pretrained.hub import WEIGHT_FILES
 from ...pretrained.manifest import read_manifest
 from ..console import positive, print_error, progress
+from ..devices import add_device_argument
 from ..model_arguments import add_model_arguments, model_options
 from .cards import CARD
 from .preprocessing import INTERPOLATIONS
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--verify-images', metavar='FOLDER', help='real images to compare the forms on (default: random ones)'
     )
+    add_device_argument(parser, what='the forms are compared')
     add_model_arguments(parser, 'SRC')
     _add_own_arguments(parser)
 
@@ -178,6 +180,7 @@ def _publish_and_print(publication: Publication, args: argparse.Namespace) -> No
             push=args.push,
             replace_existing=args.replace,
             images=args.verify_images,
+            device=args.device,
             track=track,
         )
     for item in published:
@@ -186,7 +189,10 @@ def _publish_and_print(publication: Publication, args: argparse.Namespace) -> No
         if item.edited_card:
             print(f'{item.folder / CARD} stays as you edited it; for a new card delete it, and pass --replace')
     check = published[0].fold_check
-    print(f'the forms differ by {check.float64_rel_diff:.1e} in float64, {check.float32_rel_diff:.1e} in float32')
+    place = '' if check.device == 'cpu' else f', on {check.device}'
+    print(
+        f'the forms differ by {check.float64_rel_diff:.1e} in float64, {check.float32_rel_diff:.1e} in float32{place}'
+    )
     if not publication.vouched:
         print(
             f'{publication.source.title} has a sha256 that the manifest does not know, so the cards claim neither '
