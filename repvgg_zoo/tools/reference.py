@@ -20,7 +20,7 @@ from ..model import RepVGG
 from ..pretrained.hub import download_file
 from ..pretrained.locate import WEIGHTS_VARIABLE, locate
 from ..reparam.evaluation import disable_fast_path
-from ..reparam.tolerance import MAX_REL_DIFF, rel_diff
+from ..reparam.tolerance import max_rel_diff, rel_diff
 
 __all__ = ['REFERENCE', 'ReferenceCheck', 'check_reference', 'find_reference', 'write_reference']
 
@@ -37,11 +37,14 @@ class ReferenceCheck:
     form: Form
     rel_diffs: Mapping[str, float]
     """Largest difference of each output, relative to the largest value of its reference."""
+    device: str = 'cpu'
+    """Where the model computed."""
 
     @property
     def same(self) -> bool:
         """Whether the model computes what the reference says, as far as rounding in float32 lets it."""
-        return all(diff <= MAX_REL_DIFF[torch.float32] for diff in self.rel_diffs.values())
+        bound = max_rel_diff(torch.float32, torch.device(self.device))
+        return all(diff <= bound for diff in self.rel_diffs.values())
 
 
 def write_reference(model: RepVGG, folder: Path) -> None:
@@ -107,6 +110,7 @@ def check_reference(model: RepVGG, path: Path) -> ReferenceCheck:
     return ReferenceCheck(
         form='deploy' if model.deploy else 'training',
         rel_diffs={name: rel_diff(outputs[name], reference[name]) for name in _OUTPUTS},
+        device=str(model.device),
     )
 
 

@@ -18,7 +18,7 @@ from ..model import RepVGG
 from ..reparam.evaluation import disable_fast_path
 from ..reparam.fold import exact_dtype
 from ..reparam.switch import switch_to_deploy
-from ..reparam.tolerance import MAX_REL_DIFF, rel_diff
+from ..reparam.tolerance import MAX_REL_DIFF, max_rel_diff, rel_diff
 from .console import print_table
 from .convert import open_model
 from .devices import add_device_argument
@@ -103,7 +103,8 @@ class Comparison:
     @property
     def same(self) -> bool:
         """Whether the models compute the same function, as far as float32 weights can."""
-        return self.max_rel_diff <= MAX_REL_DIFF[torch.float32] and self.top1_agreement_pct == 100
+        bound = max_rel_diff(torch.float32, torch.device(self.device))
+        return self.max_rel_diff <= bound and self.top1_agreement_pct == 100
 
 
 def verify(

@@ -21,7 +21,7 @@ from ...pretrained.hub import WEIGHT_FILES, sha256_of
 from ...pretrained.load import assign, convert_form, read
 from ...pretrained.manifest import DEPLOY_SUFFIX, FoldCheck, WeightsRecord, read_manifest
 from ...reparam.evaluation import disable_fast_path
-from ...reparam.tolerance import MAX_REL_DIFF, rel_diff
+from ...reparam.tolerance import MAX_REL_DIFF, max_rel_diff, rel_diff
 from ...variants import VARIANTS
 from ..atomic import put_in_place, workspace
 from ..console import Track, no_progress
@@ -226,11 +226,11 @@ def _fold(
     del model
     deploy = logits(opened(folders[1]))
     float32 = rel_diff(deploy, training)
-    if not (float64 <= MAX_REL_DIFF[torch.float64] and float32 <= MAX_REL_DIFF[torch.float32]):
+    exact, rounded = MAX_REL_DIFF[torch.float64], max_rel_diff(torch.float32, torch.device(device))
+    if not (float64 <= exact and float32 <= rounded):
         raise CheckpointError(
             f'the two forms of {publication.name} differ by {float64:.1e} of the largest logit in float64 and '
-            f'{float32:.1e} in float32, more than {MAX_REL_DIFF[torch.float64]:.0e} and '
-            f'{MAX_REL_DIFF[torch.float32]:.0e}, so nothing is written'
+            f'{float32:.1e} in float32, more than {exact:.0e} and {rounded:.0e}, so nothing is written'
         )
     same_class = (training.argmax(1) == deploy.argmax(1)).double().mean().item()
     check = FoldCheck(
