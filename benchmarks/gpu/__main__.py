@@ -29,6 +29,7 @@ from page import BY_BRANCHES, write_page
 from speed import FULL, REHEARSAL, loading, measure, plans, warm_up
 
 from repvgg_zoo.tools.benchmark.benchmark import machine_facts
+from repvgg_zoo.tools.devices import available_device
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,16 +37,19 @@ ROOT = Path(__file__).parents[2]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', type=Path, required=True, help='folder for the results')
-    parser.add_argument('--device', default='cuda')
-    parser.add_argument('--rehearse', action='store_true', help='tiny models, on the CPU unless --device is given')
+    parser.add_argument('--device', help='where to measure (cuda, and cpu for a rehearsal)')
+    parser.add_argument('--rehearse', action='store_true', help='tiny models')
     parser.add_argument('--minutes', type=float, default=8.5, help='start no part after that (%(default)s)')
-    parser.add_argument('--cifar10', metavar='FOLDER', help='folder with the folders train and test')
+    parser.add_argument('--cifar10', type=Path, metavar='FOLDER', help='folder with the folders train and test')
     parser.add_argument('--cifar10-options', nargs=argparse.REMAINDER, default=[], help='of experiments/cifar10.py')
     parser.add_argument('--epochs', type=int, default=200, help='of the training on CIFAR-10 (%(default)s)')
     parser.add_argument('--skip', nargs='*', default=[], metavar='PART', help='parts to leave out')
     args = parser.parse_args()
-    if args.rehearse and '--device' not in sys.argv:
-        args.device = 'cpu'
+    try:
+        args.device = available_device(args.device or ('cpu' if args.rehearse else 'cuda'))
+    except argparse.ArgumentTypeError as error:
+        parser.error(f'{error}; --rehearse runs on any')
+    args.out = args.out.resolve()  # the programs that are started run in another folder
     settings = REHEARSAL if args.rehearse else FULL
     args.out.mkdir(parents=True, exist_ok=True)
     results = Parts(args.out / 'results.json', end=time.monotonic() + 60 * args.minutes, skip=args.skip)
@@ -115,7 +119,7 @@ def cifar10(args: argparse.Namespace) -> list[str]:
     options += ['--out', str(args.out / 'cifar10')]
     options += args.cifar10_options
     tiny = ['--images', '256', '--eager'] if args.rehearse else []
-    return [sys.executable, 'experiments/cifar10.py', '--data', args.cifar10, *options, *tiny]
+    return [sys.executable, 'experiments/cifar10.py', '--data', str(args.cifar10.resolve()), *options, *tiny]
 
 
 def start(command: list[str], log: Path) -> subprocess.Popen:

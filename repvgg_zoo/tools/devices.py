@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-__all__ = ['add_device_argument']
+__all__ = ['add_device_argument', 'available_device']
 
 
 def add_device_argument(parser: argparse.ArgumentParser, *, what: str = 'models run') -> None:
@@ -22,14 +22,29 @@ def add_device_argument(parser: argparse.ArgumentParser, *, what: str = 'models 
     """
     parser.add_argument(
         '--device',
-        type=_available,
+        type=available_device,
         default='cpu',
         metavar='DEVICE',
         help=f'where {what}: cpu, cuda, cuda:N or mps (%(default)s)',
     )
 
 
-def _available(text: str) -> str:
+def available_device(text: str) -> str:
+    """Check that PyTorch can compute on a device here: a `type` for argparse.
+
+    Args:
+        text: The name of a device.
+
+    Returns:
+        The name.
+
+    Raises:
+        argparse.ArgumentTypeError: There is no such device. The message lists those that there are.
+
+    Example:
+        >>> available_device('cpu')
+        'cpu'
+    """
     import torch
 
     found = ['cpu']
