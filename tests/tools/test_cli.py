@@ -136,10 +136,11 @@ def test_verify_whole_module_remedy_can_be_copied(tmp_path, monkeypatch, capsys)
 
 
 def test_main_interrupted_command_ends_in_one_line(monkeypatch, capsys):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    monkeypatch.setattr('repvgg_zoo.tools.listing.main', lambda args: signal.raise_signal(signal.SIGINT))
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('repvgg_zoo.tools.listing.main', interrupted)
     assert main(['list']) == 130
-    signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == 'repvgg-zoo: interrupted\n'
 
 
