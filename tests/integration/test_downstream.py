@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 from helpers import FORMS, images, randomise, rel_diff
-from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
@@ -15,6 +14,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 from repvgg_zoo import VARIANTS, switch_to_deploy
 from repvgg_zoo.reparam.evaluation import disable_fast_path
+from repvgg_zoo.tools.convert import save_model
 
 
 @pytest.fixture(scope='module')
@@ -22,7 +22,7 @@ def backbone(tmp_path_factory):
     """A folder with a small backbone of reductions 2 to 32, as segmentation and detection expect it."""
     folder = tmp_path_factory.mktemp('backbone')
     small = dict(depths=(1, 2, 2, 1), width=(0.25, 0.25, 0.25, 0.125), num_classes=2)
-    save_for_hf(randomise(timm.create_model('repvgg_a0', **small)), folder)
+    save_model(randomise(timm.create_model('repvgg_a0', **small)), folder)
     return f'local-dir:{folder}'
 
 
