@@ -54,6 +54,9 @@ def main() -> None:
     parser.add_argument('--eager', action='store_true', help='do not compile')
     args = parser.parse_args()
 
+    for split in ('train', args.val_split):
+        if not Path(args.data, split).is_dir():
+            parser.error(f'{args.data!r} has no folder {split!r}')
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     train_images, train_labels = load(args.data, 'train', args.images, args.device)
@@ -78,6 +81,8 @@ def main() -> None:
         model.compile(mode='reduce-overhead' if args.device.startswith('cuda') else None)
 
     steps = len(train_labels) // args.batch_size
+    if steps == 0:
+        parser.error(f'{len(train_labels)} training images make no batch of {args.batch_size}')
     last, warm, begin, part = args.epochs * steps, 2 * steps, time.perf_counter(), 0.0
     for epoch in range(begun, args.epochs):
         start = time.perf_counter()

@@ -98,7 +98,8 @@ def _create_repvgg(
     def build(**model_kwargs: Any) -> RepVGG:
         if not pretrained:
             return RepVGG(variant, deploy=deploy, **model_kwargs)
-        device = torch.device(model_kwargs.get('device') or torch.get_default_device())
+        given = model_kwargs.get('device')
+        device = torch.get_default_device() if given is None else torch.device(given)
         # unfolding starts from the initial values of the branches
         make = RepVGG if unfold or device.type == 'meta' else _build_without_values
         model = make(variant, deploy=deploy, **model_kwargs)

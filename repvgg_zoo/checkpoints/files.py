@@ -107,5 +107,7 @@ def _read_safetensors(path: Path, device: str) -> StateDict:
                     tensor = file.get_tensor(key)
                     tensors[key] = tensor.clone() if device == 'cpu' else tensor
     except Exception as error:  # a bad header makes the reader raise errors of any class
+        if device != 'cpu':  # it may be the device's
+            return {key: value.to(device) for key, value in _read_safetensors(path, 'cpu').items()}
         raise CheckpointError(f'{str(path)!r} is truncated or no safetensors file ({error}); get it again') from error
     return tensors
