@@ -25,6 +25,7 @@ import repvgg_zoo
 from repvgg_zoo import (
     BLOCKS,
     VARIANTS,
+    CheckpointError,
     FoldError,
     RepVGG,
     RepVGGBlock,
@@ -36,7 +37,7 @@ from repvgg_zoo import (
 from repvgg_zoo.blocks.base import ReparamBlock
 from repvgg_zoo.blocks.factory import block_type
 from repvgg_zoo.blocks.unfold import unfold_state_dict
-from repvgg_zoo.checkpoints import contents, files
+from repvgg_zoo.checkpoints import contents
 from repvgg_zoo.reparam import fold
 from repvgg_zoo.reparam.switch import _verify
 
@@ -163,20 +164,9 @@ def test_switch_of_timms_model_on_a_device_folds(elsewhere):
         assert rel_diff(folded(x.to(elsewhere)), expected) < NEAR
 
 
-@pytest.fixture
-def read_onto_it(monkeypatch):
-    """The library that reads safetensors onto a device asks the driver, so the test reads and moves."""
-
-    def read_and_move(path, device):
-        return {key: value.to(device) for key, value in read(path, 'cpu').items()}
-
-    read = files._read_safetensors
-    monkeypatch.setattr(files, '_read_safetensors', read_and_move)
-    monkeypatch.setattr(contents, '_is_plain', lambda tensor: True)  # a class of its own
-
-
 @pytest.mark.parametrize('options', [dict(), dict(deploy=True)], ids=str)
-def test_load_onto_a_device_gives_the_same(options, elsewhere, read_onto_it):
+def test_load_onto_a_device_gives_the_same(options, elsewhere, monkeypatch):
+    monkeypatch.setattr(contents, '_is_plain', lambda tensor: True)  # a class of its own
     with torch.no_grad():
         source = timm.create_model('test_repvgg', pretrained=True).eval()
         x = image(2, 32, 3)
@@ -316,3 +306,11 @@ def test_switch_verify_bound_of_float32_is_that_of_tf32_on_cuda(kind, raises):
         before, after = (t.to(kind) for t in outputs)
         with pytest.raises(FoldError, match=r'differs by 0\.003') if raises else nullcontext():
             _verify([before], [after])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is the device')
+@pytest.mark.parametrize('device', [0, 'cuda'])
+def test_load_onto_a_missing_device_gives_its_own_error(device):
+    with pytest.raises((RuntimeError, AssertionError), match=r'NVIDIA|CUDA') as raised:
+        timm.create_model('test_repvgg', pretrained=True, device=device)
+    assert not isinstance(raised.value, CheckpointError)  # the file is right

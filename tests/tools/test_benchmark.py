@@ -12,12 +12,12 @@ from helpers import FORMS
 
 from repvgg_zoo import VARIANTS
 from repvgg_zoo.tools.benchmark.benchmark import run_benchmark, write_results
-from repvgg_zoo.tools.benchmark.cases import DTYPES, Case, WrongOutputError, baseline_of, gmacs
+from repvgg_zoo.tools.benchmark.cases import Case, WrongOutputError, baseline_of, gmacs
 from repvgg_zoo.tools.benchmark.measure import matmul_peak_gmacs_per_s, time_rounds
 from repvgg_zoo.tools.benchmark.models import PEERS, ModelName
 from repvgg_zoo.tools.benchmark.plan import FULL, QUICK, plan
 from repvgg_zoo.tools.benchmark.report import Results, latency_quantiles_ms
-from repvgg_zoo.tools.benchmark.runtimes import RUNTIMES, Runtime, autocast, cast
+from repvgg_zoo.tools.benchmark.runtimes import DTYPES, RUNTIMES, Runtime, autocast, cast
 from repvgg_zoo.tools.console import no_progress
 from repvgg_zoo_cli import main
 

@@ -121,13 +121,19 @@ def pushed(here, hub, capsys):
     return command
 
 
-def test_publish_again_other_figures_need_replace(here, hub, pushed, capsys):
+def check_refused(command, error, hub, capsys):
+    """It fails with that error, and neither claims nor uploads anything."""
     commits = hub.count('POST', '/commit/')
-    assert main([*pushed, '--top1', '91']) == 1
+    assert main(command) == 1
     said = capsys.readouterr()
     assert 'published' not in said.out
-    assert re.search(r"test_repvgg\.mine' holds another README\.md, or none; .*--replace", said.err)
+    assert re.search(error, said.err)
     assert hub.count('POST', '/commit/') == commits
+
+
+def test_publish_again_other_figures_need_replace(here, hub, pushed, capsys):
+    error = r"test_repvgg\.mine' holds another README\.md, or none; .*--replace"
+    check_refused([*pushed, '--top1', '91'], error, hub, capsys)
     assert main([*pushed, '--top1', '91', '--replace']) == 0
     assert 'published as me/test_repvgg.mine\n' in capsys.readouterr().out
     for suffix in ('', '_deploy'):
@@ -150,12 +156,7 @@ def test_publish_edited_card_needs_replace_and_is_uploaded(here, hub, pushed, ca
     card = here / 'out' / 'test_repvgg.mine' / 'README.md'
     edited = card.read_text().replace('with sizes of the deploy form', 'and mine')  # which varies in cards of ours
     card.write_text(edited)
-    commits = hub.count('POST', '/commit/')
-    assert main([*pushed, '--top1', '90']) == 1
-    said = capsys.readouterr()
-    assert 'published' not in said.out
-    assert re.search(r'README\.md\), so nothing is uploaded; .*--replace', said.err)
-    assert hub.count('POST', '/commit/') == commits
+    check_refused([*pushed, '--top1', '90'], r'README\.md\), so nothing is uploaded; .*--replace', hub, capsys)
     assert main([*pushed, '--top1', '90', '--replace']) == 0
     said = capsys.readouterr().out
     assert 'published as me/test_repvgg.mine\n' in said

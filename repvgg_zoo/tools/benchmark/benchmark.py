@@ -22,13 +22,13 @@ from safetensors.torch import save_file
 from ..atomic import new_folder
 from ..console import Track, positive, print_table, progress
 from ..devices import add_device_argument
-from .cases import DTYPES, LAYOUTS, WORK, Case, baseline_of, gmacs
+from .cases import LAYOUTS, WORK, Case, baseline_of, gmacs
 from .measure import matmul_peak_gmacs_per_s, peak_device_bytes, peak_memory_bytes, time_rounds
 from .models import ModelName
 from .plan import FULL, QUICK, plan
 from .plots import save_plots
 from .report import Results, Row, latency_quantiles_ms
-from .runtimes import RUNTIMES
+from .runtimes import DTYPES, RUNTIMES
 
 __all__ = ['add_arguments', 'machine_facts', 'main', 'run_benchmark', 'write_results']
 

@@ -22,7 +22,6 @@ from .models import BenchmarkForm, ModelName, timms_own
 from .runtimes import COMPILE_OPTIONS, RUNTIMES, autocast, cast
 
 __all__ = [
-    'DTYPES',
     'LAYOUTS',
     'WORK',
     'Case',
@@ -37,8 +36,6 @@ Work: TypeAlias = Literal['infer', 'train', 'load', 'fold']
 WORK = get_args(Work)
 """Inference; one training step (forward, loss, backward); a model from a file of training weights; the switch."""
 LAYOUTS = ('contiguous', 'channels_last')
-DTYPES = ('float32', 'bfloat16', 'float16', 'amp_bfloat16', 'amp_float16')
-"""`amp_` is float32 under autocast, as timm's benchmark calls it; the others are the dtype of weights and images."""
 
 
 class WrongOutputError(RuntimeError):

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from ..._compat import raised_recompile_limit
 from ..console import silenced
 
-__all__ = ['COMPILE_OPTIONS', 'RUNTIMES', 'Runtime', 'autocast', 'cast', 'compile_openvino']
+__all__ = ['COMPILE_OPTIONS', 'DTYPES', 'RUNTIMES', 'Runtime', 'autocast', 'cast', 'compile_openvino']
 
+DTYPES = ('float32', 'bfloat16', 'float16', 'amp_bfloat16', 'amp_float16')
+"""`amp_` is float32 under autocast, as timm's benchmark calls it; the others are the dtype of weights and images."""
 Run: TypeAlias = Callable[[], Any]
 
 
@@ -218,11 +220,7 @@ COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
     'compile-max-autotune': dict(mode='max-autotune'),
 }
 """Arguments of `torch.compile`. The last two use CUDA graphs on a GPU."""
-_TORCH: dict[str, Any] = dict(
-    dtypes=('float32', 'bfloat16', 'float16', 'amp_bfloat16', 'amp_float16'),
-    layouts=('contiguous', 'channels_last'),
-    devices=None,
-)
+_TORCH: dict[str, Any] = dict(dtypes=DTYPES, layouts=('contiguous', 'channels_last'), devices=None)
 _ONNX: dict[str, Any] = dict(packages=('onnx', 'onnxscript', 'onnxruntime'), extra='onnxruntime')
 _ONNX_GPU: dict[str, Any] = dict(_ONNX, dtypes=('float32', 'float16'), devices=('cuda',))
 _NCNN: dict[str, Any] = dict(packages=('ncnn', 'pnnx'), extra='ncnn', max_batch=1)
