@@ -136,7 +136,7 @@ def test_verify_on_a_device_without_float64_compares_float64_on_the_cpu(monkeypa
 
 def test_verify_command_on_a_device_says_where(elsewhere, capsys, monkeypatch):
     name, _ = elsewhere
-    monkeypatch.setattr('repvgg_zoo.tools.devices._available', str)
+    monkeypatch.setattr('repvgg_zoo.tools.devices.available_device', str)
     assert main(['verify', 'test_repvgg', '--device', name]) == 0
     said = capsys.readouterr().out
     assert f'float32, {name} ' in said
@@ -156,7 +156,7 @@ def test_publish_on_a_device_writes_the_same_files_and_says_where_it_compared(
         return switch(model)
 
     monkeypatch.setattr(RepVGG, 'switch_to_deploy', spy)
-    monkeypatch.setattr('repvgg_zoo.tools.devices._available', str)
+    monkeypatch.setattr('repvgg_zoo.tools.devices.available_device', str)
     command = ['publish', 'test_repvgg.cifar10', '--owner', 'me', '--verify-images', str(cats), '--out']
     assert main([*command, str(tmp_path / 'cpu')]) == 0
     assert name not in capsys.readouterr().out
@@ -176,7 +176,7 @@ def test_publish_on_a_device_writes_the_same_files_and_says_where_it_compared(
 def test_demo_on_a_device_learns_and_runs_there(elsewhere, tmp_path, monkeypatch, capsys):
     name, timed = elsewhere
     monkeypatch.setattr(demo, '_EPOCHS', 1)
-    monkeypatch.setattr('repvgg_zoo.tools.devices._available', str)
+    monkeypatch.setattr('repvgg_zoo.tools.devices.available_device', str)
     evaluated, evaluate = [], demo._evaluate
 
     def spy(model, *args, **kwargs):
@@ -206,7 +206,7 @@ def test_quantize_layer_errors_on_a_device_are_those_of_the_cpu(elsewhere):
 def test_quantize_command_on_a_device_says_where(elsewhere, cats, tmp_path, monkeypatch, capsys):
     name, _ = elsewhere
     pytest.importorskip('nncf')
-    monkeypatch.setattr('repvgg_zoo.tools.devices._available', str)
+    monkeypatch.setattr('repvgg_zoo.tools.devices.available_device', str)
     monkeypatch.setattr(
         'repvgg_zoo.tools.quantize._latencies', lambda *_: dict(float32_latency_ms=2, int8_latency_ms=1)
     )
