@@ -151,10 +151,10 @@ def _training_form(
     except FoldError as error:
         raise ValueError(f'a block has no branches that compute what it computes: {error}') from None
     is_square = geometry.dilation_rows == geometry.dilation_columns and len(set(as_pair(conv.stride))) == 1
-    if not is_square or has_hooks(conv) or type(conv) is not nn.Conv2d:
+    if not is_square or geometry.inset != (0, 0) or has_hooks(conv) or type(conv) is not nn.Conv2d:
         raise ValueError(
-            f'a block has no branches that compute what it computes: its {conv} has hooks, another class, or another '
-            'stride or dilation in one direction; put that back first'
+            f'a block has no branches that compute what it computes: its {conv} has hooks, another class, less padding '
+            'than half of its kernel, or another stride or dilation in one direction; put that back first'
         )
     unfolded = make(
         conv.in_channels,
