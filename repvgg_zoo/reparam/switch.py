@@ -6,8 +6,9 @@ import copy
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
-from typing import Any, Protocol, TypeVar, cast, runtime_checkable
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any, Protocol, TypeAlias, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,14 @@ from .foreign import MULTI_BRANCH_KEY, ForeignBlock
 from .geometry import GATHER, Geometry
 from .stale_optimizers import forget_replaced, remember_replaced
 from .tolerance import MAX_REL_DIFF, max_rel_diff
+from .trial import KnownFold, find_known_blocks, is_folded
 
 __all__ = ['Foldable', 'switch_to_deploy']
 
 _logger = logging.getLogger(__name__)
 ModuleT = TypeVar('ModuleT', bound=nn.Module)
+Plan: TypeAlias = Callable[[], Callable[[], None]]
+"""Carries a fold out, and returns a function that undoes it."""
 
 
 @runtime_checkable
@@ -85,14 +89,23 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
     """
     _refuse_graphs_and_shards(module)
     blocks = list(_find_blocks(module))
-    if not blocks:
-        raise ValueError(f'no RepVGG block in {type(module).__name__}, neither of the training nor of the deploy form')
+    known = list(find_known_blocks(module))
+    if not blocks and not known and not any(map(is_folded, module.modules())):
+        raise ValueError(
+            f'no re-parameterizable block in {type(module).__name__}, neither of the training nor of the deploy form'
+        )
     training = [(path, block, foldable) for path, block, foldable in blocks if not foldable.is_deploy()]
     for path, block, foldable in training:  # all before the first fold
         _check(path, block, foldable)
-    if any(block.training for _, block, _ in training):
+    plans: list[Plan] = [partial(_fold, block, foldable) for _, block, foldable in training]
+    for path, block, row in known:
+        with _naming(path):
+            fold = KnownFold(module, block, row)
+        if not fold.changes_nothing():
+            plans.append(fold.apply)
+    if any(block.training for _, block, _ in [*training, *known]):
         _warn_of_train_mode()
-    if not training:
+    if not plans:
         return module
     reference = None if verify is None else eval_outputs(module, verify)
     if reference == []:
@@ -102,8 +115,8 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
         )
     undo = []
     try:
-        for _, block, foldable in training:
-            restore = _fold(block, foldable)
+        while plans:
+            restore = plans.pop(0)()
             if reference is not None:  # otherwise the branches are released now
                 undo.append(restore)
         if reference is not None:
@@ -160,10 +173,17 @@ def _find_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module, Foldable]]
 
 
 def _check(path: str, block: nn.Module, foldable: Foldable) -> None:
-    try:
+    with _naming(path):
         foldable.check_foldable()
         if foldable.needs_proof():
             _prove(block, foldable)
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Name the block in errors."""
+    try:
+        yield
     except FoldError as error:
         raise FoldError(f'cannot fold block {path!r}: {error}; nothing was changed') from None
 
