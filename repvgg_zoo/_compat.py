@@ -3,7 +3,8 @@
 Each function says why it is needed and which test notices when it breaks. Two functions of timm are passed on as they
 are: `feature_take_indices`, by which every timm network understands `out_indices` (test:
 `test_forward_intermediates_any_indices_equal_the_features`), and `save_config_for_hf`, which writes the `config.json`
-that timm reads (test: `test_save_model_each_block_type_loads_as_that_block`).
+that timm reads (test: `test_save_model_each_block_type_loads_as_that_block`). So is torch's `TorchDispatchMode`, the
+only way to see every operator that reads a tensor (test: `test_conv_norm_pairs_other_reader_is_no_pair`).
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
+    'TorchDispatchMode',
     'copy_hooks',
     'feature_take_indices',
     'forward_pre_hooks',
