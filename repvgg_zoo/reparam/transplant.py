@@ -1,4 +1,7 @@
-"""Put what a method did to a copy of a module into the module itself: only what the method changed is replaced."""
+"""Put folded parts into a module, so that they can be taken out again.
+
+What a method did to a copy of a module is put into the module itself: only what the method changed is replaced.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor, nn
 
 from .fold import FoldError
 
-__all__ = ['Transplant']
+__all__ = ['Transplant', 'check_finite', 'is_folded', 'mark_folded', 'places_of', 'snapshot']
 
 _PLAIN = (bool, int, float, str, tuple, list, type(None))
 """Attributes in which methods keep the form of a block."""
@@ -23,13 +26,13 @@ class Transplant:
     places in optimizers.
     """
 
-    def __init__(self, live: nn.Module, changed: nn.Module, originals: Mapping[int, nn.Module]) -> None:
+    def __init__(self, live: nn.Module, changed: nn.Module, originals: Mapping[nn.Module, nn.Module]) -> None:
         """Compare, and convert what is new.
 
         Args:
             live: The module.
             changed: What the method made of a float64 copy of it.
-            originals: The module that each module of the copy is a copy of, by the copy's id.
+            originals: The module that each module of the copy is a copy of.
 
         Raises:
             FoldError: A new value is not finite in the dtype of the module.
@@ -38,42 +41,42 @@ class Transplant:
         kernels = [p for p in live.parameters() if p.ndim > 1] or list(live.parameters())
         self._dtype, self._device = kernels[0].dtype, kernels[0].device
         self._layout = torch.channels_last if _is_channels_last(kernels) else torch.contiguous_format
-        kept = {id(p) for m in changed.modules() if id(m) in originals for p in originals[id(m)].parameters(recurse=False)}
+        kept = {id(p) for m in changed.modules() if m in originals for p in originals[m].parameters(recurse=False)}
         lost = [p for p in live.parameters() if id(p) not in kept]
         self._requires_grad = any(p.requires_grad for p in lost if p.ndim > 1) or (
             not any(p.ndim > 1 for p in lost) and any(p.requires_grad for p in lost)
         )
-        self._parameters: dict[tuple[int, str], nn.Parameter] = {}
+        self._new: dict[tuple[nn.Module, str], nn.Parameter] = {}
         for module in changed.modules():
-            original = originals.get(id(module))
+            original = originals.get(module)
             for name, values in module.named_parameters(recurse=False):
                 old = None if original is None else getattr(original, name, None)
                 if isinstance(old, Tensor) and torch.equal(old.detach().cpu().double(), values):
                     continue
-                self._parameters[id(module), name] = self._converted(name, values, old)
-        for parameter in changed.parameters():  # the plans of all blocks are kept until the first one is carried out
-            parameter.data = parameter.data.new_empty(0)
+                self._new[module, name] = self._converted(name, values, old)
+        for module in {*originals, *changed.modules()}:  # all plans are kept until the first one is carried out
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.new_empty(0)
 
     def _converted(self, name: str, values: Tensor, old: Tensor | None) -> nn.Parameter:
         dtype, requires_grad = self._dtype, self._requires_grad
         if old is not None:
             dtype, requires_grad = old.dtype, old.requires_grad
         new = values.detach().to(dtype)
-        if not bool((finite := new.isfinite()).all()):
-            channel = int((~finite).nonzero()[0, 0])
-            raise FoldError(
-                f'the folded {name} of channel {channel} is not finite in {dtype}, whose largest number is '
-                f'{torch.finfo(dtype).max:.4g}; if the weights are finite, fold in a wider dtype, by model.float()'
-            )
+        check_finite(name, new)
         new = new.to(self._device)
         if new.ndim == 4:
             new = new.contiguous(memory_format=self._layout)
-        return nn.Parameter(new.clone() if new is values else new, requires_grad=requires_grad)
+        return nn.Parameter(new, requires_grad=requires_grad)
 
     def is_empty(self) -> bool:
         """Tell whether the method changed nothing."""
-        same = [self._originals.get(id(m)) for m in self._changed.modules()] == list(self._live.modules())
-        return same and not self._parameters
+        same = [self._originals.get(m) for m in self._changed.modules()] == list(self._live.modules())
+        return same and not self._new
+
+    def changed_modules(self) -> set[nn.Module]:
+        """Return the modules of which a parameter gets a new value."""
+        return {self._originals.get(module, module) for module, _ in self._new}
 
     def apply(self) -> tuple[nn.Module, Callable[[], None]]:
         """Put the changes in; return what the module has become, and a function that undoes it."""
@@ -87,13 +90,13 @@ class Transplant:
 
     def _adopt(self, changed: nn.Module, training: bool, undo: list[Callable[[], None]]) -> nn.Module:
         """Return the live module of a module of the copy, changed as that is; or that itself, if it is new."""
-        live = self._originals.get(id(changed), changed)
+        live = self._originals.get(changed, changed)
         if live is changed:
             live.training = training
             for name, buffer in live.named_buffers(recurse=False):
                 setattr(live, name, buffer.to(self._device, self._dtype if buffer.is_floating_point() else None))
         else:
-            undo.append(_snapshot(live))
+            undo.append(snapshot(live))
         children = {name: self._adopt(child, live.training, undo) for name, child in changed.named_children()}
         old = dict(live.named_children())
         if list(children.items()) != list(old.items()):
@@ -107,7 +110,7 @@ class Transplant:
                     delattr(live, name)
                 setattr(live, name, child)
         for name, _ in changed.named_parameters(recurse=False):
-            if (new := self._parameters.get((id(changed), name))) is not None:
+            if (new := self._new.get((changed, name))) is not None:
                 setattr(live, name, new)
         for name, value in vars(changed).items():
             is_state = isinstance(value, _PLAIN) and not name.startswith('_') and name != 'training'
@@ -119,7 +122,41 @@ class Transplant:
 _MISSING = object()
 
 
-def _snapshot(module: nn.Module) -> Callable[[], None]:
+def places_of(root: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return the parents of a module, and its name in each: a module may be in two places."""
+    paths = [path.rpartition('.') for path, m in root.named_modules(remove_duplicate=False) if m is module]
+    if ('', '', '') in paths:
+        raise FoldError(
+            f'the whole module is a {type(module).__name__}, whose fold is another module; wrap it, by '
+            'torch.nn.Sequential(module), and switch that'
+        )
+    return [(root.get_submodule(parent), name) for parent, _, name in paths]
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """Raise `FoldError` if folded values are not finite in their dtype."""
+    if not bool((finite := values.isfinite()).all()):
+        channel = int((~finite).nonzero()[0, 0])
+        raise FoldError(
+            f'the folded {name} of channel {channel} is not finite in {values.dtype}, whose largest number is '
+            f'{torch.finfo(values.dtype).max:.4g}; if the weights are finite, fold in a wider dtype, by model.float()'
+        )
+
+
+_MARK = 'is_folded_block'
+
+
+def mark_folded(module: nn.Module) -> None:
+    """Mark what was folded, so that a second switch knows a model that has nothing left to fold."""
+    setattr(module, _MARK, True)
+
+
+def is_folded(module: nn.Module) -> bool:
+    """Tell whether a module was marked so."""
+    return _MARK in vars(module)
+
+
+def snapshot(module: nn.Module) -> Callable[[], None]:
     """Return a function that gives a module back the attributes, children and parameters that it has now."""
     attributes: dict[str, Any] = dict(vars(module))
     tables = {name: dict(value) for name, value in attributes.items() if isinstance(value, dict)}

@@ -19,9 +19,9 @@ from .geometry import GATHER
 from .kernel_hooks import refresh_kernels
 from .stale_optimizers import forget_replaced, remember_replaced
 from .tolerance import MAX_REL_DIFF
-from .transplant import Transplant
+from .transplant import Transplant, mark_folded, places_of
 
-__all__ = ['KnownFold', 'find_known_blocks', 'is_folded']
+__all__ = ['KnownFold', 'find_known_blocks']
 
 
 def find_known_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module, KnownBlock]]:
@@ -31,14 +31,6 @@ def find_known_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module, Known
         if submodule not in inside and (row := _row_of(submodule)) is not None:
             inside.update(submodule.modules())
             yield path or type(submodule).__name__, submodule, row
-
-
-_MARK = 'is_folded_block'
-
-
-def is_folded(module: nn.Module) -> bool:
-    """Tell whether a module was folded here, and nothing else of it tells so."""
-    return _MARK in vars(module)
 
 
 def _row_of(module: nn.Module) -> KnownBlock | None:
@@ -66,9 +58,9 @@ class KnownFold:
             trial, originals = _float64_copy(block)
             inputs = _inputs(trial, row)
             expected = [eval_outputs(trial, x.clone()) for x in inputs]
-            with torch.random.fork_rng(devices=[]), _Float64Factories():  # new layers draw weights, for nothing
-                with _affine(trial):
-                    folded = _fold_all(trial).double().eval()
+            # new layers draw weights, for nothing
+            with torch.random.fork_rng(devices=[]), _Float64Factories(), _affine(trial):
+                folded = _fold_all(trial).double().eval()
         except FoldError:
             raise
         except Exception as error:  # code of others may raise errors of any class
@@ -76,15 +68,17 @@ class KnownFold:
                 f'its {type(block).__name__} fails in its own fold or on random pixels, in float64 '
                 f'({type(error).__name__}: {error}); merge or remove adapters, quantizers, hooks and frozen norms first'
             ) from error
-        kept = {originals[id(m)] for m in folded.modules() if id(m) in originals}
-        self.removed = [m for m in block.modules() if m not in kept]
-        for norm in self.removed:
+        kept = {originals[m] for m in folded.modules() if m in originals}
+        removed = [m for m in block.modules() if m not in kept]
+        for norm in removed:
             if isinstance(norm, BATCH_NORMS):
                 check_norm(norm)
         actual = [eval_outputs(folded, x.clone()) for x in inputs]
         _compare(expected, actual, block)
-        self._places = [] if originals.get(id(folded)) is block else _places(root, block)
+        self._places = [] if originals.get(folded) is block else places_of(root, block)
         self._transplant = Transplant(block, folded, originals)
+        self.touched = {*removed, *self._transplant.changed_modules()}
+        """Modules that the fold removes or changes."""
 
     def changes_nothing(self) -> bool:
         """Tell whether there was nothing to fold."""
@@ -94,7 +88,7 @@ class KnownFold:
         """Put the result in; return a function that undoes it."""
         before = list(self.block.parameters())
         result, undo = self._transplant.apply()
-        setattr(result, _MARK, True)
+        mark_folded(result)
         for parent, name in self._places:
             setattr(parent, name, result)
         left = set(result.parameters())
@@ -110,17 +104,6 @@ class KnownFold:
         return restore
 
 
-def _places(root: nn.Module, block: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return the parents of a block, and its name in each: a block may be in two places."""
-    paths = [path.rpartition('.') for path, m in root.named_modules(remove_duplicate=False) if m is block]
-    if ('', '', '') in paths:
-        raise FoldError(
-            f'the whole module is a {type(block).__name__}, whose fold is another module; wrap it, by '
-            'torch.nn.Sequential(module), and switch that'
-        )
-    return [(root.get_submodule(parent), name) for parent, _, name in paths]
-
-
 def _check_values(block: nn.Module) -> None:
     for path, parameter in block.named_parameters():
         if hasattr(parameter, 'full_tensor'):
@@ -129,17 +112,17 @@ def _check_values(block: nn.Module) -> None:
             raise FoldError(f"its {path} is on device 'meta' and has no values; load the weights first")
 
 
-def _float64_copy(block: nn.Module) -> tuple[nn.Module, dict[int, nn.Module]]:
-    """Copy a block to float64 and the CPU, in eval mode; return the original of each module of the copy by id, too."""
+def _float64_copy(block: nn.Module) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
+    """Copy a block to float64 and the CPU, in eval mode; return each module of the copy and its original, too."""
     memo: dict[int, Any] = {}
     trial = copy.deepcopy(block, memo).cpu().double().eval()
-    originals = {id(memo[id(m)]): m for m in block.modules()}
+    originals = {memo[id(m)]: m for m in block.modules()}
     for path, norm in list(trial.named_modules()):
         if isinstance(norm, nn.SyncBatchNorm) and path:  # methods of others ask for nn.BatchNorm2d
             plain = _PlainBatchNorm(norm.num_features, norm.eps, affine=False, device='cpu', dtype=torch.float64)
             plain.weight, plain.bias = norm.weight, norm.bias
             plain.running_mean, plain.running_var = norm.running_mean, norm.running_var
-            originals[id(plain)] = originals[id(norm)]
+            originals[plain] = originals[norm]
             parent, _, name = path.rpartition('.')
             setattr(trial.get_submodule(parent), name, plain.eval())
     return trial, originals
@@ -210,11 +193,15 @@ def _inputs(trial: nn.Module, row: KnownBlock) -> list[Tensor]:
 
 
 def _first_layer(trial: nn.Module, row: KnownBlock) -> tuple[nn.Module, int]:
+    """Return the layer that reads the input, and the number of channels of that."""
     for path in row.parts:
         for layer in trial.get_submodule(path).modules():
-            for name in ('in_channels', 'in_features', 'num_features'):
-                if isinstance(channels := getattr(layer, name, None), int):
-                    return layer, channels
+            if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+                return layer, layer.in_channels
+            if isinstance(layer, nn.Linear):
+                return layer, layer.in_features
+            if isinstance(layer, BATCH_NORMS):
+                return layer, layer.num_features
     raise FoldError(f'none of its {", ".join(row.parts)} has channels; put back the layers that were there')
 
 
