@@ -6,23 +6,29 @@ import copy
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
-from typing import Any, Protocol, TypeVar, cast, runtime_checkable
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any, Protocol, TypeAlias, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from .conv_bn import plan_pairs, sample_of
 from .evaluation import eval_outputs
 from .fold import FoldError, exact_dtype
 from .foreign import MULTI_BRANCH_KEY, ForeignBlock
 from .geometry import GATHER, Geometry
 from .stale_optimizers import forget_replaced, remember_replaced
 from .tolerance import MAX_REL_DIFF, max_rel_diff
+from .transplant import is_folded
+from .trial import KnownFold, find_known_blocks
 
 __all__ = ['Foldable', 'switch_to_deploy']
 
 _logger = logging.getLogger(__name__)
 ModuleT = TypeVar('ModuleT', bound=nn.Module)
+Plan: TypeAlias = Callable[[], Callable[[], None]]
+"""Carries a fold out, and returns a function that undoes it."""
 
 
 @runtime_checkable
@@ -51,13 +57,15 @@ class Foldable(Protocol):
 
 
 @torch.inference_mode(False)  # parameters that are made in inference mode can never be trained
-def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
-    """Fold every RepVGG block inside a module into one convolution, in place.
+def switch_to_deploy(module: ModuleT, *, verify: Any = None, conv_bn: bool = False, sample: Any = None) -> ModuleT:
+    """Fold every re-parameterizable block inside a module into one convolution, in place.
 
-    The blocks may be this package's, timm's, the official code's or mmpretrain's, wherever they are: a bare block, a
-    classifier, a segmentation network, a feature extractor, a DDP or compiled module. Blocks of the deploy form stay
-    as they are, so a second call does nothing. The fold takes the running statistics in either mode, so the deploy
-    form computes what `eval()` computed (arXiv 2101.03697, section 3.3).
+    The blocks may be RepVGG blocks of this package, of timm, of the official code or of mmpretrain, the blocks that
+    other networks of timm fold by a method of their own (MobileOne, FastViT, RepViT, LeViT, …), and those of RT-DETR
+    in transformers, wherever they are: a bare block, a classifier, a segmentation network, a feature extractor, a DDP
+    or compiled module. Blocks of the deploy form stay as they are, so a second call does nothing. The fold takes the
+    running statistics in either mode, so the deploy form computes what `eval()` computed (arXiv 2101.03697, section
+    3.3). It is computed in float64 and rounded once, to the dtype of the parameters.
 
     Optimizers, averages and DDP wrappers that were made before still hold the old parameters: make them anew if
     training goes on. The `step()` of such an optimizer raises `RuntimeError`. To serve without a gap, switch a copy.
@@ -65,6 +73,10 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
     Args:
         module: Any module with blocks.
         verify: An input of the module. Both forms then run on it in eval mode, and the largest difference is logged.
+        conv_bn: Fold, too, every batch normalisation that reads the output of one convolution, which nothing else
+            reads, in any network. An activation inside the norm stays at its place. The module runs once, on `sample`,
+            else on `verify`, else on random pixels of the size that a timm model names.
+        sample: An input for `conv_bn`. A tuple holds several arguments, a mapping holds arguments by name.
 
     Returns:
         The module.
@@ -73,8 +85,8 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
         FoldError: A block cannot be folded, or `verify` found a difference that rounding does not explain. The module
             is then as it was. With `verify`, any other error leaves it as it was too. Without, running out of memory
             can leave it half switched, because the branches are released block by block.
-        ValueError: There is no RepVGG block in the module, or one in a traced, scripted or exported graph; or the
-            outputs hold nothing to verify.
+        ValueError: There is no such block in the module, or one in a traced, scripted or exported graph; the outputs
+            hold nothing to verify; or there is no input for `conv_bn`.
 
     Example:
         >>> import timm, repvgg_zoo
@@ -82,17 +94,17 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
         >>> model = repvgg_zoo.switch_to_deploy(model, verify=torch.ones(1, 3, 32, 32))
         >>> model.stem.reparam_conv
         Conv2d(3, 32, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
+        >>> resnet = repvgg_zoo.switch_to_deploy(timm.create_model('test_resnet').eval(), conv_bn=True)
+        >>> resnet.layer1[0].bn1
+        Identity()
     """
+    if sample is not None and not conv_bn:
+        raise ValueError('sample= is the input for conv_bn=True; to compare both forms, give verify=')
     _refuse_graphs_and_shards(module)
-    blocks = list(_find_blocks(module))
-    if not blocks:
-        raise ValueError(f'no RepVGG block in {type(module).__name__}, neither of the training nor of the deploy form')
-    training = [(path, block, foldable) for path, block, foldable in blocks if not foldable.is_deploy()]
-    for path, block, foldable in training:  # all before the first fold
-        _check(path, block, foldable)
-    if any(block.training for _, block, _ in training):
+    plans, folds_in_train_mode = _plan(module, conv_bn=conv_bn, sample=(verify,) if sample is None else sample)
+    if folds_in_train_mode:
         _warn_of_train_mode()
-    if not training:
+    if not plans:
         return module
     reference = None if verify is None else eval_outputs(module, verify)
     if reference == []:
@@ -102,14 +114,14 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
         )
     undo = []
     try:
-        for _, block, foldable in training:
-            restore = _fold(block, foldable)
+        while plans:
+            restore = plans.pop(0)()
             if reference is not None:  # otherwise the branches are released now
                 undo.append(restore)
         if reference is not None:
             _verify(reference, eval_outputs(module, verify))
     except BaseException:
-        for restore in undo:
+        for restore in reversed(undo):
             restore()
         raise
     for submodule in module.modules():
@@ -118,6 +130,42 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None) -> ModuleT:
         if isinstance(submodule, nn.parallel.DistributedDataParallel) and next(submodule.buffers(), None) is None:
             submodule.broadcast_buffers = False  # DDP fails to broadcast none if it had some when it was made
     return module
+
+
+def _plan(module: nn.Module, *, conv_bn: bool, sample: Any) -> tuple[list[Plan], bool]:
+    """Plan and check all folds; return them, and tell whether a block is in train mode.
+
+    Raises:
+        FoldError: A block cannot be folded.
+        ValueError: There is nothing to fold, or no input.
+    """
+    blocks = list(_find_blocks(module))
+    known = list(find_known_blocks(module))
+    if not (blocks or known or conv_bn or any(map(is_folded, module.modules()))):
+        raise ValueError(
+            f'no RepVGG block in {type(module).__name__}, neither of the training nor of the deploy form, and no other '
+            'block that folds; conv_bn=True folds batch normalisation into the convolutions of any network'
+        )
+    training = [(path, block, foldable) for path, block, foldable in blocks if not foldable.is_deploy()]
+    for path, block, foldable in training:
+        _check(path, block, foldable)
+    plans: list[Plan] = [partial(_fold, block, foldable) for _, block, foldable in training]
+    touched = {m for _, block, _ in training for m in block.modules()}
+    is_training = [block.training for _, block, _ in training]
+    for path, block, row in known:
+        with _naming(path):
+            fold = KnownFold(module, block, row)
+        if not fold.changes_nothing():
+            plans.append(fold.apply)
+            touched |= fold.touched
+            is_training.append(block.training)
+    if conv_bn:
+        if sample == (None,):
+            sample = sample_of(module)
+        for pair in plan_pairs(module, sample, without=touched):
+            plans.append(pair.apply)
+            is_training.append(pair.norm.training)
+    return plans, any(is_training)
 
 
 @cache  # timm's own helper switches block by block
@@ -134,20 +182,25 @@ def _refuse_graphs_and_shards(module: nn.Module) -> None:
     for path, submodule in module.named_modules():
         name = path or 'the module'
         in_graph = isinstance(submodule, (torch.fx.GraphModule, torch.jit.ScriptModule))
-        if in_graph and _has_branches(submodule):
+        if in_graph and _is_graph_of_branches(submodule):
             raise ValueError(
                 f'{name} is a {type(submodule).__name__}, whose branches are fixed in a graph; switch to the deploy '
                 'form before tracing, scripting or exporting'
             )
-        if isinstance(submodule, sharded) and any(not f.is_deploy() for _, _, f in _find_blocks(submodule)):
+        if isinstance(submodule, sharded) and _has_branches(submodule):
             raise FoldError(f'{name} is sharded over processes (FSDP); {GATHER}')
 
 
-def _has_branches(graph: nn.Module) -> bool:
-    """Tell whether a graph contains training-form blocks. Multi-branch blocks are recognised by parameter paths."""
-    if any(MULTI_BRANCH_KEY.search(path) for path in graph.state_dict()):
+def _has_branches(module: nn.Module) -> bool:
+    """Tell whether a module contains training-form blocks."""
+    if any(not foldable.is_deploy() for _, _, foldable in _find_blocks(module)):
         return True
-    return not all(foldable.is_deploy() for _, _, foldable in _find_blocks(graph))
+    return any(True for _ in find_known_blocks(module))
+
+
+def _is_graph_of_branches(graph: nn.Module) -> bool:
+    """Tell whether a graph contains training-form blocks. Multi-branch blocks are recognised by parameter paths."""
+    return any(MULTI_BRANCH_KEY.search(path) for path in graph.state_dict()) or _has_branches(graph)
 
 
 def _find_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module, Foldable]]:
@@ -160,10 +213,17 @@ def _find_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module, Foldable]]
 
 
 def _check(path: str, block: nn.Module, foldable: Foldable) -> None:
-    try:
+    with _naming(path):
         foldable.check_foldable()
         if foldable.needs_proof():
             _prove(block, foldable)
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Name the block in errors."""
+    try:
+        yield
     except FoldError as error:
         raise FoldError(f'cannot fold block {path!r}: {error}; nothing was changed') from None
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .fold import ConvBN, check_norm, check_result, fold_exactly, identity_kernel
-from .geometry import Geometry, agreed, build_conv, check_is_plain_conv, geometry_of
-from .kernel_hooks import refresh_kernels
+from ..fold import ConvBN, check_norm, check_result, fold_exactly, identity_kernel
+from ..geometry import Geometry, agreed, build_conv, check_is_plain_conv, geometry_of
+from ..kernel_hooks import refresh_kernels
 
 __all__ = [
     'BLOCK_NAMES',

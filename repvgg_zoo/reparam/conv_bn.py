@@ -1,0 +1,158 @@
+"""The fold of a normalisation into the convolution before it, in any network: W' = W · γ / sqrt(σ² + ε)."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from .evaluation import eval_outputs
+from .fold import BNStats, FoldError, exact_dtype
+from .geometry import check_has_values
+from .pairs import uses_of_convs
+from .stale_optimizers import forget_replaced, remember_replaced
+from .tolerance import MAX_REL_DIFF
+from .transplant import check_finite, mark_folded, places_of, snapshot
+
+__all__ = ['PairFold', 'plan_pairs', 'sample_of']
+
+_logger = logging.getLogger(__name__)
+_KEPT = ('drop', 'act')
+"""Parts of a normalisation that come after it."""
+
+
+def sample_of(module: nn.Module) -> Tensor:
+    """Make an input of a timm model; raise `ValueError` for any other module."""
+    config: Any = getattr(module, 'pretrained_cfg', None)
+    size = config.get('input_size') if hasattr(config, 'get') else getattr(config, 'input_size', None)
+    if size is None:
+        raise ValueError(
+            f'conv_bn=True runs the {type(module).__name__} once, to see which norm reads which convolution; give an '
+            'input, by sample= or verify='
+        )
+    like = next(p for p in module.parameters() if p.is_floating_point())
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, getattr(module, 'in_chans', size[0]), *size[1:], generator=generator, device='cpu')
+    return x.to(like.device).to(like.dtype)
+
+
+def plan_pairs(module: nn.Module, sample: Any, *, without: Collection[nn.Module]) -> Iterator[PairFold]:
+    """Plan the fold of each convolution whose output one norm reads and nothing else.
+
+    Args:
+        module: Any module.
+        sample: An input, as for `pairs.conv_norm_pairs`.
+        without: Modules that are folded otherwise.
+
+    Raises:
+        FoldError: Values of a pair are out of range or not here.
+    """
+    for use in uses_of_convs(module, sample):
+        if use.norm is None or use.shared_with is not None or use.kernel_reader is not None:
+            continue
+        norm = module.get_submodule(use.norm)
+        if use.conv in without or norm in without:
+            continue
+        if (reason := _not_plain(use.conv, norm)) is not None:
+            _logger.info('switch_to_deploy: %s and %s are left as they are: %s', use.path, use.norm, reason)
+            continue
+        try:
+            yield PairFold(module, use.conv, norm)
+        except FoldError as error:
+            raise FoldError(f'cannot fold {use.norm!r} into {use.path!r}: {error}; nothing was changed') from None
+
+
+class PairFold:
+    """A planned fold of a normalisation into a convolution, computed, and not yet put in."""
+
+    def __init__(self, root: nn.Module, conv: nn.Conv2d, norm: nn.Module) -> None:
+        """Compute the fold; raise `FoldError` if values are out of range or not here."""
+        check_has_values(conv.weight, 'convolution')
+        _statistics(norm).check()
+        self._conv, self.norm, self._places = conv, norm, places_of(root, norm)
+        self._kernel, self._bias = _folded(conv, norm)
+
+    def apply(self) -> Callable[[], None]:
+        """Put the fold in; return a function that undoes it."""
+        conv, undo = self._conv, snapshot(self._conv)
+        replaced = [*conv.parameters(), *self.norm.parameters()]
+        kept = set(self.norm.get_submodule('act').parameters()) if hasattr(self.norm, 'act') else set()
+        replaced = [p for p in replaced if p not in kept]
+        conv.weight, conv.bias = self._kernel, self._bias
+        mark_folded(conv)
+        rest = _rest(self.norm)
+        for parent, name in self._places:
+            setattr(parent, name, rest)
+        remember_replaced(replaced)
+
+        def restore() -> None:
+            forget_replaced(replaced)
+            for parent, name in self._places:
+                setattr(parent, name, self.norm)
+            undo()
+
+        return restore
+
+
+def _statistics(norm: Any) -> BNStats:
+    return BNStats(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+
+
+@torch.no_grad()
+def _folded(conv: nn.Conv2d, norm: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+    """W' = W · scale, b' = b · scale + shift, computed in float64, in the dtype of the kernel."""
+    exact = exact_dtype(conv.weight)
+    scale, shift = (t.to(conv.weight.device) for t in _statistics(norm).scale_shift(exact))
+    kernel = (conv.weight.to(exact) * scale.view(-1, 1, 1, 1)).to(conv.weight.dtype)
+    bias = (shift if conv.bias is None else shift + conv.bias.to(exact) * scale).to(conv.weight.dtype)
+    for name, values in (('kernel', kernel), ('bias', bias)):
+        check_finite(name, values)
+    requires_grad = conv.weight.requires_grad
+    return nn.Parameter(kernel, requires_grad=requires_grad), nn.Parameter(bias, requires_grad=requires_grad)
+
+
+def _rest(norm: nn.Module) -> nn.Module:
+    """Return what a norm does after it has normalised: timm's drop and act by name."""
+    parts = [
+        (name, part) for name, part in norm.named_children() if name in _KEPT and not isinstance(part, nn.Identity)
+    ]
+    rest = nn.Sequential(OrderedDict(parts)) if parts else nn.Identity()
+    rest.training = norm.training
+    return rest
+
+
+def _not_plain(conv: nn.Conv2d, norm: Any) -> str | None:
+    """Tell why a pair is more than a convolution and a batch normalisation; None if it is not."""
+    if is_parametrized(conv) or 'weight' not in dict(conv.named_parameters(recurse=False)):
+        return 'the kernel is computed from other parameters'
+    if not all(hasattr(norm, name) for name in ('running_mean', 'running_var', 'weight', 'bias', 'eps')):
+        return f'{type(norm).__name__} does not tell its statistics'
+    if norm.running_mean is None or any(name not in _KEPT for name, _ in norm.named_children()):
+        return f'{type(norm).__name__} is no batch normalisation of fixed statistics'
+    if conv.weight.is_meta or hasattr(conv.weight, 'full_tensor'):
+        return None  # the fold raises an error that tells more
+    try:
+        diff, largest = _difference(conv, norm)
+    except Exception as error:  # code of others may raise errors of any class
+        return f'they fail on random pixels in float64 ({type(error).__name__}: {error})'
+    if not diff <= MAX_REL_DIFF[torch.float64] * largest and bool((norm.running_var >= 0).all()):
+        return f'a fold would change outputs of up to {largest:.3g} by {diff:.3g}'
+    return None
+
+
+def _difference(conv: nn.Conv2d, norm: nn.Module) -> tuple[float, float]:
+    """Fold a copy in float64; return the largest difference on random pixels and the largest output."""
+    conv, norm = copy.deepcopy(conv).cpu().double(), copy.deepcopy(norm).cpu().double()
+    px = max(d * (k - 1) + 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, conv.in_channels, px, px, dtype=torch.float64, generator=generator, device='cpu')
+    (expected,) = eval_outputs(nn.Sequential(conv, norm), x)
+    conv.weight, conv.bias = _folded(conv, norm)
+    (actual,) = eval_outputs(nn.Sequential(conv, _rest(norm)), x)
+    return (actual - expected).abs().max().item(), expected.abs().max().item()
