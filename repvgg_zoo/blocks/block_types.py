@@ -54,9 +54,10 @@ def _delta_orthogonal(spec: ConvSpec) -> ConvBranch:
     conv = ConvBranch.of(spec)
     with torch.no_grad():
         conv.conv.weight.zero_()
+        row, column = (size // 2 for size in spec.kernel_size)
         for group in conv.conv.weight.chunk(spec.groups):
-            centre = torch.empty_like(group[:, :, 1, 1], dtype=torch.float32)
-            group[:, :, 1, 1] = nn.init.orthogonal_(centre).to(group.dtype)
+            centre = torch.empty_like(group[:, :, row, column], dtype=torch.float32)
+            group[:, :, row, column] = nn.init.orthogonal_(centre).to(group.dtype)
     return conv
 
 
