@@ -285,7 +285,7 @@ def _pair(conv: nn.Module, norm: nn.Module | None = None) -> nn.Module:
         (_hooked, 'hooks or a parametrization'),
         (lambda: _pair(parametrizations.weight_norm(nn.Conv2d(3, 4, 3))), 'ParametrizedConv2d|parametrization'),
         (lambda: _pair(StdConv2d(3, 4, 3)), 'StdConv2d computes more than a convolution'),
-        (lambda: _pair(nn.Conv2d(3, 4, 2)), 'does not centre'),
+        (lambda: _pair(nn.Conv2d(3, 4, 2)), 'a kernel of 2x2 has no centre'),
         (lambda: _pair(nn.Conv2d(3, 4, 3, padding=2)), 'does not centre'),
         (lambda: _pair(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)), 'no batch normalisation reads its output'),
         (lambda: _pair(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)), 'no affine parameters'),
