@@ -30,6 +30,7 @@ from torch import nn
 import repvgg_zoo
 from repvgg_zoo import VARIANTS, CheckpointError, RepVGG, RepVGGBlock
 from repvgg_zoo.blocks import branch_sum, branches
+from repvgg_zoo.blocks.branches import parallel
 from repvgg_zoo.reparam.fold import BNStats
 
 pytestmark = pytest.mark.device
@@ -168,7 +169,7 @@ def swap_group_index(patch):
             kernel[channel, channel // groups] = 1
         return kernel
 
-    patch.setattr(branches, 'identity_kernel', identity_kernel)
+    patch.setattr(parallel, 'identity_kernel', identity_kernel)
 
 
 def lose_bias(patch):

@@ -18,6 +18,7 @@ from .branches import (
     DOConvBranch,
     ExpandBranch,
     IdentityBranch,
+    OREPABranch,
     PointConvBranch,
     ScaledBranch,
 )
@@ -114,6 +115,12 @@ BLOCK_TYPES: Mapping[str, BlockType] = MappingProxyType(
             summary='1x1 · 3x3 · 1x1, four times as wide inside',
             source='ExpandNets, arXiv 1811.10495',
             branches=lambda s: {'expand': ExpandBranch(s)},
+            is_kernel_type=True,
+        ),
+        'orepa': BlockType(
+            summary='3x3 + average + cosines + 1x1 · 3x3 + 1x1 + separable, added as kernels',
+            source='OREPA, arXiv 2204.00826',
+            branches=lambda s: {'orepa': OREPABranch(s)},
             is_kernel_type=True,
         ),
         'mobileone': BlockType(

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from repvgg_zoo import BLOCKS as BLOCKS_OF_ALL_TYPES
 from repvgg_zoo import RepVGGBlock
-from repvgg_zoo.blocks import branch_sum, branches
+from repvgg_zoo.blocks import branch_sum
+from repvgg_zoo.blocks.branches import parallel
 from repvgg_zoo.blocks.factory import block_type
 
 pytestmark = pytest.mark.device
@@ -505,7 +506,7 @@ def test_recompute_wrong_pixels_changes_the_training(monkeypatch):
     def other_pixels(x, kernel, bias, *, kind, stride, groups):
         return nn.functional.conv2d(x, kernel, groups=groups)[:, :, : (x.shape[2] + 1) // 2, 4:]
 
-    monkeypatch.setattr(branches, '_point_conv', other_pixels)
+    monkeypatch.setattr(parallel, '_point_conv', other_pixels)
     step(made, x)
     run_branches(lambda: step(plain, x))
     with pytest.raises(AssertionError):

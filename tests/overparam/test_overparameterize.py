@@ -386,11 +386,12 @@ def test_overparameterize_downstream_resnet_of_torchvision_folds_into_a_new_one(
 
 
 FAMILIES = [
-    'resnet10t', 'resnext26ts', 'seresnet18', 'resnest14d', 'res2net50_26w_4s', 'regnety_002', 'mobilenetv3_small_050',
-    'efficientnet_lite0', 'tf_efficientnet_b0', 'mnasnet_small', 'fbnetc_100', 'ghostnet_050', 'hardcorenas_a',
-    'densenet121', 'inception_v3', 'vgg11_bn', 'dla46_c', 'hrnet_w18_small', 'cspresnet50', 'darknet17',
-    'ese_vovnet19b_dw', 'selecsls42b', 'xception41p', 'lcnet_050', 'rexnet_100', 'repvit_m0_9', 'edgenext_xx_small', 'mobilevit_xxs',
-    'pit_ti_224', 'levit_128s',
+    'resnet10t', 'resnext26ts', 'seresnet18', 'resnest14d', 'res2net50_26w_4s',
+    'regnety_002', 'mobilenetv3_small_050', 'efficientnet_lite0', 'tf_efficientnet_b0', 'mnasnet_small',
+    'fbnetc_100', 'ghostnet_050', 'hardcorenas_a', 'densenet121', 'inception_v3',
+    'vgg11_bn', 'dla46_c', 'hrnet_w18_small', 'cspresnet50', 'darknet17',
+    'ese_vovnet19b_dw', 'selecsls42b', 'xception41p', 'lcnet_050', 'rexnet_100',
+    'repvit_m0_9', 'edgenext_xx_small', 'mobilevit_xxs', 'pit_ti_224', 'levit_128s',
 ]  # fmt: skip
 
 
