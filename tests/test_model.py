@@ -15,6 +15,7 @@ import torch
 from helpers import (
     OFFICIAL,
     TIMM_NAMES,
+    block_params,
     create_model,
     images,
     params,
@@ -375,7 +376,7 @@ def test_layer_groups_with_layer_decay_cover_every_parameter(name):
     assert len(scales) == 2 + sum(model.variant.depths)
 
 
-@pytest.mark.parametrize('block', repvgg_zoo.BLOCKS)
+@pytest.mark.parametrize('block', block_params(repvgg_zoo.BLOCKS))
 @pytest.mark.parametrize('momentum', [0.1, None])
 def test_grad_checkpointing_two_batches_gives_equal_training(block, momentum):
     x = images(4, px=32, dtype=torch.float64)

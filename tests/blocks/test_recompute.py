@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import create_model, device_of_tests, images, rel_diff, run_branches, to_device
+from helpers import block_params, create_model, device_of_tests, images, rel_diff, run_branches, to_device
 from timm.layers import DropBlock2d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -73,7 +73,7 @@ def assert_same_training(found: nn.Module, expected: nn.Module) -> None:
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('kind', BLOCKS)
+@pytest.mark.parametrize('kind', block_params(BLOCKS))
 def test_recompute_two_steps_gives_equal_gradients_and_statistics(kind, layout, fast_path_calls):
     made = block(kind).to(memory_format=LAYOUTS[layout])
     plain = copy.deepcopy(made)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import images, randomise, rel_diff, run_branches
+from helpers import block_params, images, randomise, rel_diff, run_branches
 from torch import nn
 
 from repvgg_zoo import BLOCKS, FoldError
@@ -150,7 +150,7 @@ def offload(module: nn.Module, *, recurse: bool) -> None:
     put('meta')
 
 
-@pytest.mark.parametrize('name', BLOCKS)
+@pytest.mark.parametrize('name', block_params(BLOCKS))
 @torch.no_grad()
 def test_offloaded_layers_compute_the_same_or_raise(name):
     block = randomise(block_type(name)(8, 8), px=11, in_chans=8)

@@ -9,6 +9,7 @@ import sys
 import pytest
 import timm
 import torch
+from helpers import images, randomise, rel_diff
 from timm.layers import BatchNormAct2d, Conv2dSame, StdConv2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -17,7 +18,6 @@ from repvgg_zoo import BLOCKS, FoldError, overparameterize, switch_to_deploy
 from repvgg_zoo.blocks.block_types import BRANCH_TYPES
 from repvgg_zoo.overparam.conv import NormTail, OverparameterizedConv2d
 from repvgg_zoo.reparam.stale_optimizers import forget_replaced
-from tests.helpers import images, randomise, rel_diff
 
 F64 = torch.float64
 PAIR_TYPES = [name for name in BLOCKS if not BRANCH_TYPES[name].is_kernel_type]
