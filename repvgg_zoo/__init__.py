@@ -1,10 +1,11 @@
 """The RepVGG model zoo for timm: importing it registers every variant with timm's registry."""
 
 from . import _interrupt  # noqa: F401  # first: the others take seconds
+from .blocks.bn_statistics import match_bn_statistics
 from .blocks.factory import BLOCKS
 from .blocks.multi_branch import MultiBranchBlock
 from .blocks.repvgg_block import RepVGGBlock
-from .blocks.unfold import match_bn_statistics, unfold
+from .blocks.unfold import unfold
 from .checkpoints.errors import CheckpointError
 from .pretrained.load import load_checkpoint
 from .reparam.evaluation import disable_fast_path

@@ -78,7 +78,7 @@ def seeded() -> None:
 @pytest.fixture
 def fast_path_calls(monkeypatch) -> list[bool]:
     """Of each block of the training form that runs, whether it takes a faster way than branch by branch."""
-    calls, fold, recompute = [], ReparamBlock._run_folded, branches.normalise_and_recompute
+    calls, fold, recompute = [], ReparamBlock.run_folded, branches.normalise_and_recompute
 
     def spy_on_fold(*args):
         y = fold(*args)
@@ -89,7 +89,7 @@ def fast_path_calls(monkeypatch) -> list[bool]:
         calls[-1] = True
         return recompute(*args)
 
-    monkeypatch.setattr(ReparamBlock, '_run_folded', spy_on_fold)
+    monkeypatch.setattr(ReparamBlock, 'run_folded', spy_on_fold)
     monkeypatch.setattr(branches, 'normalise_and_recompute', spy_on_recompute)
     return calls
 

@@ -75,8 +75,8 @@ BLOCK_TYPES: Mapping[str, BlockType] = MappingProxyType(
             source='ACNet, arXiv 1908.03930',
             branches=lambda s: {
                 'kxk': ConvBranch.of(s),
-                'kx1': ConvBranch.of(s, (3, 1)),
-                '1xk': ConvBranch.of(s, (1, 3)),
+                'kx1': ConvBranch.of(s, (s.kernel_size[0], 1)),
+                '1xk': ConvBranch.of(s, (1, s.kernel_size[1])),
             },
         ),
         'dbb': BlockType(
@@ -84,7 +84,7 @@ BLOCK_TYPES: Mapping[str, BlockType] = MappingProxyType(
             source='Diverse Branch Block, arXiv 2103.13425',
             branches=lambda s: {
                 'kxk': ConvBranch.of(s),
-                '1x1': ConvBranch.of(s, 1),
+                '1x1': ConvBranch.of(s, (1, 1)),
                 '1x1_kxk': PointConvBranch(s),
                 '1x1_avg': AvgPoolBranch(s),
                 'identity': _identity(s),
@@ -110,7 +110,7 @@ BLOCK_TYPES: Mapping[str, BlockType] = MappingProxyType(
             source='MobileOne, arXiv 2206.04040',
             branches=lambda s: {
                 **{f'kxk_{index}': ConvBranch.of(s) for index in range(4)},
-                '1x1': ConvBranch.of(s, 1),
+                '1x1': ConvBranch.of(s, (1, 1)),
                 'identity': _identity(s),
             },
         ),
@@ -119,7 +119,7 @@ BLOCK_TYPES: Mapping[str, BlockType] = MappingProxyType(
             source='QARepVGG, arXiv 2212.01593',
             branches=lambda s: {
                 'kxk': ConvBranch.of(s),
-                '1x1': ConvBranch.of(s, 1, norm=False),
+                '1x1': ConvBranch.of(s, (1, 1), norm=False),
                 'identity': _identity(s, norm=False),
             },
             norm_after=True,
@@ -128,16 +128,16 @@ BLOCK_TYPES: Mapping[str, BlockType] = MappingProxyType(
             summary='scales times 3x3 + 1x1 + identity, BN after the sum',
             source='RepOptimizer, arXiv 2205.15242',
             branches=lambda s: {
-                'kxk': ScaledBranch(s, 3),
-                '1x1': ScaledBranch(s, 1),
-                'identity': ScaledBranch(s, 0) if s.has_identity else None,
+                'kxk': ScaledBranch(s, ConvBranch.of(s, norm=False)),
+                '1x1': ScaledBranch(s, ConvBranch.of(s, (1, 1), norm=False)),
+                'identity': ScaledBranch(s, IdentityBranch.of(s, norm=False)) if s.has_identity else None,
             },
             norm_after=True,
         ),
         'no_identity': BlockType(
             summary='3x3 + 1x1',
             source=_REPVGG,
-            branches=lambda s: {'kxk': ConvBranch.of(s), '1x1': ConvBranch.of(s, 1)},
+            branches=lambda s: {'kxk': ConvBranch.of(s), '1x1': ConvBranch.of(s, (1, 1))},
         ),
         'no_1x1': BlockType(
             summary='3x3 + identity',
@@ -149,7 +149,7 @@ BLOCK_TYPES: Mapping[str, BlockType] = MappingProxyType(
             source=_REPVGG,
             branches=lambda s: {
                 'kxk': ConvBranch.of(s),
-                '1x1': ConvBranch.of(s, 1),
+                '1x1': ConvBranch.of(s, (1, 1)),
                 'identity': _identity(s, norm=False),
             },
         ),
@@ -158,7 +158,7 @@ BLOCK_TYPES: Mapping[str, BlockType] = MappingProxyType(
             source=_REPVGG,
             branches=lambda s: {
                 'kxk': ConvBranch.of(s, norm=False),
-                '1x1': ConvBranch.of(s, 1, norm=False),
+                '1x1': ConvBranch.of(s, (1, 1), norm=False),
                 'identity': _identity(s, norm=False),
             },
             norm_after=True,

@@ -85,37 +85,58 @@ class ConvSpec:
 
     in_chs: int
     out_chs: int
-    stride: int = 1
-    dilation: int = 1
+    kernel_size: tuple[int, int] = (3, 3)
+    """Two odd numbers."""
+    stride: int | tuple[int, int] = 1
+    dilation: int | tuple[int, int] = 1
     groups: int = 1
+    padding: tuple[int, int] | None = None
+    """At most half of the kernel; None for half."""
     padding_mode: str = 'zeros'
     has_identity: bool = False
     """True if the block may have an identity branch."""
-    norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d
+    norm_layer: Callable[..., nn.Module] | None = nn.BatchNorm2d
+    """None for branches without normalisation."""
     dd: dict[str, Any] = field(default_factory=dict)
     """Device and dtype."""
 
-    def norm(self, chs: int | None = None) -> nn.Module:
+    def norm(self, chs: int | None = None) -> nn.Module | None:
         """Make a normalisation layer, by default of the output channels."""
-        return self.norm_layer(self.out_chs if chs is None else chs, **self.dd)
+        return None if self.norm_layer is None else self.norm_layer(self.out_chs if chs is None else chs, **self.dd)
 
-    def conv(self, kernel_size: int | tuple[int, int] = 3, **kwargs: Any) -> nn.Conv2d:
-        """Make a convolution without bias; its padding puts the centre tap on the pixels that stride leaves."""
-        height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+    def conv(self, kernel_size: tuple[int, int] | None = None, **kwargs: Any) -> nn.Conv2d:
+        """Make a convolution without bias, by default of the whole kernel.
+
+        Its padding puts the centre tap where the whole kernel has it, if `crop` is cut off the input.
+        """
+        size = self.kernel_size if kernel_size is None else kernel_size
         options: dict[str, Any] = dict(
             stride=self.stride,
-            padding=(self.dilation * (height // 2), self.dilation * (width // 2)),
+            padding=tuple(max(p, 0) for p in self._padding(size)),
             dilation=self.dilation,
             groups=self.groups,
             padding_mode=self.padding_mode,
             bias=False,
         )
-        if (height, width) == (1, 1):
+        if size == (1, 1):
             options |= dict(dilation=1, padding_mode='zeros')
         options |= kwargs
-        is_unsafe = (height, width) == (1, 1) and options['stride'] != 1 and self.in_chs < _SAFE_CHS
+        is_unsafe = size == (1, 1) and as_pair(options['stride']) != (1, 1) and self.in_chs < _SAFE_CHS
         layer = SubsampledConv2d if is_unsafe else nn.Conv2d
-        return layer(self.in_chs, self.out_chs, (height, width), **options, **self.dd)
+        return layer(self.in_chs, self.out_chs, size, **options, **self.dd)
+
+    def crop(self, kernel_size: tuple[int, int]) -> tuple[int, int]:
+        """Return how many rows and columns a smaller kernel leaves out at each border."""
+        rows, columns = self._padding(kernel_size)
+        return max(-rows, 0), max(-columns, 0)
+
+    def _padding(self, kernel_size: tuple[int, int]) -> tuple[int, int]:
+        """Return the padding of a kernel; negative where pixels at the border are left out."""
+        half = [d * (k // 2) for d, k in zip(as_pair(self.dilation), self.kernel_size, strict=True)]
+        padding = half if self.padding is None else self.padding
+        own = [d * (k // 2) for d, k in zip(as_pair(self.dilation), kernel_size, strict=True)]
+        rows, columns = (o + p - h for o, p, h in zip(own, padding, half, strict=True))
+        return rows, columns
 
     def parameter(self, *size: int) -> nn.Parameter:
         """Make a parameter of zeros."""
@@ -123,8 +144,17 @@ class ConvSpec:
 
     def geometry(self) -> Geometry:
         """Return the geometry of a branch that has no convolution module of its own."""
-        stride = (self.stride, self.stride)
-        return Geometry(self.in_chs, self.out_chs, self.groups, stride, self.dilation, self.dilation, self.padding_mode)
+        rows, columns = as_pair(self.dilation)
+        return Geometry(
+            self.in_chs,
+            self.out_chs,
+            self.groups,
+            as_pair(self.stride),
+            rows,
+            columns,
+            self.padding_mode,
+            inset=self.crop((1, 1)),
+        )
 
 
 class Branch(nn.Module):
@@ -146,7 +176,7 @@ class Branch(nn.Module):
                 changes its width, so it takes both from this kernel.
 
         Returns:
-            A kernel of at most 3x3, a bias or None, and the normalisation or None.
+            A kernel no larger than that of the block, a bias or None, and the normalisation or None.
         """
         raise NotImplementedError
 
@@ -169,18 +199,25 @@ class Branch(nn.Module):
 
 
 class ConvBranch(Branch):
-    """A convolution of 3x3 or less without bias, then normalisation unless `bn` is None."""
+    """A convolution without bias, then normalisation unless `bn` is None.
 
-    def __init__(self, conv: nn.Conv2d, bn: nn.Module | None) -> None:
+    A kernel that is smaller than that of the block may have to leave out pixels at the border, which `crop` counts.
+    """
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.Module | None, crop: tuple[int, int] = (0, 0)) -> None:
         super().__init__()
         self.conv = conv
         self.bn = bn
+        self.crop = crop
 
     @classmethod
-    def of(cls, spec: ConvSpec, kernel_size: int | tuple[int, int] = 3, *, norm: bool = True) -> ConvBranch:
-        return cls(spec.conv(kernel_size), spec.norm() if norm else None)
+    def of(cls, spec: ConvSpec, kernel_size: tuple[int, int] | None = None, *, norm: bool = True) -> ConvBranch:
+        """Make the branch, by default with the whole kernel."""
+        size = spec.kernel_size if kernel_size is None else kernel_size
+        return cls(spec.conv(size), spec.norm() if norm else None, spec.crop(size))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = _cropped(x, self.crop)
         y = self.conv(x)
         if self.bn is None:
             return y
@@ -202,7 +239,7 @@ class ConvBranch(Branch):
     @torch.jit.unused
     def geometry(self) -> Geometry:
         check_is_plain_conv(self.conv, 'convolution', known=CONVOLUTIONS)
-        return geometry_of(self.conv)
+        return geometry_of(self.conv, self.crop)
 
     @torch.jit.unused
     def conv_bn(self, dtype: torch.dtype, like: Tensor | None = None) -> ConvBN:
@@ -223,26 +260,31 @@ class ConvBranch(Branch):
 class IdentityBranch(Branch):
     """The block's input, then normalisation unless `bn` is None."""
 
-    def __init__(self, chs: int, groups: int, bn: nn.Module | None, *, device: Any = None) -> None:
+    def __init__(
+        self, chs: int, groups: int, bn: nn.Module | None, *, crop: tuple[int, int] = (0, 0), device: Any = None
+    ) -> None:
         super().__init__()
         self.chs, self.groups = chs, groups
         self.bn = bn
+        self.crop = crop
         if bn is None:  # a buffer, so that a state dict without an identity branch does not load silently
             self.register_buffer('has_identity', torch.ones((), dtype=torch.int64, device=device))
 
     @classmethod
     def of(cls, spec: ConvSpec, *, norm: bool = True) -> IdentityBranch:
-        return cls(spec.in_chs, spec.groups, spec.norm() if norm else None, device=spec.dd.get('device'))
+        bn = spec.norm() if norm else None
+        return cls(spec.in_chs, spec.groups, bn, crop=spec.crop((1, 1)), device=spec.dd.get('device'))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = _cropped(x, self.crop)
         return x if self.bn is None else self.bn(x)
 
     @torch.jit.unused
     def geometry(self) -> Geometry:
         if self.bn is None or isinstance(self.bn, nn.Identity):  # as wide as the other branches
-            return Geometry(stride=(1, 1))
+            return Geometry(stride=(1, 1), inset=self.crop)
         chs = len(BNStats.of(self.bn).mean)
-        return Geometry(in_chs=chs, out_chs=chs, stride=(1, 1))
+        return Geometry(in_chs=chs, out_chs=chs, stride=(1, 1), inset=self.crop)
 
     @torch.jit.unused
     def conv_bn(self, dtype: torch.dtype, like: Tensor | None = None) -> ConvBN:
@@ -262,7 +304,7 @@ class IdentityBranch(Branch):
 
 
 class ScaledBranch(Branch):
-    """A convolution without normalisation, times a scale for each channel; with `kernel_size` 0, the identity.
+    """A convolution or the identity without normalisation, times a scale for each channel.
 
     This is the operator of the constant-scale blocks of RepOptimizer (arXiv 2205.15242, section 3.1). The scale
     requires no gradient. To search for scales, let it require one.
@@ -270,11 +312,9 @@ class ScaledBranch(Branch):
 
     bn = None
 
-    def __init__(self, spec: ConvSpec, kernel_size: int) -> None:
+    def __init__(self, spec: ConvSpec, branch: ConvBranch | IdentityBranch) -> None:
         super().__init__()
-        self.branch = (
-            ConvBranch.of(spec, kernel_size, norm=False) if kernel_size else IdentityBranch.of(spec, norm=False)
-        )
+        self.branch = branch
         self.scale = nn.Parameter(torch.ones(spec.out_chs, **spec.dd), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -302,13 +342,13 @@ class ScaledBranch(Branch):
 
 
 class _OverparameterisedBranch(Branch):
-    """A 3x3 convolution whose kernel is a function of the parameters, then normalisation.
+    """A convolution whose kernel is a function of the parameters, then normalisation unless `bn` is None.
 
-    `conv` is not called. It holds one of the parameters, and stride, dilation and groups.
+    `conv` is not called. It holds one of the parameters, and stride, padding, dilation and groups.
     """
 
     if TYPE_CHECKING:
-        bn: nn.Module
+        conv: Any  # `nn.Conv2d`, whose padding is a pair here
 
     def __init__(self, spec: ConvSpec, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -316,7 +356,7 @@ class _OverparameterisedBranch(Branch):
         self.bn = spec.norm()
 
     def kernel(self, dtype: torch.dtype) -> Tensor:
-        """Compute the kernel `(C_out, C_in / groups, 3, 3)` in `dtype`."""
+        """Compute the kernel `(C_out, C_in / groups, k_h, k_w)` in `dtype`."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -325,12 +365,12 @@ class _OverparameterisedBranch(Branch):
             compute_kernel(conv, x)
         kernel = self.kernel(conv.weight.dtype)
         if conv.padding_mode == 'zeros':
-            y = F.conv2d(x, kernel, None, conv.stride, conv.dilation, conv.dilation, conv.groups)
+            y = F.conv2d(x, kernel, None, conv.stride, conv.padding, conv.dilation, conv.groups)
         else:
-            rows, columns = conv.dilation
+            rows, columns = conv.padding
             x = F.pad(x, [columns, columns, rows, rows], conv.padding_mode)
             y = F.conv2d(x, kernel, None, conv.stride, 0, conv.dilation, conv.groups)
-        return self.bn(y)
+        return y if self.bn is None else self.bn(y)
 
     @torch.jit.unused
     def geometry(self) -> Geometry:
@@ -369,14 +409,15 @@ class DiracBranch(_OverparameterisedBranch):
         eye = identity_kernel(
             weight.shape[0], weight.shape[1] * self.conv.groups, self.conv.groups, dtype, weight.device
         )
-        return centred_kernel(a.view(-1, 1, 1, 1) * eye, 3, 3) + b.view(-1, 1, 1, 1) * (weight / norm)
+        height, width = self.conv.kernel_size
+        return centred_kernel(a.view(-1, 1, 1, 1) * eye, height, width) + b.view(-1, 1, 1, 1) * (weight / norm)
 
     @torch.jit.unused
     def set_kernel_before_bn(self, kernel: Tensor) -> None:
         out_chs, in_chs = kernel.shape[0], kernel.shape[1] * self.conv.groups
         eye = identity_kernel(out_chs, in_chs, self.conv.groups, kernel.dtype, kernel.device)
         self.a.copy_(_diagonal(kernel, self.conv.groups))
-        rest = kernel - centred_kernel(self.a.to(kernel).view(-1, 1, 1, 1) * eye, 3, 3)
+        rest = kernel - centred_kernel(self.a.to(kernel).view(-1, 1, 1, 1) * eye, *kernel.shape[2:])
         norm = rest.flatten(1).norm(dim=1)
         self.b.copy_(norm)
         self.conv.weight.copy_(torch.where(norm.view(-1, 1, 1, 1) == 0, self.conv.weight.to(rest), rest))
@@ -385,20 +426,22 @@ class DiracBranch(_OverparameterisedBranch):
 class DOConvBranch(_OverparameterisedBranch):
     """W' = W ∘ (I + D), depthwise over-parameterised convolution (arXiv 2006.12030, section 3).
 
-    W is a kernel, and D is a 9x9 matrix for each input channel. The paper's D is initially I, and here `I + D` takes
-    its place. So D is initially 0, and weight decay leads there.
+    W is a kernel, and D is a matrix over its taps for each input channel, of 9x9 for a 3x3 kernel. The paper's D is
+    initially I, and here `I + D` takes its place. So D is initially 0, and weight decay leads there.
     """
 
     def __init__(self, spec: ConvSpec) -> None:
         super().__init__(spec, spec.conv())
-        self.depthwise = spec.parameter(spec.in_chs, 9, 9)
+        taps = spec.kernel_size[0] * spec.kernel_size[1]
+        self.depthwise = spec.parameter(spec.in_chs, taps, taps)
 
     def kernel(self, dtype: torch.dtype) -> Tensor:
-        out_chs, in_chs = self.conv.weight.shape[:2]
-        weight = self.conv.weight.to(dtype).reshape(self.conv.groups, out_chs // self.conv.groups, in_chs, 9)
-        depthwise = self.depthwise.to(dtype).view(self.conv.groups, in_chs, 9, 9)
+        out_chs, in_chs, height, width = self.conv.weight.shape
+        taps, groups = height * width, self.conv.groups
+        weight = self.conv.weight.to(dtype).reshape(groups, out_chs // groups, in_chs, taps)
+        depthwise = self.depthwise.to(dtype).view(groups, in_chs, taps, taps)
         added = torch.einsum('gois,gits->goit', weight, depthwise)
-        return (weight + added).reshape(out_chs, in_chs, 3, 3)
+        return (weight + added).reshape(out_chs, in_chs, height, width)
 
     @torch.jit.unused
     def set_kernel_before_bn(self, kernel: Tensor) -> None:
@@ -407,7 +450,7 @@ class DOConvBranch(_OverparameterisedBranch):
 
 
 class ExpandBranch(_OverparameterisedBranch):
-    """The kernel of a linear chain 1x1 · 3x3 · 1x1, wider inside by `rate` (ExpandNets, arXiv 1811.10495, section 3).
+    """The kernel of a linear chain 1x1 · k x k · 1x1, wider inside by `rate` (ExpandNets, arXiv 1811.10495, section 3).
 
     The chain has no biases, so its first 1x1 convolution keeps the zeros of the padding. At the border too, the chain
     equals one convolution by the product of its kernels. `forward` runs this convolution, because a chain over feature
@@ -437,11 +480,11 @@ class ExpandBranch(_OverparameterisedBranch):
 
     def kernel(self, dtype: torch.dtype) -> Tensor:
         first, last = self._matrices(dtype)
-        g, width = self.conv.groups, self.conv.weight.shape[1]
-        middle = self.conv.weight.to(dtype).reshape(g, -1, width * 9)
-        left = (last @ middle).view(g, -1, width, 9).transpose(2, 3)  # (g, C_out / g, 9, width)
+        g, (_, chs, height, width) = self.conv.groups, self.conv.weight.shape
+        middle = self.conv.weight.to(dtype).reshape(g, -1, chs * height * width)
+        left = (last @ middle).view(g, -1, chs, height * width).transpose(2, 3)  # (g, C_out / g, taps, chs)
         kernel = (left @ first[:, None]).transpose(2, 3)
-        return kernel.reshape(-1, first.shape[2], 3, 3)
+        return kernel.reshape(-1, first.shape[2], height, width)
 
     @torch.jit.unused
     def set_kernel_before_bn(self, kernel: Tensor) -> None:
@@ -452,20 +495,21 @@ class ExpandBranch(_OverparameterisedBranch):
 
 
 class _ChainBranch(Branch):
-    """A 1x1 convolution with normalisation, an operator over 3x3 pixels, and normalisation again.
+    """A 1x1 convolution with normalisation, an operator over the pixels of the kernel, and normalisation again.
 
     The feature map is padded with the value that the first normalisation makes of zero. So the chain is one convolution
     at the border too (arXiv 2103.13425, section 3.2, transform III).
     """
 
     if TYPE_CHECKING:
-        bn: nn.Module
+        bn: Any  # of any class
         inner_bn: Any  # of any class with running statistics
 
     def __init__(self, spec: ConvSpec, conv: nn.Conv2d, inner_chs: int) -> None:
         """`conv` has the stride and the dilation of the chain."""
         super().__init__()
         self.groups, self.padding_mode = spec.groups, spec.padding_mode
+        self.kernel_size, self.inset = spec.kernel_size, spec.crop((1, 1))
         self.made_as = spec.geometry()
         self.conv = conv
         self.inner_bn = spec.norm(inner_chs)
@@ -481,11 +525,12 @@ class _ChainBranch(Branch):
         raise NotImplementedError
 
     def spread(self, y: Tensor) -> Tensor:
-        """Apply the operator over 3x3 pixels to the padded feature map."""
+        """Apply the operator over the pixels of the kernel to the padded feature map."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, columns = self.conv.dilation
+        rows = self.conv.dilation[0] * (self.kernel_size[0] // 2) - self.inset[0]
+        columns = self.conv.dilation[1] * (self.kernel_size[1] // 2) - self.inset[1]
         border = [columns, columns, rows, rows]
         if self.padding_mode != 'zeros':
             x = F.pad(x, border, self.padding_mode)
@@ -525,7 +570,7 @@ class _ChainBranch(Branch):
 
 
 class PointConvBranch(_ChainBranch):
-    """1x1, then 3x3: the branch 1x1-KxK of the Diverse Branch Block (arXiv 2103.13425, section 3.3).
+    """1x1, then k x k: the branch 1x1-KxK of the Diverse Branch Block (arXiv 2103.13425, section 3.3).
 
     The 1x1 kernel is I + `delta`. Initially `delta` is 0.
     """
@@ -563,28 +608,30 @@ class PointConvBranch(_ChainBranch):
 
 
 class AvgPoolBranch(_ChainBranch):
-    """1x1, then the average over 3x3 pixels: the branch 1x1-AVG of the Diverse Branch Block (section 3.3).
+    """1x1, then the average over k x k pixels: the branch 1x1-AVG of the Diverse Branch Block (section 3.3).
 
     `conv` is not called. It holds the 1x1 kernel, and the stride and dilation of the average.
     """
 
     def __init__(self, spec: ConvSpec) -> None:
-        super().__init__(spec, spec.conv(1, dilation=spec.dilation), spec.out_chs)
+        super().__init__(spec, spec.conv((1, 1), dilation=spec.dilation), spec.out_chs)
 
     def point(self) -> Tensor:
         return self.conv.weight
 
     def spread(self, y: Tensor) -> Tensor:
+        height, width = self.kernel_size
         if self.conv.dilation == (1, 1):
-            return F.avg_pool2d(y, 3, self.conv.stride)
+            return F.avg_pool2d(y, (height, width), self.conv.stride)
         chs = y.shape[1]
-        mean = torch.full((chs, 1, 3, 3), 1 / 9, dtype=y.dtype, device=y.device)
+        mean = torch.full((chs, 1, height, width), 1 / (height * width), dtype=y.dtype, device=y.device)
         return F.conv2d(y, mean, None, self.conv.stride, 0, self.conv.dilation, chs)
 
     @torch.jit.unused
     def conv_bn(self, dtype: torch.dtype, like: Tensor | None = None) -> ConvBN:
         kernel, bias = fold_branches([ConvBN(self.conv.weight, None, self.inner_bn)], dtype)
-        return ConvBN(kernel.expand(-1, -1, 3, 3) / 9, bias, self.bn)
+        height, width = self.kernel_size
+        return ConvBN(kernel.expand(-1, -1, height, width) / (height * width), bias, self.bn)
 
     @torch.jit.unused
     def set_kernel(self, kernel: Tensor) -> None:
@@ -594,9 +641,18 @@ class AvgPoolBranch(_ChainBranch):
 
 
 def _diagonal(kernel: Tensor, groups: int) -> Tensor:
-    """Return the centre tap of each output channel for its own input channel, `(C_out,)`, of a 3x3 kernel."""
+    """Return the centre tap of each output channel for its own input channel, `(C_out,)`."""
     eye = identity_kernel(kernel.shape[0], kernel.shape[1] * groups, groups, kernel.dtype, kernel.device)
-    return (kernel[:, :, 1:2, 1:2] * eye).sum((1, 2, 3))
+    row, column = kernel.shape[2] // 2, kernel.shape[3] // 2
+    return (kernel[:, :, row, column] * eye[:, :, 0, 0]).sum(1)
+
+
+def _cropped(x: Tensor, crop: tuple[int, int]) -> Tensor:
+    """A view without the rows and columns at the border that a smaller kernel does not see."""
+    rows, columns = crop
+    if rows == 0 and columns == 0:
+        return x
+    return x[:, :, rows : x.shape[2] - rows, columns : x.shape[3] - columns]
 
 
 def _per_group(kernel: Tensor, groups: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,17 +28,17 @@ class RepVGGBlock(ReparamBlock):
 
     block = 'repvgg'
     branch_names = ('conv_kxk', 'conv_1x1', 'identity')
-    if TYPE_CHECKING:  # in the deploy form all three are None
-        conv_kxk: ConvBranch
-        conv_1x1: ConvBranch
+    if TYPE_CHECKING:  # a convolution branch, another one, and a norm; in the deploy form None
+        conv_kxk: Any
+        conv_1x1: Any
         identity: nn.Module | None
 
     @torch.jit.unused
     def _make_branches(self, spec: ConvSpec | None) -> bool:
         self.norm = None
         self.identity = spec.norm() if spec and spec.has_identity else None
-        for name, kernel_size in (('conv_kxk', 3), ('conv_1x1', 1)):
-            setattr(self, name, ConvBranch.of(spec, kernel_size) if spec else None)
+        self.conv_kxk = ConvBranch.of(spec) if spec else None
+        self.conv_1x1 = ConvBranch.of(spec, (1, 1)) if spec else None
         return self.identity is not None
 
     def run_branches(self, x: Tensor) -> Tensor:

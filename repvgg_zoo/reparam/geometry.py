@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 
 from .fold import FoldError
 
-__all__ = ['GATHER', 'Geometry', 'agreed', 'as_pair', 'build_conv', 'check_is_plain_conv', 'geometry_of']
+__all__ = ['GATHER', 'Geometry', 'agreed', 'as_pair', 'build_conv', 'check_is_plain_conv', 'geometry_of', 'padding_of']
 
 GATHER = (
     'gather the full state dict (torch.distributed.checkpoint.state_dict.get_model_state_dict, with '
@@ -21,7 +21,7 @@ GATHER = (
 
 
 class Geometry(NamedTuple):
-    """Geometry of a convolution whose padding centres its kernel. A value that has no effect is None."""
+    """Geometry of a convolution with a kernel of odd size. A value that has no effect is None."""
 
     in_chs: int | None = None
     out_chs: int | None = None
@@ -30,21 +30,33 @@ class Geometry(NamedTuple):
     dilation_rows: int | None = None
     dilation_columns: int | None = None
     padding_mode: str | None = None
+    inset: tuple[int, int] | None = None
+    """Rows and columns of pixels at each border that the centre of the kernel leaves out: 0 if the padding is half of
+    the kernel."""
 
     def dilation_and_padding(self, kernel: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return the dilation, and the padding that centres a kernel `(C_out, C_in / groups, k_h, k_w)`."""
-        rows, columns = self.dilation_rows or 1, self.dilation_columns or 1
-        return (rows, columns), (rows * (kernel.shape[2] // 2), columns * (kernel.shape[3] // 2))
+        """Return the dilation and the padding of a kernel `(C_out, C_in / groups, k_h, k_w)`."""
+        dilation = self.dilation_rows or 1, self.dilation_columns or 1
+        rows, columns = (
+            d * (k // 2) - i for d, k, i in zip(dilation, kernel.shape[2:], self.inset or (0, 0), strict=True)
+        )
+        return dilation, (rows, columns)
 
 
-def geometry_of(conv: nn.Conv2d) -> Geometry:
-    """Read a convolution; raise `FoldError` if its padding does not centre its kernel."""
+def geometry_of(conv: nn.Conv2d, crop: tuple[int, int] = (0, 0)) -> Geometry:
+    """Read a convolution; raise `FoldError` if no padding could put its centre tap on its output pixels.
+
+    Args:
+        conv: The convolution.
+        crop: Rows and columns of pixels at each border that are cut off its input.
+    """
     size, dilation, stride = (as_pair(value) for value in (conv.kernel_size, conv.dilation, conv.stride))
-    centred = tuple(d * (k // 2) for d, k in zip(dilation, size, strict=True))
-    named = {'same': centred, 'valid': (0,) * len(size)}
-    padding = named.get(conv.padding) if isinstance(conv.padding, str) else as_pair(conv.padding)
-    if padding != centred or not all(k % 2 for k in size):
-        raise FoldError(f'its padding {conv.padding} does not centre a {size} kernel of dilation {dilation}')
+    rows, columns = (d * (k // 2) + c - p for d, k, c, p in zip(dilation, size, crop, padding_of(conv), strict=True))
+    if min(rows, columns) < 0 or not all(k % 2 for k in size):
+        raise FoldError(
+            f'its padding {conv.padding} does not centre a {size} kernel of dilation {dilation}; possible are odd '
+            'kernels, and paddings up to half of them'
+        )
     return Geometry(
         in_chs=conv.weight.shape[1] * conv.groups,
         out_chs=conv.weight.shape[0],
@@ -53,7 +65,18 @@ def geometry_of(conv: nn.Conv2d) -> Geometry:
         dilation_rows=dilation[0] if size[0] > 1 else None,
         dilation_columns=dilation[1] if size[1] > 1 else None,
         padding_mode=conv.padding_mode if any(k > 1 for k in size) else None,
+        inset=(rows, columns),
     )
+
+
+def padding_of(conv: nn.Conv2d) -> tuple[int, int]:
+    """Return the rows and columns of padding at each border, also where the convolution has it as a word."""
+    if conv.padding == 'valid':
+        return 0, 0
+    if isinstance(conv.padding, str):  # 'same'
+        size, dilation = as_pair(conv.kernel_size), as_pair(conv.dilation)
+        return dilation[0] * (size[0] // 2), dilation[1] * (size[1] // 2)
+    return as_pair(conv.padding)
 
 
 def as_pair(value: int | Sequence[int]) -> tuple[int, int]:

@@ -334,7 +334,7 @@ def shift(conv: nn.Conv2d) -> None:
         (group, 'the groups of kxk is 1, that of kx1 is 2'),
         (stride, r'the stride of kxk is \(1, 1\), that of kx1 is \(2, 2\)'),
         (leave_three_channels, 'the out_chs of kxk is 8, that of kx1 is 3'),
-        (shift, r'in its kx1, its padding \(0, 0\) does not centre a \(3, 1\) kernel'),
+        (shift, r'the inset of kxk is \(0, 0\), that of kx1 is \(1, 0\)'),
     ],
 )
 def test_fold_one_convolution_changed_raises(change, message):

@@ -26,7 +26,7 @@ from repvgg_zoo.blocks.base import ReparamBlock
 torch.distributed.init_process_group('gloo')
 rank, mesh = torch.distributed.get_rank(), torch.distributed.init_device_mesh('cpu', (2,))
 counts = dict(folded=0, recomputed=0)
-fold, recompute = ReparamBlock._run_folded, branches.normalise_and_recompute
+fold, recompute = ReparamBlock.run_folded, branches.normalise_and_recompute
 
 def spy_on_fold(*args):
     y = fold(*args)
@@ -46,7 +46,7 @@ def expect_refusal(*sharded):
         else:
             raise AssertionError('it was switched')
 
-ReparamBlock._run_folded, branches.normalise_and_recompute = spy_on_fold, spy_on_recompute
+ReparamBlock.run_folded, branches.normalise_and_recompute = spy_on_fold, spy_on_recompute
 states, steps = torch.load(sys.argv[1])
 results = []
 for block, sharded, checkpointing in (('repvgg', 'blocks', False), ('repvgg', 'all', True), ('dbb', 'all', False)):

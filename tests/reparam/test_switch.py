@@ -253,7 +253,7 @@ def test_switch_norm_with_an_activation_raises():
 def test_switch_padding_off_centre_raises():
     block = to_device(RepVGGBlock(4, 4))
     block.conv_kxk.conv.padding = (0, 0)
-    with pytest.raises(FoldError, match='does not centre'):
+    with pytest.raises(FoldError, match=r'the inset of conv_kxk is \(1, 1\), that of conv_1x1 is \(0, 0\)'):
         block.switch_to_deploy()
 
 

@@ -94,7 +94,9 @@ class ForeignBlock:
         geometries = {name: geometry_of(conv) for name, conv, _ in self._convolutions()}
         first = next(iter(geometries.values()))
         if self._identity() is not None:
-            geometries[self.names.identity] = Geometry(in_chs=first.out_chs, out_chs=first.in_chs, stride=(1, 1))
+            geometries[self.names.identity] = Geometry(
+                in_chs=first.out_chs, out_chs=first.in_chs, stride=(1, 1), inset=(0, 0)
+            )
         return agreed(geometries)
 
     @torch.no_grad()
