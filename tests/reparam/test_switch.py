@@ -17,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import repvgg_zoo
 from repvgg_zoo import FoldError, RepVGGBlock, switch_to_deploy
-from repvgg_zoo.blocks import base
+from repvgg_zoo.blocks import branch_sum
 from repvgg_zoo.blocks.factory import block_type
 from repvgg_zoo.reparam import switch
 from repvgg_zoo.reparam.foreign import repvgg_blocks
@@ -273,7 +273,7 @@ def test_verify_wrong_fold_raises_and_undoes_it(model, x, wrap, monkeypatch):
     before, state = run_branches(lambda: module.eval()(x)), module.state_dict()
     module.train()
     module.stem.eval()
-    for room in (base, repvgg_blocks):
+    for room in (branch_sum, repvgg_blocks):
         real = room.fold_exactly
         monkeypatch.setattr(room, 'fold_exactly', lambda *a, real=real: (1.001 * real(*a)[0], real(*a)[1]))
     monkeypatch.setattr(switch, '_prove', lambda *_: None)  # which notices first
