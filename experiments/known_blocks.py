@@ -175,7 +175,11 @@ def timms(model: nn.Module, x: Tensor, before: Tensor) -> tuple[str, str]:
 @torch.no_grad()
 def outputs(model: nn.Module, x: Tensor) -> Tensor:
     result = model(x)
-    return (result if isinstance(result, Tensor) else result.last_hidden_state).double()
+    if not isinstance(
+        result, Tensor
+    ):  # behind the encoder, a detector chooses queries, and rounding changes the choice
+        result = torch.cat([level.flatten() for level in result.encoder_last_hidden_state])
+    return result.double()
 
 
 def rel_diff(actual: Tensor, expected: Tensor) -> float:

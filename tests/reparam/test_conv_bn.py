@@ -6,6 +6,7 @@ import logging
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from helpers import images, randomise, rel_diff
 from timm.layers import BatchNormAct2d, StdConv2d
 from torch import nn
@@ -133,6 +134,19 @@ def test_conv_bn_pairs_are_those_of_the_computation(x):
     switch_to_deploy(net, conv_bn=True, sample=x)
     assert torch.equal(net.second.weight, second)
     assert rel_diff(net(x), before) < 1e-12
+
+
+class KernelIsReadTwice(TwoReaders):
+    def forward(self, x):
+        return self.norm(self.first(x)) + F.conv2d(x, self.first.weight)
+
+
+def test_conv_bn_of_a_kernel_that_is_read_elsewhere_is_left(x):
+    net = randomise(KernelIsReadTwice().double())
+    before = net(x)
+    switch_to_deploy(net, conv_bn=True, sample=x)
+    assert count_norms(net) == 1
+    assert torch.equal(net(x), before)
 
 
 @pytest.mark.parametrize(
