@@ -7,6 +7,7 @@ from .blocks.multi_branch import MultiBranchBlock
 from .blocks.repvgg_block import RepVGGBlock
 from .blocks.unfold import unfold
 from .checkpoints.errors import CheckpointError
+from .overparam.overparameterize import overparameterize
 from .pretrained.load import load_checkpoint
 from .reparam.evaluation import disable_fast_path
 from .reparam.fold import FoldError
@@ -30,6 +31,7 @@ __all__ = [
     'equivalent_kernel_l2',
     'load_checkpoint',
     'match_bn_statistics',
+    'overparameterize',
     'param_groups',
     'rep_optimizer',
     'switch_to_deploy',

@@ -23,7 +23,7 @@ LAYERS = (
     ('reparam',),
     ('checkpoints',),
     ('blocks',),
-    ('pretrained', 'model'),
+    ('overparam', 'pretrained', 'model'),
     ('repvgg',),
     ('training',),
     ('__init__',),

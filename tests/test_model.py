@@ -29,7 +29,7 @@ from torch import nn
 
 import repvgg_zoo
 from repvgg_zoo import VARIANTS, CheckpointError, RepVGG, RepVGGBlock
-from repvgg_zoo.blocks import base, branches
+from repvgg_zoo.blocks import branch_sum, branches
 from repvgg_zoo.reparam.fold import BNStats
 
 pytestmark = pytest.mark.device
@@ -172,14 +172,14 @@ def swap_group_index(patch):
 
 
 def lose_bias(patch):
-    real = base.fold_exactly
-    patch.setattr(base, 'fold_exactly', lambda *args: (k := real(*args)[0], k.new_zeros(len(k))))
+    real = branch_sum.fold_exactly
+    patch.setattr(branch_sum, 'fold_exactly', lambda *args: (k := real(*args)[0], k.new_zeros(len(k))))
 
 
 def fold_in_half_precision(patch):
-    real = base.fold_exactly
+    real = branch_sum.fold_exactly
     patch.setattr(
-        base, 'fold_exactly', lambda branches, norm: real([b._replace(kernel=b.kernel.half()) for b in branches])
+        branch_sum, 'fold_exactly', lambda branches, norm: real([b._replace(kernel=b.kernel.half()) for b in branches])
     )
 
 

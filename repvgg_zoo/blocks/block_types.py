@@ -22,7 +22,7 @@ from .branches import (
     ScaledBranch,
 )
 
-__all__ = ['BLOCK_TYPES', 'BlockType']
+__all__ = ['BLOCK_TYPES', 'BRANCH_TYPES', 'BlockType']
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,10 @@ class BlockType:
     """Makes the branches by name. The first can have any kernel. A branch that does not fit the spec is None."""
     norm_after: bool = False
     """True if the sum of the branches is normalised."""
+    is_kernel_type: bool = False
+    """True if no branch needs a norm of its own, so that any norm, or none, may follow. Only the kernel is richer."""
+    needs_rows_and_columns: bool = False
+    """True if a kernel of one row or one column has no such branches."""
 
 
 def _identity(spec: ConvSpec, *, norm: bool = True) -> IdentityBranch | None:
@@ -50,9 +54,10 @@ def _delta_orthogonal(spec: ConvSpec) -> ConvBranch:
     conv = ConvBranch.of(spec)
     with torch.no_grad():
         conv.conv.weight.zero_()
+        row, column = (size // 2 for size in spec.kernel_size)
         for group in conv.conv.weight.chunk(spec.groups):
-            centre = torch.empty_like(group[:, :, 1, 1], dtype=torch.float32)
-            group[:, :, 1, 1] = nn.init.orthogonal_(centre).to(group.dtype)
+            centre = torch.empty_like(group[:, :, row, column], dtype=torch.float32)
+            group[:, :, row, column] = nn.init.orthogonal_(centre).to(group.dtype)
     return conv
 
 
@@ -64,11 +69,13 @@ BLOCK_TYPES: Mapping[str, BlockType] = MappingProxyType(
             summary='one 3x3 convolution',
             source=_REPVGG,
             branches=lambda s: {'kxk': ConvBranch.of(s)},
+            is_kernel_type=True,
         ),
         'plain_delta': BlockType(
             summary='one 3x3 convolution, initially delta-orthogonal',
             source='Delta-orthogonal initialisation, arXiv 1806.05393',
             branches=lambda s: {'kxk': _delta_orthogonal(s)},
+            is_kernel_type=True,
         ),
         'acb': BlockType(
             summary='3x3 + 3x1 + 1x3',
@@ -78,6 +85,7 @@ BLOCK_TYPES: Mapping[str, BlockType] = MappingProxyType(
                 'kx1': ConvBranch.of(s, (s.kernel_size[0], 1)),
                 '1xk': ConvBranch.of(s, (1, s.kernel_size[1])),
             },
+            needs_rows_and_columns=True,
         ),
         'dbb': BlockType(
             summary='3x3 + 1x1 + 1x1 · 3x3 + 1x1 · average + identity',
@@ -94,16 +102,19 @@ BLOCK_TYPES: Mapping[str, BlockType] = MappingProxyType(
             summary='diag(a) · I + diag(b) · W / ‖W‖',
             source='DiracNets, arXiv 1706.00388',
             branches=lambda s: {'dirac': DiracBranch(s)},
+            is_kernel_type=True,
         ),
         'doconv': BlockType(
             summary='depthwise over-parameterised 3x3',
             source='DO-Conv, arXiv 2006.12030',
             branches=lambda s: {'doconv': DOConvBranch(s)},
+            is_kernel_type=True,
         ),
         'expand': BlockType(
             summary='1x1 · 3x3 · 1x1, four times as wide inside',
             source='ExpandNets, arXiv 1811.10495',
             branches=lambda s: {'expand': ExpandBranch(s)},
+            is_kernel_type=True,
         ),
         'mobileone': BlockType(
             summary='four times 3x3 + 1x1 + identity',
@@ -133,6 +144,7 @@ BLOCK_TYPES: Mapping[str, BlockType] = MappingProxyType(
                 'identity': ScaledBranch(s, IdentityBranch.of(s, norm=False)) if s.has_identity else None,
             },
             norm_after=True,
+            is_kernel_type=True,
         ),
         'no_identity': BlockType(
             summary='3x3 + 1x1',
@@ -162,7 +174,20 @@ BLOCK_TYPES: Mapping[str, BlockType] = MappingProxyType(
                 'identity': _identity(s, norm=False),
             },
             norm_after=True,
+            is_kernel_type=True,
         ),
     }
 )
 """The block types by name, except the default `repvgg`, which is `repvgg_zoo.RepVGGBlock`."""
+
+BRANCH_TYPES: Mapping[str, BlockType] = MappingProxyType(
+    {
+        'repvgg': BlockType(
+            summary='3x3 + 1x1 + identity',
+            source='RepVGG, arXiv 2101.03697',
+            branches=lambda s: {'kxk': ConvBranch.of(s), '1x1': ConvBranch.of(s, (1, 1)), 'identity': _identity(s)},
+        ),
+        **BLOCK_TYPES,
+    }
+)
+"""All block types, for the convolutions of other networks."""

@@ -36,7 +36,7 @@ from .fast_paths import (
     runs_plainly,
 )
 
-__all__ = ['BranchSum']
+__all__ = ['BranchSum', 'is_channels_last']
 
 
 class BranchSum(nn.Module):
@@ -220,7 +220,7 @@ class BranchSum(nn.Module):
         kernels = [p for branch in self.named_branches().values() for p in branch.parameters() if p.ndim == 4]
         with full_precision(self):
             kernel, bias = fold_exactly(self._conv_bns(exact_dtype(kernels[0])), self.norm)
-        layout = torch.channels_last if _is_channels_last(kernels) else torch.contiguous_format
+        layout = torch.channels_last if is_channels_last(kernels) else torch.contiguous_format
         kernel = kernel.to(kernels[0].dtype).contiguous(memory_format=layout)
         branches = self.named_branches().values()
         bias = bias.to(kernels[0].dtype)
@@ -239,6 +239,7 @@ def _convolve(x: Tensor, kernel: Tensor, bias: Tensor, geometry: Geometry) -> Te
     return F.conv2d(x, kernel, bias, geometry.stride or 1, padding, dilation, geometry.groups or 1)
 
 
-def _is_channels_last(kernels: Iterable[Tensor]) -> bool:
+def is_channels_last(kernels: Iterable[Tensor]) -> bool:
+    """Tell whether all kernels whose strides can tell are in channels_last."""
     large = [k for k in kernels if k.shape[2:] != (1, 1) and k.shape[1] > 1]
     return bool(large) and all(k.is_contiguous(memory_format=torch.channels_last) for k in large)

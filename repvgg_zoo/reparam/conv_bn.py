@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .._compat import copy_hooks
@@ -21,26 +21,11 @@ from .stale_optimizers import forget_replaced, remember_replaced
 from .tolerance import MAX_REL_DIFF
 from .transplant import check_finite, mark_folded, places_of, snapshot
 
-__all__ = ['PairFold', 'plan_pairs', 'sample_of']
+__all__ = ['PairFold', 'plan_pairs']
 
 _logger = logging.getLogger(__name__)
 _KEPT = ('drop', 'act')
 """Parts of a normalisation that come after it."""
-
-
-def sample_of(module: nn.Module) -> Tensor:
-    """Make an input of a timm model; raise `ValueError` for any other module."""
-    config: Any = getattr(module, 'pretrained_cfg', None)
-    size = config.get('input_size') if hasattr(config, 'get') else getattr(config, 'input_size', None)
-    if size is None:
-        raise ValueError(
-            f'conv_bn=True runs the {type(module).__name__} once, to see which norm reads which convolution; give an '
-            'input, by sample= or verify='
-        )
-    like = next(p for p in module.parameters() if p.is_floating_point())
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, getattr(module, 'in_chans', size[0]), *size[1:], generator=generator, device='cpu')
-    return x.to(like.device).to(like.dtype)
 
 
 def plan_pairs(module: nn.Module, sample: Any, *, without: Collection[nn.Module]) -> Iterator[PairFold]:

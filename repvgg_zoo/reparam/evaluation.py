@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ['disable_fast_path', 'eval_outputs', 'evaluating', 'fast_path_is_disabled']
+__all__ = ['call', 'disable_fast_path', 'eval_outputs', 'evaluating', 'fast_path_is_disabled']
 
 _disabled = ContextVar('fast_path_is_disabled', default=False)
 
@@ -56,10 +56,17 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             submodule.training = modes.get(submodule, module.training)
 
 
-def eval_outputs(module: nn.Module, batch: Any) -> list[Tensor]:
+def eval_outputs(module: nn.Module, sample: Any) -> list[Tensor]:
     """Run a module in eval mode, and return all tensors of floating-point numbers among its outputs."""
     with evaluating(module):
-        return [output.detach().clone() for output in _tensors(module(batch))]
+        return [output.detach().clone() for output in _tensors(call(module, sample))]
+
+
+def call(module: nn.Module, sample: Any) -> Any:
+    """Call a module with a sample: a tuple holds several arguments, a mapping holds arguments by name."""
+    if isinstance(sample, tuple):
+        return module(*sample)
+    return module(**sample) if isinstance(sample, Mapping) else module(sample)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._compat import TorchDispatchMode
-from .evaluation import evaluating
+from .evaluation import call, evaluating
 
-__all__ = ['ConvUse', 'conv_norm_pairs', 'uses_of_convs']
+__all__ = ['ConvUse', 'conv_norm_pairs', 'sample_of', 'uses_of_convs']
 
 _NORM_ATTRIBUTES = ('running_mean', 'running_var')
 
@@ -55,6 +56,24 @@ def conv_norm_pairs(module: nn.Module, sample: Any) -> dict[str, str]:
     """
     uses = uses_of_convs(module, sample)
     return {use.path: use.norm for use in uses if use.norm is not None and use.shared_with is None}
+
+
+def sample_of(module: nn.Module) -> Tensor:
+    """Make random pixels for a module: of the size that a timm model names, else of 64 x 64 pixels.
+
+    Raises:
+        ValueError: The module has no convolution, so that nothing tells the number of channels.
+    """
+    first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is None:
+        raise ValueError(f'no convolution in {type(module).__name__}')
+    config: Any = getattr(module, 'pretrained_cfg', None)
+    size = config.get('input_size') if hasattr(config, 'get') else getattr(config, 'input_size', None)
+    height, width = (64, 64) if size is None else size[1:]
+    like = next(p for p in first.parameters() if p.is_floating_point())
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, first.in_channels, height, width, generator=generator, device='cpu')
+    return x.to(like.device).to(like.dtype)
 
 
 def uses_of_convs(module: nn.Module, sample: Any) -> list[ConvUse]:
@@ -97,13 +116,6 @@ def uses_of_convs(module: nn.Module, sample: Any) -> list[ConvUse]:
         )
         for path, conv in convs.items()
     ]
-
-
-def call(module: nn.Module, sample: Any) -> Any:
-    """Call a module with a sample: a tuple holds several arguments, a mapping holds arguments by name."""
-    if isinstance(sample, tuple):
-        return module(*sample)
-    return module(**sample) if isinstance(sample, Mapping) else module(sample)
 
 
 def _only_norm(readers: _Readers, path: str, norms: Mapping[str, nn.Module]) -> str | None:

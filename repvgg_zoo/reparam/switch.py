@@ -11,15 +11,17 @@ from functools import cache, partial
 from typing import Any, Protocol, TypeAlias, TypeVar, cast, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .conv_bn import plan_pairs, sample_of
+from .comparison import check_equal, largest_difference
+from .conv_bn import plan_pairs
 from .evaluation import eval_outputs
-from .fold import FoldError, exact_dtype
+from .fold import FoldError
 from .foreign import MULTI_BRANCH_KEY, ForeignBlock
 from .geometry import GATHER, Geometry
+from .pairs import sample_of
 from .stale_optimizers import forget_replaced, remember_replaced
-from .tolerance import MAX_REL_DIFF, max_rel_diff
+from .tolerance import MAX_REL_DIFF
 from .transplant import is_folded
 from .trial import KnownFold, find_known_blocks
 
@@ -29,6 +31,13 @@ _logger = logging.getLogger(__name__)
 ModuleT = TypeVar('ModuleT', bound=nn.Module)
 Plan: TypeAlias = Callable[[], Callable[[], None]]
 """Carries a fold out, and returns a function that undoes it."""
+
+
+class Replaced(Protocol):
+    """A module that took the place of others, and can put them back."""
+
+    def plan_fold(self, root: nn.Module) -> Plan:
+        """Check everything, and return what puts the others back into `root` with what they are now."""
 
 
 @runtime_checkable
@@ -63,7 +72,8 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None, conv_bn: bool = Fal
     The blocks may be RepVGG blocks of this package, of timm, of the official code or of mmpretrain, the blocks that
     other networks of timm fold by a method of their own (MobileOne, FastViT, RepViT, LeViT, …), and those of RT-DETR
     in transformers, wherever they are: a bare block, a classifier, a segmentation network, a feature extractor, a DDP
-    or compiled module. Blocks of the deploy form stay as they are, so a second call does nothing. The fold takes the
+    or compiled module. A network that `overparameterize` gave branches gets its own modules back, and blocks of its own
+    stay. Blocks of the deploy form stay as they are, so a second call does nothing. The fold takes the
     running statistics in either mode, so the deploy form computes what `eval()` computed (arXiv 2101.03697, section
     3.3). It is computed in float64 and rounded once, to the dtype of the parameters.
 
@@ -119,7 +129,7 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None, conv_bn: bool = Fal
             if reference is not None:  # otherwise the branches are released now
                 undo.append(restore)
         if reference is not None:
-            _verify(reference, eval_outputs(module, verify))
+            check_equal(reference, eval_outputs(module, verify), names=('training form', 'deploy form'))
     except BaseException:
         for restore in reversed(undo):
             restore()
@@ -140,8 +150,9 @@ def _plan(module: nn.Module, *, conv_bn: bool, sample: Any) -> tuple[list[Plan],
         ValueError: There is nothing to fold, or no input.
     """
     blocks = list(_find_blocks(module))
+    replaced = [(path, m) for path, m in module.named_modules() if _is_replaced(m)]
     known = list(find_known_blocks(module))
-    if not (blocks or known or conv_bn or any(map(is_folded, module.modules()))):
+    if not (blocks or replaced or known or conv_bn or any(map(is_folded, module.modules()))):
         raise ValueError(
             f'no RepVGG block in {type(module).__name__}, neither of the training nor of the deploy form, and no other '
             'block that folds; conv_bn=True folds batch normalisation into the convolutions of any network'
@@ -152,7 +163,12 @@ def _plan(module: nn.Module, *, conv_bn: bool, sample: Any) -> tuple[list[Plan],
     plans: list[Plan] = [partial(_fold, block, foldable) for _, block, foldable in training]
     touched = {m for _, block, _ in training for m in block.modules()}
     is_training = [block.training for _, block, _ in training]
-    for path, block, row in known:
+    for path, stand_in in replaced:
+        with _naming(path):
+            plans.append(cast('Replaced', stand_in).plan_fold(module))
+        touched.update(stand_in.modules())
+        is_training.append(stand_in.training)
+    for path, block, row in known if not replaced else []:  # a network comes back with its own layers
         with _naming(path):
             fold = KnownFold(module, block, row)
         if not fold.changes_nothing():
@@ -193,6 +209,8 @@ def _refuse_graphs_and_shards(module: nn.Module) -> None:
 
 def _has_branches(module: nn.Module) -> bool:
     """Tell whether a module contains training-form blocks."""
+    if any(map(_is_replaced, module.modules())):
+        return True
     if any(not foldable.is_deploy() for _, _, foldable in _find_blocks(module)):
         return True
     return any(True for _ in find_known_blocks(module))
@@ -203,9 +221,15 @@ def _is_graph_of_branches(graph: nn.Module) -> bool:
     return any(MULTI_BRANCH_KEY.search(path) for path in graph.state_dict()) or _has_branches(graph)
 
 
+def _is_replaced(module: nn.Module) -> bool:
+    return hasattr(type(module), 'plan_fold')
+
+
 def _find_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module, Foldable]]:
     """Yield path, block and fold protocol of every block. The class decides, because wrappers pass attributes on."""
     for path, submodule in module.named_modules():
+        if _is_replaced(submodule):
+            continue
         is_ours = hasattr(type(submodule), 'folded_conv')
         foldable = cast('Foldable', submodule) if is_ours else ForeignBlock.of(submodule)
         if foldable is not None:
@@ -243,7 +267,7 @@ def _prove(block: nn.Module, foldable: Foldable) -> None:
         else:
             _fold(trial, cast('Foldable', trial))
         actual = [eval_outputs(trial, pixels) for pixels in inputs]
-        differences = [_difference(before, after) for before, after in zip(expected, actual, strict=True)]
+        differences = [largest_difference(before, after) for before, after in zip(expected, actual, strict=True)]
     except Exception as error:  # code of others may raise errors of any class
         raise FoldError(
             f'its {name} fails on {tuple(x.shape)} random pixels ({type(error).__name__}: {error}), so the fold cannot '
@@ -299,27 +323,3 @@ _FLAG = 'deploy'
 def _clear(block: nn.Module, name: str) -> None:
     if hasattr(block, name):
         delattr(block, name)
-
-
-def _verify(reference: list[Tensor], outputs: list[Tensor]) -> None:
-    if [t.shape for t in reference] != [t.shape for t in outputs]:
-        raise FoldError(
-            f'the deploy form has outputs of shapes {[tuple(t.shape) for t in outputs]}, the training form of '
-            f'{[tuple(t.shape) for t in reference]}. The module is left in its training form'
-        )
-    for before, after in zip(reference, outputs, strict=True):
-        diff, largest = _difference([before], [after])
-        bound = max_rel_diff(before.dtype, before.device) * largest
-        _logger.info('switch_to_deploy: largest difference %.3g, largest output %.3g', diff, largest)
-        if not diff <= bound:
-            raise FoldError(
-                f'the deploy form differs by {diff:.3g} from the training form, of outputs up to {largest:.3g}; '
-                f'in {before.dtype} rounding explains {bound:.3g}. The module is left in its training form'
-            )
-
-
-def _difference(reference: list[Tensor], outputs: list[Tensor]) -> tuple[float, float]:
-    """Return the largest difference and the largest output."""
-    pairs = [[t.to(exact_dtype(t)) for t in pair] for pair in zip(reference, outputs, strict=True)]
-    diffs = [(after - before).abs().max().item() for before, after in pairs]
-    return max(diffs), max(before.abs().max().item() for before, _ in pairs)

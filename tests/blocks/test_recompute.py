@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from repvgg_zoo import BLOCKS as BLOCKS_OF_ALL_TYPES
 from repvgg_zoo import RepVGGBlock
-from repvgg_zoo.blocks import base, branches
+from repvgg_zoo.blocks import branch_sum, branches
 from repvgg_zoo.blocks.factory import block_type
 
 pytestmark = pytest.mark.device
@@ -540,8 +540,8 @@ def test_block_wrongly_folded_in_train_mode_changes_the_training(monkeypatch):
     """Folded with running statistics, a block in train mode has other outputs and leaves the statistics as they are."""
     made = block()
     plain, x = copy.deepcopy(made), batch(made, 33)
-    monkeypatch.setattr(base, 'moves_statistics', lambda norm: False)
-    monkeypatch.setattr(base, 'can_fold', lambda *_: True)
+    monkeypatch.setattr(branch_sum, 'moves_statistics', lambda norm: False)
+    monkeypatch.setattr(branch_sum, 'can_fold', lambda *_: True)
     y, expected = step(made, x), run_branches(lambda: step(plain, x))
     assert rel_diff(y, expected) > 1e-2
     with pytest.raises(AssertionError):

@@ -1,0 +1,1 @@
+"""Richer branches for the convolutions of any network while it trains."""
