@@ -175,9 +175,7 @@ def timms(model: nn.Module, x: Tensor, before: Tensor) -> tuple[str, str]:
 @torch.no_grad()
 def outputs(model: nn.Module, x: Tensor) -> Tensor:
     result = model(x)
-    if not isinstance(
-        result, Tensor
-    ):  # behind the encoder, a detector chooses queries, and rounding changes the choice
+    if not isinstance(result, Tensor):  # a detector chooses queries behind its encoder, and rounding changes that
         result = torch.cat([level.flatten() for level in result.encoder_last_hidden_state])
     return result.double()
 

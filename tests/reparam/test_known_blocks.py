@@ -25,7 +25,7 @@ from timm.utils.model import reparameterize_model
 from torch import nn
 
 from repvgg_zoo import FoldError, switch_to_deploy
-from repvgg_zoo.reparam import switch
+from repvgg_zoo.reparam import comparison
 from repvgg_zoo.reparam.foreign import KNOWN_BLOCKS
 from repvgg_zoo.reparam.trial import find_known_blocks
 
@@ -232,7 +232,7 @@ def test_known_block_fold_that_fails_verification_is_undone(name, monkeypatch):
     modules, state = dict(model.named_modules()), copy.deepcopy(model.state_dict())
     attributes = {m: dict(vars(m)) for m in model.modules()}
     parameters = list(model.parameters())
-    monkeypatch.setattr(switch, 'max_rel_diff', lambda *_: -1)
+    monkeypatch.setattr(comparison, 'max_rel_diff', lambda *_: -1)
     with pytest.raises(FoldError, match='the deploy form differs'):
         switch_to_deploy(model, verify=x)
     assert dict(model.named_modules()) == modules
