@@ -85,7 +85,7 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None, conv_bn: bool = Fal
         verify: An input of the module. Both forms then run on it in eval mode, and the largest difference is logged.
         conv_bn: Fold, too, every batch normalisation that reads the output of one convolution, which nothing else
             reads, in any network. An activation inside the norm stays at its place. The module runs once, on `sample`,
-            else on `verify`, else on random pixels of the size that a timm model names.
+            else on `verify`, else on random pixels.
         sample: An input for `conv_bn`. A tuple holds several arguments, a mapping holds arguments by name.
 
     Returns:
