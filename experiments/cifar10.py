@@ -73,7 +73,7 @@ def main() -> None:
     state = None
     if state_file.exists():
         state = torch.load(state_file, map_location=args.device, weights_only=True)
-        if changed := changes(state['settings'], settings):
+        if changed := changes(state.get('settings', {}), settings):
             parser.error(f'{str(state_file)!r} is of a run with other settings: {changed}; choose another --out')
     torch.manual_seed(args.seed)
     train_images, train_labels = load(args.data, 'train', args.images, args.device)
@@ -196,8 +196,8 @@ def top1_pct(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     """Tell which settings have other values than before."""
-    names = [name for name in now if now[name] != before[name]]
-    return ', '.join(f'--{name.replace("_", "-")} was {before[name]} and is {now[name]}' for name in names)
+    pairs = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
+    return ', '.join(f'--{name.replace("_", "-")} was {old} and is {new}' for name, (old, new) in pairs.items())
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
