@@ -205,10 +205,13 @@ class OverparameterizedConv2d(BranchSum):
         if self.needs_proof():
             raise FoldError('its branches have hooks or unknown classes; remove them first')
         self.check_foldable()
-        tail = self.original.tail
-        if not places_of(root, self) or (tail is not None and not places_of(root, tail)):
+        _, norm, tail = self.original
+        behind = tail if tail is not None else norm if self.branch_norms() else self
+        if not places_of(root, self) or not places_of(root, behind):
             raise FoldError(
-                'the norm that it replaced has lost its place; switch the module that was overparameterized'
+                f'the {type(norm).__name__} behind it has lost its place: it was replaced, or another module than the '
+                'whole network is switched. Switch the network, and replace norms (by SyncBatchNorm, say) before it '
+                'gets branches'
             )
         return functools.partial(self._fold_back, root)
 
@@ -266,7 +269,7 @@ class OverparameterizedConv2d(BranchSum):
 def _norm_values(bias: Tensor, like: Any, norm: Any) -> dict[tuple[nn.Module, str], Any]:
     """Return what a norm holds whose output is its input plus a bias: γ = 1, β = b, μ = 0, σ² = 1 - ε."""
     mean = torch.zeros_like(like.running_mean)
-    count = like.num_batches_tracked
+    count = getattr(like, 'num_batches_tracked', norm.num_batches_tracked)  # a frozen norm counts nothing
     return {
         (norm, 'num_batches_tracked'): None if count is None else count.clone(),
         (norm, 'weight'): _parameter(torch.ones_like(like.weight), like.weight.requires_grad),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias, TypeVar
 
@@ -24,8 +24,8 @@ __all__ = ['Where', 'overparameterize']
 _logger = logging.getLogger(__name__)
 ModuleT = TypeVar('ModuleT', bound=nn.Module)
 
-Where: TypeAlias = str | Callable[[str, nn.Conv2d], bool] | Mapping[str, str] | None
-"""A pattern of paths, a function of path and convolution, or block types by patterns of paths."""
+Where: TypeAlias = str | Sequence[str] | Callable[[str, nn.Conv2d], bool] | Mapping[str, str] | None
+"""Patterns of paths, a function of path and convolution, or block types by patterns of paths."""
 
 
 @torch.inference_mode(False)  # parameters that are made in inference mode can never be trained
@@ -52,8 +52,8 @@ def overparameterize(
         module: Any network that is not compiled, scripted, traced or wrapped.
         block: The block type, a name of `repvgg_zoo.BLOCKS`.
         where: The convolutions to replace, by default all that can be. A string is a pattern of their paths, such as
-            `'layer1.*'`. A function takes a path and a convolution, and returns True or False. A mapping from patterns
-            to block types replaces `block`; the first pattern that matches counts.
+            `'layer1.*'`, and there may be several. A function takes a path and a convolution, and returns True or
+            False. A mapping from patterns to block types replaces `block`. The first pattern that matches counts.
         sample: An input of the network. A tuple holds several arguments, a mapping holds arguments by name. By default
             it is made of random pixels, of the size that a timm model names, else of 64 x 64 pixels.
         batches: A few batches of the training data, for `match_bn_statistics`.
@@ -80,10 +80,8 @@ def overparameterize(
         >>> list(model.state_dict()) == list(timm.create_model('test_resnet').state_dict())
         True
     """
-    block_type(block)
-    if isinstance(where, Mapping):
-        for name in where.values():
-            block_type(name)
+    for name in (block, *_patterns(where, block).values()):
+        block_type(name)
     _refuse_wrappers(module)
     images = None if batches is None else images_of(batches)
     sample = sample_of(module) if sample is None else sample
@@ -136,7 +134,7 @@ def _outputs(module: nn.Module, sample: Any) -> list[torch.Tensor]:
 
 def _choose(found: list[Candidate], block: str, where: Where, *, name: str) -> list[tuple[Candidate, str]]:
     """Return the convolutions to replace, each with a block type; raise if a pattern gives none."""
-    patterns = dict(where) if isinstance(where, Mapping) else {where if isinstance(where, str) else '*': block}
+    patterns = _patterns(where, block)
     chosen: list[tuple[Candidate, str]] = []
     refused: list[tuple[str, str]] = []
     used = dict.fromkeys(patterns, 0)
@@ -158,6 +156,14 @@ def _choose(found: list[Candidate], block: str, where: Where, *, name: str) -> l
             raise ValueError(_nothing_found(found, refused, pattern, where, name))
     _logger.info('overparameterize: %d of %d convolutions of %s have branches', len(chosen), len(found), name)
     return chosen
+
+
+def _patterns(where: Where, block: str) -> dict[str, str]:
+    if isinstance(where, Mapping):
+        return dict(where)
+    if where is None or callable(where):
+        return {'*': block}
+    return dict.fromkeys([where] if isinstance(where, str) else where, block)
 
 
 def _nothing_found(

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from helpers import images, randomise, rel_diff
-from timm.layers import BatchNormAct2d, Conv2dSame, StdConv2d
+from timm.layers import BatchNormAct2d, Conv2dSame, StdConv2d, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -172,6 +172,7 @@ def test_overparameterize_keeps_dtype_layout_mode_and_requires_grad(net, dtype):
 
 def test_overparameterize_where_takes_a_pattern_a_function_or_a_mapping(net):
     assert len(blocks_of(overparameterize(copy.deepcopy(net), where='[01]*'))) == 5
+    assert len(blocks_of(overparameterize(copy.deepcopy(net), where=['0', '1?']))) == 5
     chosen = overparameterize(copy.deepcopy(net), where=lambda path, conv: conv.groups == conv.in_channels)
     assert [b.kernel_size for b in blocks_of(chosen)] == [(5, 5)]
     mixed = overparameterize(copy.deepcopy(net), where={'0': 'dbb', '2': 'doconv', '[0-4]': 'mobileone'})
@@ -346,6 +347,25 @@ def test_switch_branches_that_were_changed_raise(net):
     with pytest.raises(FoldError, match="cannot fold block '0': its branches have hooks"):
         switch_to_deploy(net)
     assert blocks_of(net)
+
+
+def test_switch_norm_behind_a_sum_that_was_replaced_raises(net):
+    overparameterize(net, 'qarepvgg')
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    with pytest.raises(FoldError, match='BatchNorm2d behind it has lost its place'):
+        switch_to_deploy(synchronised)
+    assert blocks_of(synchronised)
+
+
+@pytest.mark.parametrize('convert', [nn.SyncBatchNorm.convert_sync_batchnorm, freeze_batch_norm_2d])
+def test_switch_branches_whose_norms_were_converted_fold(net, convert):
+    x, keys = images(1, px=32, dtype=F64), list(net.state_dict())
+    overparameterize(net, 'repvgg')  # of which every norm is one
+    converted = convert(net).eval()
+    expected = converted(x)
+    switch_to_deploy(converted)
+    assert rel_diff(converted(x), expected) < 1e-12
+    assert list(converted.state_dict()) == keys
 
 
 def test_switch_branch_sum_at_the_root_raises():
