@@ -97,12 +97,11 @@ class OverparameterizedConv2d(BranchSum):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
         tail = None if kind.is_kernel_type or kind.norm_after else NormTail(norm)
         self.original = _Original(conv, norm, tail)
-        self._set_kernel(conv, norm, moves_norm=tail is not None)
         if not weight.requires_grad:
             self.branches.requires_grad_(False)
-        if tail is not None and not norm.weight.requires_grad:
-            for branch_norm in self.branch_norms():
-                branch_norm.requires_grad_(False)
+        for branch_norm in self.branch_norms():  # in mixed precision norms are wider than kernels
+            branch_norm.to(norm.running_mean.dtype).requires_grad_(norm.weight.requires_grad)
+        self._set_kernel(conv, norm, moves_norm=tail is not None)
         if is_channels_last([weight]):
             self.to(memory_format=torch.channels_last)
         self.train(conv.training)

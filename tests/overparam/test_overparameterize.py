@@ -156,18 +156,37 @@ def test_switch_own_norm_behind_a_sum_takes_the_bias_into_its_mean(net):
 def test_overparameterize_keeps_dtype_layout_mode_and_requires_grad(net, dtype):
     net.to(dtype).to(memory_format=torch.channels_last).train()
     net[0].weight.requires_grad_(False)
+    net[9].requires_grad_(False)
     overparameterize(net, 'acb', sample=images(1, px=32, dtype=dtype))
     assert {p.dtype for p in net.parameters()} == {dtype}
     assert net[0].training
-    assert not any(p.requires_grad for p in net[0].parameters())
+    assert not any(p.requires_grad for p in net[0].parameters() if p.ndim == 4)
+    assert all(norm.weight.requires_grad for norm in net[0].branch_norms())
     assert net[8].branches['kxk'].conv.weight.is_contiguous(memory_format=torch.channels_last)
     switch_to_deploy(net)
     assert not net[0].weight.requires_grad
     assert net[8].weight.requires_grad
+    assert net[1].weight.requires_grad
+    assert not net[9].weight.requires_grad
     assert net[8].weight.is_contiguous(memory_format=torch.channels_last)
     assert net[0].training
     assert net[1].training
     assert {p.dtype for p in net.parameters()} == {dtype}
+
+
+def test_overparameterize_norms_wider_than_kernels_stay_so(net):
+    net.float()
+    for layer in net:
+        if isinstance(layer, nn.Conv2d):
+            layer.bfloat16()
+    dtypes = {key: value.dtype for key, value in net.state_dict().items()}
+    made = OverparameterizedConv2d(net[0], net[1], 'dbb')
+    made.put_in(net)
+    made.release_original()
+    assert {norm.weight.dtype for norm in made.branch_norms()} == {torch.float32}
+    assert {p.dtype for p in made.parameters() if p.ndim == 4} == {torch.bfloat16}
+    switch_to_deploy(net)
+    assert {key: value.dtype for key, value in net.state_dict().items()} == dtypes
 
 
 def test_overparameterize_where_takes_a_pattern_a_function_or_a_mapping(net):
