@@ -17,8 +17,8 @@ from huggingface_hub import constants
 from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
 
-from repvgg_zoo.blocks import branches
 from repvgg_zoo.blocks.base import ReparamBlock
+from repvgg_zoo.blocks.branches import chains, parallel
 from repvgg_zoo.pretrained.manifest import read_manifest, weights_dir
 
 settings.register_profile(
@@ -78,7 +78,7 @@ def seeded() -> None:
 @pytest.fixture
 def fast_path_calls(monkeypatch) -> list[bool]:
     """Of each block of the training form that runs, whether it takes a faster way than branch by branch."""
-    calls, fold, recompute = [], ReparamBlock.run_folded, branches.normalise_and_recompute
+    calls, fold, recompute = [], ReparamBlock.run_folded, chains.normalise_and_recompute
 
     def spy_on_fold(*args):
         y = fold(*args)
@@ -90,7 +90,8 @@ def fast_path_calls(monkeypatch) -> list[bool]:
         return recompute(*args)
 
     monkeypatch.setattr(ReparamBlock, 'run_folded', spy_on_fold)
-    monkeypatch.setattr(branches, 'normalise_and_recompute', spy_on_recompute)
+    for room in (chains, parallel):
+        monkeypatch.setattr(room, 'normalise_and_recompute', spy_on_recompute)
     return calls
 
 

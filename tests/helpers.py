@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -45,6 +45,15 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
 def params(names: list[str]) -> list:
     """Test parameters, the large variants marked slow."""
     return [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in names]
+
+
+ABLATIONS = {'plain_delta', 'no_identity', 'no_1x1', 'no_identity_bn', 'bn_after'}
+"""Block types that are made of branches as others are: those of plain, mobileone, repvgg, qarepvgg and csla."""
+
+
+def block_params(names: Iterable[str]) -> list:
+    """Test parameters, the ablations marked exhaustive."""
+    return [pytest.param(name, marks=pytest.mark.exhaustive) if name in ABLATIONS else name for name in names]
 
 
 @torch.no_grad()

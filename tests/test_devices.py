@@ -15,7 +15,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from helpers import randomise, rel_diff
+from helpers import block_params, randomise, rel_diff
 from pretended_device import pretended_device
 from timm.layers import BatchNormAct2d, SEModule
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ from repvgg_zoo.reparam import fold
 from repvgg_zoo.reparam.switch import _verify
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*non-leaf Tensor')
-BLOCK = pytest.mark.parametrize('name', BLOCKS)
+BLOCK = pytest.mark.parametrize('name', block_params(BLOCKS))
 OPTIONS = [
     dict(),
     dict(dilation=2, groups=2),

@@ -15,6 +15,7 @@ import torch
 from helpers import (
     OFFICIAL,
     TIMM_NAMES,
+    block_params,
     create_model,
     images,
     params,
@@ -29,7 +30,8 @@ from torch import nn
 
 import repvgg_zoo
 from repvgg_zoo import VARIANTS, CheckpointError, RepVGG, RepVGGBlock
-from repvgg_zoo.blocks import base, branches
+from repvgg_zoo.blocks import branch_sum, branches
+from repvgg_zoo.blocks.branches import parallel
 from repvgg_zoo.reparam.fold import BNStats
 
 pytestmark = pytest.mark.device
@@ -168,18 +170,18 @@ def swap_group_index(patch):
             kernel[channel, channel // groups] = 1
         return kernel
 
-    patch.setattr(branches, 'identity_kernel', identity_kernel)
+    patch.setattr(parallel, 'identity_kernel', identity_kernel)
 
 
 def lose_bias(patch):
-    real = base.fold_exactly
-    patch.setattr(base, 'fold_exactly', lambda *args: (k := real(*args)[0], k.new_zeros(len(k))))
+    real = branch_sum.fold_exactly
+    patch.setattr(branch_sum, 'fold_exactly', lambda *args: (k := real(*args)[0], k.new_zeros(len(k))))
 
 
 def fold_in_half_precision(patch):
-    real = base.fold_exactly
+    real = branch_sum.fold_exactly
     patch.setattr(
-        base, 'fold_exactly', lambda branches, norm: real([b._replace(kernel=b.kernel.half()) for b in branches])
+        branch_sum, 'fold_exactly', lambda branches, norm: real([b._replace(kernel=b.kernel.half()) for b in branches])
     )
 
 
@@ -374,7 +376,7 @@ def test_layer_groups_with_layer_decay_cover_every_parameter(name):
     assert len(scales) == 2 + sum(model.variant.depths)
 
 
-@pytest.mark.parametrize('block', repvgg_zoo.BLOCKS)
+@pytest.mark.parametrize('block', block_params(repvgg_zoo.BLOCKS))
 @pytest.mark.parametrize('momentum', [0.1, None])
 def test_grad_checkpointing_two_batches_gives_equal_training(block, momentum):
     x = images(4, px=32, dtype=torch.float64)

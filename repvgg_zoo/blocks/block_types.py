@@ -18,6 +18,7 @@ from .branches import (
     DOConvBranch,
     ExpandBranch,
     IdentityBranch,
+    OREPABranch,
     PointConvBranch,
     ScaledBranch,
 )
@@ -54,9 +55,10 @@ def _delta_orthogonal(spec: ConvSpec) -> ConvBranch:
     conv = ConvBranch.of(spec)
     with torch.no_grad():
         conv.conv.weight.zero_()
+        row, column = (size // 2 for size in spec.kernel_size)
         for group in conv.conv.weight.chunk(spec.groups):
-            centre = torch.empty_like(group[:, :, 1, 1], dtype=torch.float32)
-            group[:, :, 1, 1] = nn.init.orthogonal_(centre).to(group.dtype)
+            centre = torch.empty_like(group[:, :, row, column], dtype=torch.float32)
+            group[:, :, row, column] = nn.init.orthogonal_(centre).to(group.dtype)
     return conv
 
 
@@ -113,6 +115,12 @@ BLOCK_TYPES: Mapping[str, BlockType] = MappingProxyType(
             summary='1x1 · 3x3 · 1x1, four times as wide inside',
             source='ExpandNets, arXiv 1811.10495',
             branches=lambda s: {'expand': ExpandBranch(s)},
+            is_kernel_type=True,
+        ),
+        'orepa': BlockType(
+            summary='3x3 + average + cosines + 1x1 · 3x3 + 1x1 + separable, added as kernels',
+            source='OREPA, arXiv 2204.00826',
+            branches=lambda s: {'orepa': OREPABranch(s)},
             is_kernel_type=True,
         ),
         'mobileone': BlockType(

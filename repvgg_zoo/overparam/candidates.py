@@ -90,12 +90,13 @@ def _reason(use: ConvUse) -> str | None:
         return f'it is called {use.calls} times for this input'
     if use.kernel_reader is not None:
         return f'{use.kernel_reader} reads its kernel'
+    size = as_pair(conv.kernel_size)
+    if not all(k % 2 for k in size):
+        return f'a kernel of {size[0]}x{size[1]} has no centre'
     try:
         check_has_values(conv.weight, 'convolution')
-        if not isinstance(conv, Conv2dSame):
+        if not isinstance(conv, Conv2dSame):  # which pads as much as its input needs
             geometry_of(conv)
-        elif not all(k % 2 for k in conv.kernel_size):
-            return f'a kernel of {conv.kernel_size} has no centre'
     except FoldError as error:
         return str(error)
     return None

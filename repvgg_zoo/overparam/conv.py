@@ -131,11 +131,6 @@ class OverparameterizedConv2d(BranchSum):
             branch_norm.bias *= scale.to(branch_norm.bias)
         norms[0].bias += shift.to(norms[0].bias)
 
-    @property
-    def weight(self) -> Tensor:
-        """The equivalent kernel `(C_out, C_in / groups, k_h, k_w)`, computed at each access."""
-        return self.equivalent_kernel_bias()[0]
-
     def forward(self, x: Tensor) -> Tensor:
         """Map what the convolution maps."""
         if self.pads_same:

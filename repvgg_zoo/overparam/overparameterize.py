@@ -87,14 +87,8 @@ def overparameterize(
     _refuse_wrappers(module)
     images = None if batches is None else images_of(batches)
     sample = sample_of(module) if sample is None else sample
-    try:
-        found = candidates(module, sample)
-        before = eval_outputs(module, sample)
-    except Exception as error:  # code of others may raise errors of any class
-        raise ValueError(
-            f'{type(module).__name__} does not run on the sample ({type(error).__name__}: {error}); give an input that '
-            'it takes by sample=, as a tensor, as a tuple of arguments, or as a mapping of arguments by name'
-        ) from error
+    before = _outputs(module, sample)
+    found = candidates(module, sample)
     chosen = _choose(found, block, where, name=type(module).__name__)
     blocks, undo = [], []
     try:
@@ -102,7 +96,7 @@ def overparameterize(
             made = OverparameterizedConv2d(candidate.use.conv, candidate.norm, name)
             undo.append(made.put_in(module))
             blocks.append(made)
-        check_equal(before, eval_outputs(module, sample), names=('network', 'network with branches'))
+        check_equal(before, _outputs(module, sample), names=('network', 'network with branches'))
         if images is not None:
             match_bn_statistics(module, images)
     except BaseException as error:
@@ -128,6 +122,16 @@ def _refuse_wrappers(module: nn.Module) -> None:
             raise ValueError(f'{name}, which holds the old parameters; replace convolutions first, then wrap')
         if path.rpartition('.')[2] == '_orig_mod':
             raise ValueError(f'{path!r} is compiled; replace convolutions first, then compile')
+
+
+def _outputs(module: nn.Module, sample: Any) -> list[torch.Tensor]:
+    try:
+        return eval_outputs(module, sample)
+    except Exception as error:  # code of others may raise errors of any class
+        raise ValueError(
+            f'{type(module).__name__} does not run on the sample ({type(error).__name__}: {error}); give an input that '
+            'it takes by sample=, as a tensor, as a tuple of arguments, or as a mapping of arguments by name'
+        ) from error
 
 
 def _choose(found: list[Candidate], block: str, where: Where, *, name: str) -> list[tuple[Candidate, str]]:
@@ -161,7 +165,7 @@ def _nothing_found(
 ) -> str:
     asked = ''
     if where is not None:
-        asked = f' that where={pattern if isinstance(where, (str, Mapping)) else where!r} selects'
+        asked = f' that where={where if callable(where) else pattern!r} selects'
     matching = [(path, reason) for path, reason in refused if fnmatchcase(path, pattern)]
     if matching:
         path, reason = matching[0]
@@ -169,6 +173,4 @@ def _nothing_found(
         return f'{name} has no convolution{asked} and that can be replaced. {path!r} stays{others}: {reason}'
     if not found:
         return f'{name} has no convolution with a kernel of more than one pixel'
-    return (
-        f'{name} has no convolution{asked}; there are {len(found)}, among them {found[0].path!r} and {found[-1].path!r}'
-    )
+    return f'{name} has no convolution{asked}; there are {len(found)}, from {found[0].path!r} to {found[-1].path!r}'

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from .._compat import copy_hooks
 from .evaluation import eval_outputs
 from .fold import BNStats, FoldError, exact_dtype
 from .geometry import check_has_values
@@ -44,22 +45,21 @@ def plan_pairs(module: nn.Module, sample: Any, *, without: Collection[nn.Module]
         norm = module.get_submodule(use.norm)
         if use.conv in without or norm in without:
             continue
-        if (reason := _not_plain(use.conv, norm)) is not None:
-            _logger.info('switch_to_deploy: %s and %s are left as they are: %s', use.path, use.norm, reason)
-            continue
         try:
-            yield PairFold(module, use.conv, norm)
+            reason = _not_plain(use.conv, norm) or _not_proved(use.conv, norm)
+            if reason is None:
+                yield PairFold(module, use.conv, norm)
         except FoldError as error:
             raise FoldError(f'cannot fold {use.norm!r} into {use.path!r}: {error}; nothing was changed') from None
+        if reason is not None:
+            _logger.info('switch_to_deploy: %s and %s are left as they are: %s', use.path, use.norm, reason)
 
 
 class PairFold:
     """A planned fold of a normalisation into a convolution, computed, and not yet put in."""
 
     def __init__(self, root: nn.Module, conv: nn.Conv2d, norm: nn.Module) -> None:
-        """Compute the fold; raise `FoldError` if values are out of range or not here."""
-        check_has_values(conv.weight, 'convolution')
-        _statistics(norm).check()
+        """Compute the fold; raise `FoldError` if its values are out of range."""
         self._conv, self.norm, self._places = conv, norm, places_of(root, norm)
         self._kernel, self._bias = _folded(conv, norm)
 
@@ -85,15 +85,11 @@ class PairFold:
         return restore
 
 
-def _statistics(norm: Any) -> BNStats:
-    return BNStats(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
-
-
 @torch.no_grad()
 def _folded(conv: nn.Conv2d, norm: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
     """W' = W · scale, b' = b · scale + shift, computed in float64, in the dtype of the kernel."""
     exact = exact_dtype(conv.weight)
-    scale, shift = (t.to(conv.weight.device) for t in _statistics(norm).scale_shift(exact))
+    scale, shift = (t.to(conv.weight.device) for t in BNStats.read(norm).scale_shift(exact))
     kernel = (conv.weight.to(exact) * scale.view(-1, 1, 1, 1)).to(conv.weight.dtype)
     bias = (shift if conv.bias is None else shift + conv.bias.to(exact) * scale).to(conv.weight.dtype)
     for name, values in (('kernel', kernel), ('bias', bias)):
@@ -109,6 +105,7 @@ def _rest(norm: nn.Module) -> nn.Module:
     ]
     rest = nn.Sequential(OrderedDict(parts)) if parts else nn.Identity()
     rest.training = norm.training
+    copy_hooks(norm, rest)
     return rest
 
 
@@ -116,17 +113,22 @@ def _not_plain(conv: nn.Conv2d, norm: Any) -> str | None:
     """Tell why a pair is more than a convolution and a batch normalisation; None if it is not."""
     if is_parametrized(conv) or 'weight' not in dict(conv.named_parameters(recurse=False)):
         return 'the kernel is computed from other parameters'
-    if not all(hasattr(norm, name) for name in ('running_mean', 'running_var', 'weight', 'bias', 'eps')):
+    if not all(hasattr(norm, name) for name in ('running_mean', 'running_var')):
         return f'{type(norm).__name__} does not tell its statistics'
     if norm.running_mean is None or any(name not in _KEPT for name, _ in norm.named_children()):
         return f'{type(norm).__name__} is no batch normalisation of fixed statistics'
-    if conv.weight.is_meta or hasattr(conv.weight, 'full_tensor'):
-        return None  # the fold raises an error that tells more
+    return None
+
+
+def _not_proved(conv: nn.Conv2d, norm: nn.Module) -> str | None:
+    """Tell how far the fold is from what the two compute; None if it is exact."""
+    check_has_values(conv.weight, 'convolution')
+    BNStats.read(norm).check()
     try:
         diff, largest = _difference(conv, norm)
     except Exception as error:  # code of others may raise errors of any class
         return f'they fail on random pixels in float64 ({type(error).__name__}: {error})'
-    if not diff <= MAX_REL_DIFF[torch.float64] * largest and bool((norm.running_var >= 0).all()):
+    if not diff <= MAX_REL_DIFF[torch.float64] * largest:
         return f'a fold would change outputs of up to {largest:.3g} by {diff:.3g}'
     return None
 

@@ -67,7 +67,6 @@ class BNStats(NamedTuple):
     def of(cls, norm: nn.Module) -> BNStats:
         """Read a normalisation layer; raise `FoldError` if its eval mode is not linear and fixed."""
         name = type(norm).__name__
-        layer: Any = norm  # of any class that has the attributes
         if not isinstance(getattr(norm, 'running_mean', None), Tensor):
             raise FoldError(
                 f'{norm} keeps no running statistics; only layers with running_mean, running_var and eps are folded'
@@ -77,8 +76,17 @@ class BNStats(NamedTuple):
         act = getattr(norm, 'act', None)
         if act is not None and not isinstance(act, nn.Identity):
             raise FoldError(f'{norm} has an activation, which is not linear')
+        return cls.read(norm)
+
+    @classmethod
+    def read(cls, norm: nn.Module) -> BNStats:
+        """Read a normalisation layer, whatever it does beside.
+
+        The frozen layers of transformers do not tell their eps, which is PyTorch's.
+        """
+        layer: Any = norm  # of any class that has the attributes
         weight, bias = getattr(norm, 'weight', None), getattr(norm, 'bias', None)
-        return cls(layer.running_mean, layer.running_var, weight, bias, layer.eps)
+        return cls(layer.running_mean, layer.running_var, weight, bias, getattr(norm, 'eps', 1e-5))
 
     def scale_shift(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """BN(y) = y · scale + shift, both `(C,)`: scale = γ / sqrt(σ² + ε), shift = β - μ · scale."""

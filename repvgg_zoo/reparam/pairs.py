@@ -49,6 +49,7 @@ def conv_norm_pairs(module: nn.Module, sample: Any) -> dict[str, str]:
         Paths of norms by the paths of their convolutions.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> conv_norm_pairs(net, torch.ones(1, 3, 8, 8))
         {'0': '1'}

@@ -72,7 +72,8 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None, conv_bn: bool = Fal
     The blocks may be RepVGG blocks of this package, of timm, of the official code or of mmpretrain, the blocks that
     other networks of timm fold by a method of their own (MobileOne, FastViT, RepViT, LeViT, …), and those of RT-DETR
     in transformers, wherever they are: a bare block, a classifier, a segmentation network, a feature extractor, a DDP
-    or compiled module. Blocks of the deploy form stay as they are, so a second call does nothing. The fold takes the
+    or compiled module. A network that `overparameterize` gave branches gets its own modules back, and blocks of its own
+    stay. Blocks of the deploy form stay as they are, so a second call does nothing. The fold takes the
     running statistics in either mode, so the deploy form computes what `eval()` computed (arXiv 2101.03697, section
     3.3). It is computed in float64 and rounded once, to the dtype of the parameters.
 
@@ -84,7 +85,7 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None, conv_bn: bool = Fal
         verify: An input of the module. Both forms then run on it in eval mode, and the largest difference is logged.
         conv_bn: Fold, too, every batch normalisation that reads the output of one convolution, which nothing else
             reads, in any network. An activation inside the norm stays at its place. The module runs once, on `sample`,
-            else on `verify`, else on random pixels of the size that a timm model names.
+            else on `verify`, else on random pixels.
         sample: An input for `conv_bn`. A tuple holds several arguments, a mapping holds arguments by name.
 
     Returns:
@@ -167,9 +168,7 @@ def _plan(module: nn.Module, *, conv_bn: bool, sample: Any) -> tuple[list[Plan],
             plans.append(cast('Replaced', stand_in).plan_fold(module))
         touched.update(stand_in.modules())
         is_training.append(stand_in.training)
-    for path, block, row in known:
-        if any(map(_is_replaced, block.modules())):
-            continue  # its own layers come back first
+    for path, block, row in known if not replaced else []:  # a network comes back with its own layers
         with _naming(path):
             fold = KnownFold(module, block, row)
         if not fold.changes_nothing():

@@ -15,7 +15,7 @@ from .fold import FoldError
 
 __all__ = ['Transplant', 'check_finite', 'is_folded', 'mark_folded', 'places_of', 'snapshot']
 
-_PLAIN = (bool, int, float, str, tuple, list, type(None))
+_PLAIN = (bool, int, float, str, type(None))
 """Attributes in which methods keep the form of a block."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .._compat import copy_hooks
 from .evaluation import eval_outputs
-from .fold import BATCH_NORMS, FoldError, check_norm
+from .fold import BATCH_NORMS, BNStats, FoldError
 from .foreign import KNOWN_BLOCKS, KnownBlock
 from .geometry import GATHER
 from .kernel_hooks import refresh_kernels
@@ -59,7 +61,7 @@ class KnownFold:
             inputs = _inputs(trial, row)
             expected = [eval_outputs(trial, x.clone()) for x in inputs]
             # new layers draw weights, for nothing
-            with torch.random.fork_rng(devices=[]), _Float64Factories(), _affine(trial):
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), _Float64Factories(), _affine(trial):
                 folded = _fold_all(trial).double().eval()
         except FoldError:
             raise
@@ -70,9 +72,6 @@ class KnownFold:
             ) from error
         kept = {originals[m] for m in folded.modules() if m in originals}
         removed = [m for m in block.modules() if m not in kept]
-        for norm in removed:
-            if isinstance(norm, BATCH_NORMS):
-                check_norm(norm)
         actual = [eval_outputs(folded, x.clone()) for x in inputs]
         _compare(expected, actual, block)
         self._places = [] if originals.get(folded) is block else places_of(root, block)
@@ -89,6 +88,8 @@ class KnownFold:
         before = list(self.block.parameters())
         result, undo = self._transplant.apply()
         mark_folded(result)
+        if self._places:
+            copy_hooks(self.block, result)
         for parent, name in self._places:
             setattr(parent, name, result)
         left = set(result.parameters())
@@ -110,6 +111,9 @@ def _check_values(block: nn.Module) -> None:
             raise FoldError(f'its {path} is sharded over processes; {GATHER}')
         if parameter.is_meta:
             raise FoldError(f"its {path} is on device 'meta' and has no values; load the weights first")
+    for norm in block.modules():
+        if isinstance(norm, BATCH_NORMS) and norm.running_mean is not None:
+            BNStats.read(norm).check()
 
 
 def _float64_copy(block: nn.Module) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
@@ -120,7 +124,7 @@ def _float64_copy(block: nn.Module) -> tuple[nn.Module, dict[nn.Module, nn.Modul
     for path, norm in list(trial.named_modules()):
         if isinstance(norm, nn.SyncBatchNorm) and path:  # methods of others ask for nn.BatchNorm2d
             plain = _PlainBatchNorm(norm.num_features, norm.eps, affine=False, device='cpu', dtype=torch.float64)
-            plain.weight, plain.bias = norm.weight, norm.bias
+            plain.weight, plain.bias, plain.affine = norm.weight, norm.bias, norm.affine
             plain.running_mean, plain.running_var = norm.running_mean, norm.running_var
             originals[plain] = originals[norm]
             parent, _, name = path.rpartition('.')
@@ -142,11 +146,13 @@ def _affine(trial: nn.Module) -> Iterator[None]:
     for norm in norms:
         norm.weight = nn.Parameter(torch.ones(norm.num_features))
         norm.bias = nn.Parameter(torch.zeros(norm.num_features))
+        norm.affine = True
     try:
         yield
     finally:
         for norm in norms:
             norm.weight = norm.bias = None
+            norm.affine = False
 
 
 def _fold_all(module: nn.Module) -> nn.Module:
@@ -211,6 +217,8 @@ def _compare(expected: list[list[Tensor]], actual: list[list[Tensor]], block: nn
             raise FoldError(f'the fold of its {type(block).__name__} has outputs of other shapes; leave it as it is')
         for old, new in zip(before, after, strict=True):
             diff, largest = (new - old).abs().max().item(), old.abs().max().item()
+            if not math.isfinite(largest):
+                raise FoldError(f'its {type(block).__name__} gives values that are not finite; load its weights')
             if not diff <= MAX_REL_DIFF[torch.float64] * largest:
                 raise FoldError(
                     f'its {type(block).__name__} computes something else than its parts: a fold would change outputs '

@@ -12,7 +12,7 @@ import torch
 import torch.nn.utils.parametrizations
 import torch.nn.utils.parametrize
 import torch.nn.utils.prune
-from helpers import CONFIGURATIONS, create_model, images, randomise, rel_diff, to_device
+from helpers import CONFIGURATIONS, block_params, create_model, images, randomise, rel_diff, to_device
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import LayerNorm2d, SEModule, convert_splitbn_model
@@ -32,7 +32,7 @@ from repvgg_zoo.tools.verify import verify
 
 pytestmark = pytest.mark.device
 F64 = torch.float64
-BLOCK = pytest.mark.parametrize('name', BLOCK_TYPES)
+BLOCK = pytest.mark.parametrize('name', block_params(BLOCK_TYPES))
 EXACT = 1e-12
 """Some hundred terms, each rounded a few times in float64."""
 
@@ -197,7 +197,7 @@ def test_switch_float32_parametrization_is_computed_in_float32():
     assert rel_diff(made.switch_to_deploy()(x), before) < 1e-5  # float32
 
 
-@pytest.mark.parametrize('name', BLOCKS)
+@pytest.mark.parametrize('name', block_params(BLOCKS))
 @pytest.mark.parametrize('norm', [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.spectral_norm])
 def test_switch_computed_kernels_gives_a_trainable_convolution(name, norm):
     made = to_device(block_type(name)(4, 4)).eval()
@@ -210,7 +210,7 @@ def test_switch_computed_kernels_gives_a_trainable_convolution(name, norm):
     assert conv.bias.requires_grad
 
 
-@pytest.mark.parametrize('name', BLOCKS)
+@pytest.mark.parametrize('name', block_params(BLOCKS))
 @pytest.mark.parametrize('trainable', ['kernels', 'statistics'])
 def test_switch_frozen_kernels_gives_a_frozen_convolution(name, trainable):
     module = to_device(block_type(name)(4, 4))
@@ -226,7 +226,7 @@ def test_switch_partly_frozen_block_gives_a_trainable_convolution():
     assert module.switch_to_deploy().reparam_conv.weight.requires_grad
 
 
-@pytest.mark.parametrize('name', BLOCKS)
+@pytest.mark.parametrize('name', block_params(BLOCKS))
 def test_fold_split_batch_norm_uses_its_first_part(name):
     torch.manual_seed(0)
     model = convert_splitbn_model(create_model('test_repvgg', block=name, num_classes=3), 2)
@@ -266,7 +266,7 @@ def test_switch_foreign_branches_in_a_graph_folds_the_rest():
     assert repvgg_zoo.switch_to_deploy(both)['live'].reparam_conv is not None
 
 
-@pytest.mark.parametrize('name', BLOCKS)
+@pytest.mark.parametrize('name', block_params(BLOCKS))
 def test_equivalent_kernel_under_autocast_is_not_rounded(name, device):
     made = to_device(block_type(name)(8, 8)).eval()
     exact = copy.deepcopy(made).double().equivalent_kernel_bias()[0]
@@ -354,7 +354,7 @@ def test_fold_convolution_with_bias_keeps_the_outputs():
     assert rel_diff(made.switch_to_deploy()(x), before) < EXACT
 
 
-@pytest.mark.parametrize('name', BLOCKS)
+@pytest.mark.parametrize('name', block_params(BLOCKS))
 @pytest.mark.parametrize('px', [8, 9])
 def test_switch_strides_set_by_hand_keeps_the_outputs(name, px):
     """All convolutions alike, as segmentation recipes do it."""
@@ -420,7 +420,7 @@ def test_plain_delta_new_kernel_is_orthogonal_in_its_centre():
 # --------------------------------------------------------------------------------------------- public kernels
 
 
-@pytest.mark.parametrize('name', BLOCKS)
+@pytest.mark.parametrize('name', block_params(BLOCKS))
 def test_equivalent_kernel_each_block_type_passes_gradcheck(name):
     module = to_device(block_type(name)(2, 2).double()).eval()
     scatter(module)
@@ -441,7 +441,7 @@ class _Kernel(nn.Module):
         return self.block.equivalent_kernel_bias()
 
 
-@pytest.mark.parametrize('name', BLOCKS)
+@pytest.mark.parametrize('name', block_params(BLOCKS))
 def test_equivalent_kernel_after_switch_is_the_same(name):
     model = randomise(create_model('test_repvgg', block=name).double(), px=32)
     block = model.stages[0][1]
@@ -455,7 +455,7 @@ def test_equivalent_kernel_after_switch_is_the_same(name):
 # --------------------------------------------------------------------------------------------------- models
 
 
-@pytest.mark.parametrize('name', BLOCKS)
+@pytest.mark.parametrize('name', block_params(BLOCKS))
 def test_load_checkpoint_each_block_type_fits_both_forms(name, tmp_path):
     model = randomise(create_model('test_repvgg', block=name, num_classes=10).double(), px=32)
     x = images(2, 32, dtype=F64)
@@ -695,7 +695,7 @@ def test_convert_folder_of_another_block_or_variant_raises(tmp_path):
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize('name', BLOCKS)
+@pytest.mark.parametrize('name', block_params(BLOCKS))
 def test_blocks_with_keys_each_block_type_finds_it(name):
     found = blocks_with_keys(timm.create_model('test_repvgg', block=name, device='meta').state_dict())
     assert found == (['plain', 'plain_delta'] if name in ('plain', 'plain_delta') else [name])
@@ -760,8 +760,12 @@ def test_fold_kernels_that_hooks_compute_follows_each_change(name, reparametrize
 @pytest.mark.cpu
 def test_fold_every_branch_class_is_known():
     """Without that, the fold has to prove it, and it has no fast path."""
-    classes = {v for k, v in vars(branches).items() if isinstance(v, type) and issubclass(v, branches.Branch)}
-    public = {cls for cls in classes if not cls.__name__.startswith('_')} - {branches.Branch}
+
+    def below(kind: type) -> set[type]:
+        return {kind}.union(*map(below, kind.__subclasses__()))
+
+    ours = {kind for kind in below(branches.Branch) if kind.__module__.startswith(branches.__name__)}
+    public = {kind for kind in ours if not kind.__name__.startswith('_')} - {branches.Branch}
     assert set(branches.BRANCHES) == public
 
 

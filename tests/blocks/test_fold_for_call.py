@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import create_model, device_of_tests, images, randomise, rel_diff, run_branches, to_device
+from helpers import block_params, create_model, device_of_tests, images, randomise, rel_diff, run_branches, to_device
 from timm.layers import DropBlock2d, FrozenBatchNormAct2d, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -24,7 +24,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import repvgg_zoo
 from repvgg_zoo import FoldError, RepVGGBlock
-from repvgg_zoo.blocks import base
+from repvgg_zoo.blocks import branch_sum
 from repvgg_zoo.blocks.factory import block_type
 from repvgg_zoo.reparam import fold
 from repvgg_zoo.reparam.evaluation import disable_fast_path
@@ -92,7 +92,7 @@ def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=['contiguous', 'channels_last'])
-@pytest.mark.parametrize('kind', BLOCKS)
+@pytest.mark.parametrize('kind', block_params(BLOCKS))
 def test_fold_for_call_without_gradients_keeps_the_outputs(kind, layout, fast_path_calls):
     made = block(kind).to(memory_format=layout)
     x = batch(made).to(memory_format=layout)
@@ -104,7 +104,7 @@ def test_fold_for_call_without_gradients_keeps_the_outputs(kind, layout, fast_pa
     assert fast_path_calls == [True, True]
 
 
-@pytest.mark.parametrize('kind', BLOCKS)
+@pytest.mark.parametrize('kind', block_params(BLOCKS))
 def test_fold_for_call_float32_is_near_the_exact_outputs(kind, fast_path_calls):
     made = block(kind, dtype=torch.float32)
     x = batch(made, dtype=torch.float32)
@@ -165,7 +165,7 @@ def test_fold_for_call_under_autocast_is_near_the_float32_outputs(fast_path_call
     assert fast_path_calls == [True, True]
 
 
-@pytest.mark.parametrize('name', repvgg_zoo.BLOCKS)
+@pytest.mark.parametrize('name', block_params(repvgg_zoo.BLOCKS))
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('px', [8, 40])
 def test_fold_for_call_under_autocast_keeps_the_dtype(name, dtype, px):
@@ -257,7 +257,7 @@ def with_frozen_norms(made: nn.Module, wanted: Callable[[str], bool]) -> nn.Modu
 
 @pytest.mark.parametrize('wanted', FROZEN)
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=['contiguous', 'channels_last'])
-@pytest.mark.parametrize('name', repvgg_zoo.BLOCKS)
+@pytest.mark.parametrize('name', block_params(repvgg_zoo.BLOCKS))
 def test_fold_for_call_frozen_norms_gives_equal_gradients(name, layout, wanted, fast_path_calls):
     made = with_frozen_norms(randomise(block_type(name)(8, 8).double(), px=11, in_chans=8), FROZEN[wanted])
     made.to(memory_format=layout)
@@ -776,7 +776,7 @@ def test_verify_wrong_fold_is_compared_with_the_branches(monkeypatch):
     def doubled(*args, **kwargs):
         return tuple(2 * t for t in real(*args, **kwargs))
 
-    monkeypatch.setattr(base, 'fold_branches', doubled)
+    monkeypatch.setattr(branch_sum, 'fold_branches', doubled)
     monkeypatch.setattr(fold, 'fold_branches', doubled)
     with torch.no_grad():
         assert rel_diff(model(x), run_branches(lambda: model(x))) > 0.1
@@ -811,7 +811,7 @@ class WatchOperators(TorchDispatchMode):
 
 
 @MODES
-@pytest.mark.parametrize('name', repvgg_zoo.BLOCKS)
+@pytest.mark.parametrize('name', block_params(repvgg_zoo.BLOCKS))
 @pytest.mark.parametrize('watch', [WatchFunctions, WatchOperators])
 def test_fold_for_call_watching_mode_sees_the_branches(watch, name, training, fast_path_calls):
     made = randomise(block_type(name)(8, 8).double(), px=11, in_chans=8).train(training)

@@ -5,14 +5,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import create_model, device_of_tests, images, rel_diff, run_branches, to_device
+from helpers import block_params, create_model, device_of_tests, images, rel_diff, run_branches, to_device
 from timm.layers import DropBlock2d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from repvgg_zoo import BLOCKS as BLOCKS_OF_ALL_TYPES
 from repvgg_zoo import RepVGGBlock
-from repvgg_zoo.blocks import base, branches
+from repvgg_zoo.blocks import branch_sum
+from repvgg_zoo.blocks.branches import parallel
 from repvgg_zoo.blocks.factory import block_type
 
 pytestmark = pytest.mark.device
@@ -72,7 +73,7 @@ def assert_same_training(found: nn.Module, expected: nn.Module) -> None:
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('kind', BLOCKS)
+@pytest.mark.parametrize('kind', block_params(BLOCKS))
 def test_recompute_two_steps_gives_equal_gradients_and_statistics(kind, layout, fast_path_calls):
     made = block(kind).to(memory_format=LAYOUTS[layout])
     plain = copy.deepcopy(made)
@@ -505,7 +506,7 @@ def test_recompute_wrong_pixels_changes_the_training(monkeypatch):
     def other_pixels(x, kernel, bias, *, kind, stride, groups):
         return nn.functional.conv2d(x, kernel, groups=groups)[:, :, : (x.shape[2] + 1) // 2, 4:]
 
-    monkeypatch.setattr(branches, '_point_conv', other_pixels)
+    monkeypatch.setattr(parallel, '_point_conv', other_pixels)
     step(made, x)
     run_branches(lambda: step(plain, x))
     with pytest.raises(AssertionError):
@@ -540,8 +541,8 @@ def test_block_wrongly_folded_in_train_mode_changes_the_training(monkeypatch):
     """Folded with running statistics, a block in train mode has other outputs and leaves the statistics as they are."""
     made = block()
     plain, x = copy.deepcopy(made), batch(made, 33)
-    monkeypatch.setattr(base, 'moves_statistics', lambda norm: False)
-    monkeypatch.setattr(base, 'can_fold', lambda *_: True)
+    monkeypatch.setattr(branch_sum, 'moves_statistics', lambda norm: False)
+    monkeypatch.setattr(branch_sum, 'can_fold', lambda *_: True)
     y, expected = step(made, x), run_branches(lambda: step(plain, x))
     assert rel_diff(y, expected) > 1e-2
     with pytest.raises(AssertionError):

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import timm
 import torch
-from helpers import create_model, images, randomise, rel_diff, to_device
+from helpers import block_params, create_model, images, randomise, rel_diff, to_device
 from timm.data import create_dataset, create_transform, resolve_model_data_config
 from timm.layers import SEModule
 from torch import nn
@@ -21,7 +21,7 @@ from repvgg_zoo.tools.convert import convert
 
 pytestmark = pytest.mark.device
 F64 = torch.float64
-BLOCK = pytest.mark.parametrize('block', BLOCKS)
+BLOCK = pytest.mark.parametrize('block', block_params(BLOCKS))
 
 
 @pytest.fixture(scope='module')

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import images, randomise, rel_diff, run_branches
+from helpers import block_params, images, randomise, rel_diff, run_branches
 from torch import nn
 
 from repvgg_zoo import BLOCKS, FoldError
-from repvgg_zoo.blocks.branches import _ChainBranch, _OverparameterisedBranch
+from repvgg_zoo.blocks.branches.chains import _ChainBranch
+from repvgg_zoo.blocks.branches.kernels import _OverparameterisedBranch
 from repvgg_zoo.blocks.factory import block_type
 
 SHARDED = """
@@ -20,13 +21,13 @@ import sys, timm, torch, repvgg_zoo
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from repvgg_zoo.blocks import branches
+from repvgg_zoo.blocks.branches import chains, parallel
 from repvgg_zoo.blocks.base import ReparamBlock
 
 torch.distributed.init_process_group('gloo')
 rank, mesh = torch.distributed.get_rank(), torch.distributed.init_device_mesh('cpu', (2,))
 counts = dict(folded=0, recomputed=0)
-fold, recompute = ReparamBlock.run_folded, branches.normalise_and_recompute
+fold, recompute = ReparamBlock.run_folded, chains.normalise_and_recompute
 
 def spy_on_fold(*args):
     y = fold(*args)
@@ -46,7 +47,8 @@ def expect_refusal(*sharded):
         else:
             raise AssertionError('it was switched')
 
-ReparamBlock.run_folded, branches.normalise_and_recompute = spy_on_fold, spy_on_recompute
+ReparamBlock.run_folded = spy_on_fold
+chains.normalise_and_recompute = parallel.normalise_and_recompute = spy_on_recompute
 states, steps = torch.load(sys.argv[1])
 results = []
 for block, sharded, checkpointing in (('repvgg', 'blocks', False), ('repvgg', 'all', True), ('dbb', 'all', False)):
@@ -148,7 +150,7 @@ def offload(module: nn.Module, *, recurse: bool) -> None:
     put('meta')
 
 
-@pytest.mark.parametrize('name', BLOCKS)
+@pytest.mark.parametrize('name', block_params(BLOCKS))
 @torch.no_grad()
 def test_offloaded_layers_compute_the_same_or_raise(name):
     block = randomise(block_type(name)(8, 8), px=11, in_chans=8)

@@ -17,9 +17,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import repvgg_zoo
 from repvgg_zoo import FoldError, RepVGGBlock, switch_to_deploy
-from repvgg_zoo.blocks import base
+from repvgg_zoo.blocks import branch_sum
 from repvgg_zoo.blocks.factory import block_type
-from repvgg_zoo.reparam import switch
+from repvgg_zoo.reparam import comparison, switch
 from repvgg_zoo.reparam.foreign import repvgg_blocks
 
 pytestmark = pytest.mark.device
@@ -71,7 +71,7 @@ def test_switch_any_module_leaves_no_none_children(model, wrap):
 
 def test_switch_undone_leaves_the_modules_unchanged(model, x, monkeypatch):
     before = [name for name, _ in model.named_modules()]
-    monkeypatch.setattr(switch, 'max_rel_diff', lambda *_: -1)
+    monkeypatch.setattr(comparison, 'max_rel_diff', lambda *_: -1)
     with pytest.raises(FoldError):
         model.switch_to_deploy(verify=x)
     assert [name for name, _ in model.named_modules()] == before
@@ -273,7 +273,7 @@ def test_verify_wrong_fold_raises_and_undoes_it(model, x, wrap, monkeypatch):
     before, state = run_branches(lambda: module.eval()(x)), module.state_dict()
     module.train()
     module.stem.eval()
-    for room in (base, repvgg_blocks):
+    for room in (branch_sum, repvgg_blocks):
         real = room.fold_exactly
         monkeypatch.setattr(room, 'fold_exactly', lambda *a, real=real: (1.001 * real(*a)[0], real(*a)[1]))
     monkeypatch.setattr(switch, '_prove', lambda *_: None)  # which notices first
@@ -641,7 +641,7 @@ def test_switch_sharded_module_raises(kind, tmp_path):
 def test_switch_undone_keeps_the_order_of_parameters(model, x, monkeypatch):
     """By which optimizers find their state."""
     before = [name for name, _ in model.named_parameters()]
-    monkeypatch.setattr(switch, 'max_rel_diff', lambda *_: -1)
+    monkeypatch.setattr(comparison, 'max_rel_diff', lambda *_: -1)
     with pytest.raises(FoldError):
         model.switch_to_deploy(verify=x)
     assert [name for name, _ in model.named_parameters()] == before
