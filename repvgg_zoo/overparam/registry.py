@@ -53,9 +53,9 @@ def register_overparameterized(name: str, block: str = 'acb', *, where: str | No
 
     Example:
         >>> import timm, repvgg_zoo
-        >>> repvgg_zoo.register_overparameterized('test_resnet', 'acb', where='layer1.*')
-        'test_resnet_acb'
-        >>> model = timm.create_model('test_resnet_acb', num_classes=10)
+        >>> repvgg_zoo.register_overparameterized('resnet10t', 'acb', where='layer1.*')
+        'resnet10t_acb'
+        >>> model = timm.create_model('resnet10t_acb', num_classes=10)
         >>> list(model.layer1[0].conv1.branches)
         ['kxk', 'kx1', '1xk']
     """
@@ -141,9 +141,7 @@ def _check_network(name: str) -> None:
     if arch in VARIANTS:
         raise ValueError(f'{arch} has such blocks itself: create it with block=… (`--model-kwargs block=…`)')
     if not timm.is_model(arch):
-        raise ValueError(
-            f'timm has no model {arch!r};{suggestion(arch, timm.list_models())} timm.list_models() has all'
-        )
+        raise ValueError(f'unknown model {arch!r};{suggestion(arch, timm.list_models())} timm.list_models() lists all')
     tags = [split_model_name_tag(known)[1] for known in get_arch_pretrained_cfgs(arch)]
     if tag and tag not in tags:
         raise ValueError(
