@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
 import timm
 from timm.layers import to_2tuple
 from timm.models import (
-    generate_default_cfgs,
+    DefaultCfg,
     get_arch_pretrained_cfgs,
-    get_pretrained_cfg,
     model_entrypoint,
     register_model,
     split_model_name_tag,
@@ -26,7 +26,7 @@ from .overparameterize import overparameterize
 
 __all__ = ['is_branch_key', 'parse_recipe', 'register_overparameterized', 'split_overparameterized']  # timm adds names
 
-default_cfgs: dict[str, Any] = {}
+default_cfgs: dict[str, DefaultCfg] = {}
 """What timm's `register_model` looks up."""
 
 _recipes: dict[str, tuple[str, str, str | None]] = {}
@@ -67,7 +67,8 @@ def register_overparameterized(name: str, block: str = 'acb', *, where: str | No
         return new
     if timm.is_model(new):
         raise ValueError(f'cannot register {_join(name, block, where)}: {new!r} is {_holder(new)}')
-    default_cfgs.update(_cfgs(name, new))
+    if (cfgs := _cfgs(name)) is not None:
+        default_cfgs[new] = cfgs
     entry_point = _entry_point(name, block, where)
     entry_point.__name__ = entry_point.__qualname__ = new
     entry_point.__doc__ = f'{name} with branches of {block}.'
@@ -159,18 +160,13 @@ def _join(*recipe: str | None) -> str:
     return ':'.join(filter(None, recipe))
 
 
-def _cfgs(name: str, new: str) -> Mapping[str, Any]:
-    """Return the pretrained configurations of a network under a new name, its tags included."""
+def _cfgs(name: str) -> DefaultCfg | None:
+    """Return the pretrained configurations of a network by tag, the default tag first."""
     arch, tag = split_model_name_tag(name)
-    known = {split_model_name_tag(full)[1]: cfg for full, cfg in get_arch_pretrained_cfgs(arch).items()}
-    if not known:
-        return {}
-    if not tag and (default := get_pretrained_cfg(arch)) is not None:
-        tag = default.tag or ''
-    tagged = {t: f'{new}.{t}' if t else new for t in sorted(known, key=lambda t: t != tag)}
-    if tag:
-        tagged[tag] += '*'  # the default one
-    return generate_default_cfgs({tagged[t]: known[t] for t in tagged})
+    cfgs = {split_model_name_tag(full)[1]: cfg for full, cfg in get_arch_pretrained_cfgs(arch).items()}
+    if not cfgs:
+        return None
+    return DefaultCfg(tags=deque(sorted(cfgs, key=lambda t: t != (tag or next(iter(cfgs))))), cfgs=cfgs)
 
 
 def _entry_point(name: str, block: str, where: str | None) -> Any:

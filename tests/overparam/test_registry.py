@@ -86,15 +86,15 @@ def test_create_registered_pretrained_weights_with_branches_raises(kind, tmp_pat
         timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay | {'num_classes': -1})
 
 
-@pytest.mark.parametrize('tag', [None, 'tv_in1k'])
-def test_register_carries_weights_and_preprocessing_of_every_tag(tag):
-    name = register_overparameterized('resnet18' if tag is None else f'resnet18.{tag}', 'dbb')
-    cfgs = {full.replace(name, 'resnet18'): cfg for full, cfg in get_arch_pretrained_cfgs(name).items()}
-    assert {full: dataclasses.replace(cfg, architecture='resnet18') for full, cfg in cfgs.items()} == (
-        get_arch_pretrained_cfgs('resnet18')
+@pytest.mark.parametrize('plain', ['resnet18', 'resnet18.tv_in1k', 'resnext101_32x4d.untrained'])
+def test_register_carries_weights_and_preprocessing_of_every_tag(plain):
+    name, arch = register_overparameterized(plain, 'dbb'), plain.split('.')[0]
+    cfgs = {full.replace(name, arch): cfg for full, cfg in get_arch_pretrained_cfgs(name).items()}
+    assert {full: dataclasses.replace(cfg, architecture=arch) for full, cfg in cfgs.items()} == (
+        get_arch_pretrained_cfgs(arch)
     )
-    assert timm.get_pretrained_cfg(name).tag == (tag or timm.get_pretrained_cfg('resnet18').tag)
-    assert timm.is_model_pretrained(name)
+    assert timm.get_pretrained_cfg(name).tag == timm.get_pretrained_cfg(plain).tag
+    assert timm.models.is_model_pretrained(name) == timm.models.is_model_pretrained(plain)
 
 
 def test_create_registered_with_tag_takes_its_preprocessing():
@@ -103,6 +103,13 @@ def test_create_registered_with_tag_takes_its_preprocessing():
         model = timm.create_model(full)
         assert model.pretrained_cfg == timm.create_model(f'resnet18.{tag}').pretrained_cfg
         assert timm.data.resolve_model_data_config(model)['crop_pct'] == (0.875 if tag == 'tv_in1k' else 0.95)
+
+
+def test_create_registered_given_its_own_configuration_is_the_plain_architecture():
+    """timm resolves it before it creates a model for a given input size."""
+    name = register_overparameterized(PLAIN)
+    model = timm.create_model(name, pretrained_cfg=timm.get_pretrained_cfg(name))
+    assert model.pretrained_cfg == timm.create_model(PLAIN).pretrained_cfg
 
 
 def test_switched_network_is_the_plain_one_for_timm(tmp_path):

@@ -21,7 +21,7 @@ from repvgg_zoo.pretrained.manifest import weights_dir
 from repvgg_zoo.tools.convert import convert
 from repvgg_zoo_cli import main
 
-PX = 32
+PX = 64
 X = images(2, px=PX, in_chans=1)
 OPTIONS = dict(
     in_chans=1, num_classes=7, gp='max', input_size=None, img_size=PX, mean=[0.5], std=[0.25], crop_pct=1.0,
@@ -103,6 +103,13 @@ def test_convert_folder_with_weights_of_wrapped_network(network, tmp_path):
     assert rel_diff(load(tmp_path / 'out')(X), model(X)) < 1e-4
 
 
+def test_convert_checkpoint_of_repvgg_with_options_keeps_its_form(tmp_path):
+    model = randomise(timm.create_model('test_repvgg'), px=32)
+    args = argparse.Namespace(model='test_repvgg', **OPTIONS)
+    torch.save({'arch': 'test_repvgg', 'args': args, 'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
+    assert not convert(tmp_path / 'last.pth.tar', tmp_path / 'out').deploy
+
+
 @pytest.mark.parametrize('option', [dict(form='training'), dict(unfold=True), dict(block='acb')])
 def test_convert_option_of_other_forms_raises(option, checkpoint, tmp_path):
     with pytest.raises(ValueError, match='holds test_resnet with branches of acb, which are folded; leave out unfold'):
@@ -138,7 +145,7 @@ def test_train_resume_validate_and_convert_with_scripts_of_timm(tmp_path, own_re
     launcher = [sys.executable, '-m', 'repvgg_zoo', 'run', '--overparameterize', 'test_resnet:acb']
     options = [
         '--model', 'test_resnet_acb', '--data-dir', weights_dir() / 'cifar10', '--device', 'cpu', '--workers', 0,
-        '-b', 100, '--img-size', PX, '--num-classes', 10,
+        '-b', 100, '--img-size', 32, '--num-classes', 10,
     ]  # fmt: skip
     train = [
         *launcher, 'train.py', *options, '--val-split', 'validation', '--warmup-epochs', 0, '--lr', 0.01,
