@@ -20,11 +20,12 @@ from torch import nn
 from ..blocks.factory import BLOCKS, block_type
 from ..checkpoints.errors import abbreviate
 from ..checkpoints.files import read_checkpoint
+from ..reparam.foreign import MULTI_BRANCH_KEY
 from ..reparam.pairs import sample_of
 from ..variants import VARIANTS, suggestion
 from .overparameterize import overparameterize
 
-__all__ = ['is_branch_key', 'parse_recipe', 'register_overparameterized', 'split_overparameterized']  # timm adds names
+__all__ = ['parse_recipe', 'register_overparameterized', 'split_overparameterized']  # timm adds names
 
 default_cfgs: dict[str, DefaultCfg] = {}
 """What timm's `register_model` looks up."""
@@ -124,19 +125,6 @@ def split_overparameterized(name: str) -> tuple[str, str] | None:
     return None
 
 
-def is_branch_key(key: str) -> bool:
-    """Tell whether a key of a state dict belongs to a branch.
-
-    Example:
-        >>> is_branch_key('layer1.0.conv1.branches.kxk.conv.weight')
-        True
-        >>> is_branch_key('stage2.0.branches.0.0.bn1.weight')  # of a network with branches of its own
-        False
-    """
-    _, separator, inside = key.rpartition('.branches.')
-    return bool(separator) and not inside.partition('.')[0].isdecimal()
-
-
 def _check_network(name: str) -> None:
     arch, tag = split_model_name_tag(name)
     if arch in VARIANTS:
@@ -201,7 +189,7 @@ def _refuse_branches(overlay: Mapping[str, Any]) -> None:
     held = overlay.get('state_dict') or {}
     if not held and overlay.get('file'):
         held = read_checkpoint(overlay['file'])
-    if branches := [key for key in held if is_branch_key(str(key))]:
+    if branches := [key for key in held if MULTI_BRANCH_KEY.search(str(key))]:
         raise ValueError(
             f'the weights hold branches ({abbreviate(branches, 2)}), and pretrained=True loads weights of the plain '
             'network. Go on with checkpoint_path=… (`--initial-checkpoint`) or `--resume`, or fold them first '

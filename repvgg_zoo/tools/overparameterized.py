@@ -9,17 +9,18 @@ from typing import Any, NamedTuple
 import timm
 from timm.data import resolve_data_config
 from timm.layers import to_2tuple
-from timm.models import clean_state_dict
 from torch import nn
 
 from ..checkpoints.contents import check_keys
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.files import read_checkpoint
+from ..checkpoints.prefixes import take_network
 from ..checkpoints.state_dicts import StateDict, check_fit
 from ..checkpoints.training_options import read_training_options
 from ..overparam.overparameterize import overparameterize
-from ..overparam.registry import is_branch_key, split_overparameterized
+from ..overparam.registry import split_overparameterized
 from ..pretrained.locate import weights_in
+from ..reparam.foreign import MULTI_BRANCH_KEY
 from ..reparam.pairs import sample_of
 from ..reparam.switch import switch_to_deploy
 from .model_folder import save_model
@@ -97,7 +98,7 @@ def write_folded(
     model = _create(network.plain, model_args, state_dict)
     _tell_preprocessing(model, network.options, model_args)
     sample = sample_of(model)
-    with_branches = {key.rpartition('.branches.')[0] for key in state_dict if is_branch_key(key)}
+    with_branches = {key[: match.start()] for key in state_dict if (match := MULTI_BRANCH_KEY.search(key))}
     overparameterize(model, network.block, where=lambda path, _: path in with_branches, sample=sample)
     check_fit(state_dict, model.state_dict(), what=f'{network.plain} with branches of {network.block}')
     model.load_state_dict(state_dict)
@@ -109,10 +110,8 @@ def write_folded(
 def _read(network: BranchedNetwork, *, use_ema: bool, prefix: str | None) -> StateDict:
     state_dict = read_checkpoint(network.path, use_ema=use_ema)
     check_keys(state_dict)
-    state_dict = clean_state_dict(state_dict)
-    if prefix is not None:
-        state_dict = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-    if not any(map(is_branch_key, state_dict)):
+    state_dict = take_network(state_dict, prefix)
+    if not any(map(MULTI_BRANCH_KEY.search, state_dict)):
         raise CheckpointError(
             f'{str(network.path)!r} holds no branches of {network.block}; if it is the plain {network.plain}, '
             'there is nothing to fold'

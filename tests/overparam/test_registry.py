@@ -13,7 +13,7 @@ from timm.models import get_arch_pretrained_cfgs
 
 from repvgg_zoo import BLOCKS, register_overparameterized, switch_to_deploy
 from repvgg_zoo.overparam.conv import OverparameterizedConv2d
-from repvgg_zoo.overparam.registry import is_branch_key, parse_recipe, split_overparameterized
+from repvgg_zoo.overparam.registry import parse_recipe, split_overparameterized
 
 pytestmark = pytest.mark.usefixtures('own_registry')
 
@@ -170,13 +170,3 @@ def test_split_overparameterized_finds_every_block(block):
 
 def test_split_overparameterized_is_no_name_that_timm_has():
     assert [name for name in timm.list_models() if split_overparameterized(name)] == []
-
-
-def test_is_branch_key_tells_branches_from_those_of_the_network():
-    plain = timm.create_model('hrnet_w18_small', device='meta').state_dict()
-    assert any('.branches.' in key for key in plain)
-    assert not any(map(is_branch_key, plain))
-    for block in BLOCKS:
-        keys = timm.create_model(register_overparameterized(PLAIN, block, where='layer1.0.conv1')).state_dict()
-        assert any(map(is_branch_key, keys))
-        assert {key.rpartition('.branches.')[0] for key in keys if is_branch_key(key)} == {'layer1.0.conv1'}

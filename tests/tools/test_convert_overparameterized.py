@@ -84,7 +84,7 @@ def test_convert_bare_file_needs_the_name_and_the_arguments(network, tmp_path):
     model, _ = network
     weights = {f'net.module.{key}': value for key, value in model.state_dict().items()}
     torch.save(weights | {'other.weight': torch.zeros(1)}, tmp_path / 'bare.pth')
-    kwargs = dict(variant='test_resnet_acb', prefix='net.module.')
+    kwargs = dict(variant='test_resnet_acb', prefix='net')
     with pytest.raises(CheckpointError, match=r'does not fit test_resnet with branches of acb: .*conv1\.0\.weight'):
         convert(tmp_path / 'bare.pth', tmp_path / 'out', **kwargs)
     model_kwargs = dict(in_chans=1, global_pool='max', **OPTIONS['model_kwargs'])
@@ -101,6 +101,21 @@ def test_convert_folder_with_weights_of_wrapped_network(network, tmp_path):
     torch.save({'state_dict': weights, 'args': argparse.Namespace(**OPTIONS)}, tmp_path / 'run' / 'pytorch_model.bin')
     convert(tmp_path / 'run', tmp_path / 'out', variant='test_resnet_acb')
     assert rel_diff(load(tmp_path / 'out')(X), model(X)) < 1e-4
+
+
+def test_convert_network_with_branches_of_its_own(own_registry, tmp_path):
+    name = register_overparameterized('hrnet_w18_small', where='stage2.0.branches.0.*.conv1')
+    model = randomise(timm.create_model(name), px=PX)
+    torch.save(model.state_dict(), tmp_path / 'bare.pth')
+    convert(tmp_path / 'bare.pth', tmp_path / 'out', variant=name)
+    x = images(px=PX)
+    assert rel_diff(load(tmp_path / 'out')(x), model(x)) < 1e-4
+
+
+def test_convert_bare_file_without_a_name_raises(network, tmp_path):
+    torch.save(network[0].state_dict(), tmp_path / 'bare.pth')
+    with pytest.raises(CheckpointError, match=r'but another network with branches .*like --model resnet18_acb'):
+        convert(tmp_path / 'bare.pth', tmp_path / 'out')
 
 
 def test_convert_checkpoint_of_repvgg_with_options_keeps_its_form(tmp_path):
