@@ -5,7 +5,8 @@
 `--data` holds the folders `train` and `test`, with a folder of images for each class. Crops of images padded by four
 pixels, and flips; SGD, whose learning rate rises and falls linearly; label smoothing; an average of the weights;
 bfloat16 autocast; `torch.compile`. `--out` gets `log.csv`, a line an epoch, and at the end `model.safetensors`, the
-averaged weights. A run that was stopped goes on where it was; its file of the state is removed at the end.
+averaged weights. A run that was stopped goes on where it was, with the same settings; its file of the state is removed
+at the end.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import csv
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -27,9 +29,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 import repvgg_zoo  # noqa: F401  registers its models
+from repvgg_zoo.tools.console import positive
+from repvgg_zoo.tools.devices import add_device_argument
 
 PAD_PX = 4
 COLUMNS = ('epoch', 'lr', 'train_loss', 'top1_pct', 'seconds')
+MAY_CHANGE = ('out', 'device', 'eager')
+"""Arguments that need not be those of the run that goes on."""
 
 
 def main() -> None:
@@ -39,51 +45,63 @@ def main() -> None:
     parser.add_argument('--out', type=Path, required=True)
     parser.add_argument('--model', default='test_repvgg')
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
-    parser.add_argument('--epochs', type=int, default=200)
+    parser.add_argument('--epochs', type=positive, default=200)
     parser.add_argument(
         '--minutes', type=float, default=float('inf'), help='end by then; the learning rate falls faster'
     )
-    parser.add_argument('--batch-size', type=int, default=128)
+    parser.add_argument('--batch-size', type=positive, default=128)
     parser.add_argument('--lr', type=float, default=0.1)
     parser.add_argument('--weight-decay', type=float, default=5e-4)
     parser.add_argument('--ema-decay', type=float, default=0.999)
     parser.add_argument('--smoothing', type=float, default=0.1)
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument('--images', type=int, help='train and test on that many images only')
+    add_device_argument(parser, what='it trains')
+    parser.add_argument('--images', type=positive, help='train and test on that many images only')
     parser.add_argument('--eager', action='store_true', help='do not compile')
     args = parser.parse_args()
 
+    if not args.minutes > 0:
+        parser.error(f'argument --minutes: {args.minutes} is not above 0')
     for split in ('train', args.val_split):
         if not Path(args.data, split).is_dir():
             parser.error(f'{args.data!r} has no folder {split!r}')
-    args.out.mkdir(parents=True, exist_ok=True)
+    state_file, log, finished = (args.out / name for name in ('state.pt', 'log.csv', 'model.safetensors'))
+    if finished.exists():
+        parser.error(f'{str(finished)!r} is the result of a finished run; choose another --out')
+    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    settings['data'] = str(Path(args.data).resolve())
+    state = None
+    if state_file.exists():
+        state = torch.load(state_file, map_location=args.device, weights_only=True)
+        if changed := changes(state.get('settings', {}), settings):
+            parser.error(f'{str(state_file)!r} is of a run with other settings: {changed}; choose another --out')
     torch.manual_seed(args.seed)
     train_images, train_labels = load(args.data, 'train', args.images, args.device)
     test_images, test_labels = load(args.data, args.val_split, args.images, args.device)
+    steps = len(train_labels) // args.batch_size
+    if steps == 0:
+        parser.error(f'{len(train_labels)} training images make no batch of {args.batch_size}')
     model = timm.create_model(args.model, num_classes=10, **args.model_kwargs).to(args.device)
     print(f'{len(train_labels)} training images, {len(test_labels)} test images', flush=True)
     padded, px = pad(train_images), train_images.shape[1]
     mean, std = (255 * torch.tensor(model.pretrained_cfg[key], device=args.device) for key in ('mean', 'std'))
     ema = ModelEmaV3(model, decay=args.ema_decay)
     optimizer = create_optimizer_v2(model, 'sgd', lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    state_file, log, begun = args.out / 'state.pt', args.out / 'log.csv', 0
-    if state_file.exists():
-        state = torch.load(state_file, map_location=args.device, weights_only=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    begun, begin = 0, time.perf_counter()
+    if state:
         model.load_state_dict(state['model'])
         ema.module.load_state_dict(state['ema'])
         optimizer.load_state_dict(state['optimizer'])
-        begun = state['epochs']
+        begun, begin = state['epochs'], begin - state['seconds']
+        log.write_text(''.join(log.read_text().splitlines(keepends=True)[: 1 + begun]))
     else:
         log.write_text(','.join(COLUMNS) + '\n')
     model.to(memory_format=torch.channels_last)
     if not args.eager:
         model.compile(mode='reduce-overhead' if args.device.startswith('cuda') else None)
 
-    steps = len(train_labels) // args.batch_size
-    if steps == 0:
-        parser.error(f'{len(train_labels)} training images make no batch of {args.batch_size}')
-    last, warm, begin, part = args.epochs * steps, 2 * steps, time.perf_counter(), 0.0
+    last, warm, part = args.epochs * steps, 2 * steps, 0.0
     for epoch in range(begun, args.epochs):
         start = time.perf_counter()
         generator = torch.Generator().manual_seed(1000 * args.seed + epoch)
@@ -113,7 +131,9 @@ def main() -> None:
         if tested:
             score = f'{top1_pct(ema.module, normalise(test_images, mean, std), test_labels):.2f}'
         if tested or args.device == 'cpu':
-            save_state(state_file, model=model, ema=ema.module, optimizer=optimizer, epochs=epoch + 1)
+            states = {'model': model.state_dict(), 'ema': ema.module.state_dict(), 'optimizer': optimizer.state_dict()}
+            seconds = time.perf_counter() - begin
+            save_state(state_file, states | {'epochs': epoch + 1, 'seconds': seconds, 'settings': settings})
         seconds = time.perf_counter() - start
         with log.open('a') as file:
             csv.writer(file, lineterminator='\n').writerow(
@@ -122,7 +142,7 @@ def main() -> None:
         print(log.read_text().splitlines()[-1], flush=True)
         if is_over:
             break
-    save_model(ema.module, str(args.out / 'model.safetensors'))
+    save_model(ema.module, str(finished))
     state_file.unlink(missing_ok=True)
 
 
@@ -174,9 +194,15 @@ def top1_pct(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * right.item() / len(labels)
 
 
-def save_state(path: Path, *, epochs: int, **modules) -> None:
+def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Tell which settings have other values than before."""
+    pairs = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
+    return ', '.join(f'--{name.replace("_", "-")} was {old} and is {new}' for name, (old, new) in pairs.items())
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
     unfinished = path.with_suffix('.unfinished')
-    torch.save({name: module.state_dict() for name, module in modules.items()} | {'epochs': epochs}, unfinished)
+    torch.save(state, unfinished)
     unfinished.replace(path)
 
 

@@ -4,7 +4,7 @@ Every entry point takes the arguments of `timm.create_model` and of `repvgg_zoo.
 
 deploy: Build the deploy form. By default the tag of the weights decides. Training-form weights are folded.
 depths, width, strides, groups: Numbers to use instead of the variant's, see `repvgg_zoo.variants.Variant`.
-unfold: Make the branches of `block=` from deploy-form weights. This needs `pretrained=True`.
+unfold: Make the branches of `block=` from deploy-form weights. This needs `pretrained=True`, and no `deploy=True`.
 cache_dir: Folder for downloads.
 """
 
@@ -87,7 +87,14 @@ def _create_repvgg(
     cfg = resolve_pretrained_cfg(variant.name, source, pretrained_cfg_overlay)
     saved_args = kwargs.get('pretrained_model_args') or {}  # of a config.json, beside what the caller wants instead
     cfg = dataclasses.replace(cfg, num_classes=saved_args.get('num_classes', cfg.num_classes))
-    if unfold:  # even if the config.json of a model folder says deploy
+    if unfold:
+        # the config.json of a model folder may say deploy, and timm may mix its arguments with the caller's
+        is_of_config = saved_args.get('deploy') if saved_args else cfg.source is not None
+        if deploy and not is_of_config:
+            raise ValueError(
+                'deploy=True builds the deploy form, and unfold=True the branches of the training form; give one of '
+                'them (deploy=True loads weights of either form)'
+            )
         deploy = False
     elif deploy is None:
         deploy = (cfg.tag or '').endswith(DEPLOY_SUFFIX)

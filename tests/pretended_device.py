@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -82,6 +86,13 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, float64: b
 
 
 @contextmanager
+def _safe_open(path: Path, framework: str, device: str = 'cpu') -> Iterator[SimpleNamespace]:
+    """Read as safetensors, which fills the memory of a device by itself."""
+    with safe_open(path, framework) as file:
+        yield SimpleNamespace(keys=file.keys, get_tensor=lambda key: file.get_tensor(key).to(device))
+
+
+@contextmanager
 def pretended_device(*, float64: bool = True) -> Iterator[torch.device]:
     """Inside `with`, there is the device."""
     with FakeTensorMode():  # it lets a build for CPUs name devices of CUDA
@@ -90,7 +101,11 @@ def pretended_device(*, float64: bool = True) -> Iterator[torch.device]:
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device=…) moves what it made by an operator
     try:
-        with _Device(float64=float64), torch.backends.cudnn.flags(enabled=False):  # whose operators the CPU lacks
+        with (
+            patch('safetensors.safe_open', _safe_open),
+            _Device(float64=float64),
+            torch.backends.cudnn.flags(enabled=False),
+        ):  # whose operators the CPU lacks
             yield DEVICE
     finally:
         torch._C._set_only_lift_cpu_tensors(False)

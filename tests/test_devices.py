@@ -39,7 +39,7 @@ from repvgg_zoo.blocks.factory import block_type
 from repvgg_zoo.blocks.unfold import unfold_state_dict
 from repvgg_zoo.checkpoints import contents
 from repvgg_zoo.reparam import fold
-from repvgg_zoo.reparam.switch import _verify
+from repvgg_zoo.reparam.comparison import check_equal
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*non-leaf Tensor')
 BLOCK = pytest.mark.parametrize('name', block_params(BLOCKS))
@@ -305,7 +305,7 @@ def test_switch_verify_bound_of_float32_is_that_of_tf32_on_cuda(kind, raises):
     with pretended_device():
         before, after = (t.to(kind) for t in outputs)
         with pytest.raises(FoldError, match=r'differs by 0\.003') if raises else nullcontext():
-            _verify([before], [after])
+            check_equal([before], [after], names=('before', 'after'))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is the device')

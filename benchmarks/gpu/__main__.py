@@ -29,6 +29,7 @@ from page import BY_BRANCHES, write_page
 from speed import FULL, REHEARSAL, loading, measure, plans, warm_up
 
 from repvgg_zoo.tools.benchmark.benchmark import machine_facts
+from repvgg_zoo.tools.console import positive
 from repvgg_zoo.tools.devices import available_device
 
 ROOT = Path(__file__).parents[2]
@@ -42,8 +43,16 @@ def main() -> int:
     parser.add_argument('--minutes', type=float, default=8.5, help='start no part after that (%(default)s)')
     parser.add_argument('--cifar10', type=Path, metavar='FOLDER', help='folder with the folders train and test')
     parser.add_argument('--cifar10-options', nargs=argparse.REMAINDER, default=[], help='of experiments/cifar10.py')
-    parser.add_argument('--epochs', type=int, default=200, help='of the training on CIFAR-10 (%(default)s)')
-    parser.add_argument('--skip', nargs='*', default=[], metavar='PART', help='parts to leave out')
+    parser.add_argument('--epochs', type=positive, default=200, help='of the training on CIFAR-10 (%(default)s)')
+    skippable = ['tests', 'cifar10', 'agreement', 'warm_up', 'loading', *plans(REHEARSAL, 'cpu'), BY_BRANCHES]
+    parser.add_argument(
+        '--skip',
+        nargs='*',
+        choices=skippable,
+        default=[],
+        metavar='PART',
+        help=f'parts to leave out: {", ".join(skippable)}',
+    )
     args = parser.parse_args()
     try:
         args.device = available_device(args.device or ('cpu' if args.rehearse else 'cuda'))
@@ -56,10 +65,12 @@ def main() -> int:
     results.add('machine', lambda: machine_facts(torch.device(args.device)))
 
     tests = start(device_tests(args), args.out / 'device-tests.txt') if 'tests' not in args.skip else None
-    training = start(cifar10(args), args.out / 'cifar10.txt') if args.cifar10 else None
+    with_training = args.cifar10 and 'cifar10' not in args.skip
+    training = start(cifar10(args), args.out / 'cifar10.txt') if with_training else None
     # in a process of its own, because a change of the precision of float32 invalidates the compiler's cache
     apart = ProcessPoolExecutor(1, mp_context=get_context('spawn'))
-    agreeing = apart.submit(agreement, settings.agreeing, args.device, px=settings.agreement_px)
+    if 'agreement' not in args.skip:
+        agreeing = apart.submit(agreement, settings.agreeing, args.device, px=settings.agreement_px)
     parts = plans(settings, args.device)
     compiled = [case for cases in parts.values() for case in cases if case.runtime != 'eager']
     results.add('warm_up', lambda: warm_up(compiled, seconds=results.seconds_left() / 3, workers=5))

@@ -144,5 +144,6 @@ def plot(rows: list[Row], work: str, path: Path, title: str) -> None:
     axes.set_yticks([place + 0.4 - 0.4 / max(1, len(series)) for place in range(len(names))], names)
     axes.invert_yaxis()
     axes.set_title(title)
-    axes.legend()
+    if rows:
+        axes.legend()
     figure.savefig(path, dpi=110)

@@ -107,7 +107,8 @@ def _read_safetensors(path: Path, device: str) -> StateDict:
                     tensor = file.get_tensor(key)
                     tensors[key] = tensor.clone() if device == 'cpu' else tensor
     except Exception as error:  # a bad header makes the reader raise errors of any class
-        if device != 'cpu':  # it may be the device's
-            return {key: value.to(device) for key, value in _read_safetensors(path, 'cpu').items()}
+        if device != 'cpu':
+            _read_safetensors(path, 'cpu')  # raises if the fault is the file's, and else it is the device's
+            raise
         raise CheckpointError(f'{str(path)!r} is truncated or no safetensors file ({error}); get it again') from error
     return tensors

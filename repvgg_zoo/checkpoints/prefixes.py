@@ -73,11 +73,11 @@ def how_to_choose(prefixes: Iterable[str]) -> str:
 
     Example:
         >>> how_to_choose(['model.'])
-        "take only the RepVGG with prefix='model.' (`--prefix model.` of `repvgg-zoo convert`)"
+        "take only the RepVGG with prefix='model.' (`--prefix model.` on the command line)"
     """
     options = [(repr(prefix), prefix) for prefix in prefixes]
     arguments, words = (' or '.join(texts) for texts in zip(*options, strict=True))
-    return f'take only the RepVGG with prefix={arguments} (`--prefix {words}` of `repvgg-zoo convert`)'
+    return f'take only the RepVGG with prefix={arguments} (`--prefix {words}` on the command line)'
 
 
 def _without_wrappers(key: str) -> str:

@@ -64,15 +64,19 @@ def sample_of(module: nn.Module) -> Tensor:
     Raises:
         ValueError: The module has no convolution, so that nothing tells the number of channels.
     """
-    first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is None:
+    convs = {path: m for path, m in module.named_modules() if isinstance(m, nn.Conv2d)}
+    if not convs:
         raise ValueError(f'no convolution in {type(module).__name__}')
-    config: Any = getattr(module, 'pretrained_cfg', None)
-    size = config.get('input_size') if hasattr(config, 'get') else getattr(config, 'input_size', None)
-    height, width = (64, 64) if size is None else size[1:]
+    config: Any = getattr(module, 'pretrained_cfg', None) or {}
+    config = config if isinstance(config, Mapping) else vars(config)
+    first = next(iter(convs.values()))
+    chs, height, width = config.get('input_size') or (first.in_channels, 64, 64)
+    named = config.get('first_conv') or ()
+    for path in [named] if isinstance(named, str) else named:
+        chs = convs[path].in_channels if path in convs else chs  # the model may be made for other inputs
     like = next(p for p in first.parameters() if p.is_floating_point())
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, first.in_channels, height, width, generator=generator, device='cpu')
+    x = torch.randn(1, chs, height, width, generator=generator, device='cpu')
     return x.to(like.device).to(like.dtype)
 
 

@@ -82,11 +82,12 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None, conv_bn: bool = Fal
 
     Args:
         module: Any module with blocks.
-        verify: An input of the module. Both forms then run on it in eval mode, and the largest difference is logged.
+        verify: An input of the module. Both forms then run on it in eval mode, and the largest difference is logged. A
+            tuple holds several arguments, a mapping holds arguments by name.
         conv_bn: Fold, too, every batch normalisation that reads the output of one convolution, which nothing else
             reads, in any network. An activation inside the norm stays at its place. The module runs once, on `sample`,
             else on `verify`, else on random pixels.
-        sample: An input for `conv_bn`. A tuple holds several arguments, a mapping holds arguments by name.
+        sample: An input for `conv_bn`, as for `verify`.
 
     Returns:
         The module.
@@ -111,7 +112,7 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None, conv_bn: bool = Fal
     if sample is not None and not conv_bn:
         raise ValueError('sample= is the input for conv_bn=True; to compare both forms, give verify=')
     _refuse_graphs_and_shards(module)
-    plans, folds_in_train_mode = _plan(module, conv_bn=conv_bn, sample=(verify,) if sample is None else sample)
+    plans, folds_in_train_mode = _plan(module, conv_bn=conv_bn, sample=verify if sample is None else sample)
     if folds_in_train_mode:
         _warn_of_train_mode()
     if not plans:
@@ -176,9 +177,7 @@ def _plan(module: nn.Module, *, conv_bn: bool, sample: Any) -> tuple[list[Plan],
             touched |= fold.touched
             is_training.append(block.training)
     if conv_bn:
-        if sample == (None,):
-            sample = sample_of(module)
-        for pair in plan_pairs(module, sample, without=touched):
+        for pair in plan_pairs(module, sample_of(module) if sample is None else sample, without=touched):
             plans.append(pair.apply)
             is_training.append(pair.norm.training)
     return plans, any(is_training)

@@ -33,16 +33,16 @@ def available_device(text: str) -> str:
     """Check that PyTorch can compute on a device here: a `type` for argparse.
 
     Args:
-        text: The name of a device.
+        text: The name of a device, as PyTorch spells it.
 
     Returns:
-        The name.
+        The name, without the number of the only CPU or MPS device.
 
     Raises:
         argparse.ArgumentTypeError: There is no such device. The message lists those that there are.
 
     Example:
-        >>> available_device('cpu')
+        >>> available_device('cpu:0')
         'cpu'
     """
     import torch
@@ -52,6 +52,7 @@ def available_device(text: str) -> str:
         found += ['cuda', *(f'cuda:{index}' for index in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
         found.append('mps')
-    if text not in found:
+    name = text.removesuffix(':0') if text in ('cpu:0', 'mps:0') else text
+    if name not in found:
         raise argparse.ArgumentTypeError(f'there is no device {text!r} here; there is: {", ".join(found)}')
-    return text
+    return name

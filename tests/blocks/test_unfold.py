@@ -321,6 +321,18 @@ def test_load_pretrained_deploy_folder_unfolds(folded, photos, tmp_path):
     assert rel_diff(to_device(model.double())(photos), folded(photos)) < 1e-4
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize('tag', ['cifar10', 'cifar10_deploy'])
+def test_create_deploy_form_with_unfold_is_an_error_that_names_both(tag, tmp_path):
+    both = dict(pretrained=True, deploy=True, unfold=True)
+    with pytest.raises(ValueError, match=r'deploy=True builds .*, and unfold=True .*; give one'):
+        timm.create_model(f'test_repvgg.{tag}', **both)
+    assert not timm.create_model(f'test_repvgg.{tag}', **(both | dict(deploy=False))).deploy
+    convert('test_repvgg', tmp_path / 'training')
+    with pytest.raises(ValueError, match='give one'):
+        timm.create_model(f'local-dir:{tmp_path / "training"}', **both)
+
+
 @pytest.mark.parametrize('tag', ['cifar10', 'cifar10_deploy'])
 def test_load_pretrained_deploy_form_takes_weights_of_the_default_block(folded, photos, tag):
     model = create_model(f'test_repvgg.{tag}', pretrained=True, deploy=True, block='acb').eval()

@@ -251,6 +251,37 @@ def test_read_truncated_file_raises(state_dict, suffix, keep, tmp_path):
         fresh(pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is the device')
+def test_read_onto_a_missing_device_raises_its_error_or_that_of_the_file(state_dict, tmp_path):
+    path = tmp_path / 'file.safetensors'
+    save_file(state_dict, path)
+    with pytest.raises((RuntimeError, AssertionError), match=r'NVIDIA|CUDA') as device_error:
+        read_checkpoint(path, device='cuda:0')
+    assert not isinstance(device_error.value, CheckpointError)
+    os.truncate(path, path.stat().st_size - 5)
+    with pytest.raises(CheckpointError, match=r'file\.safetensors.* is truncated'):
+        read_checkpoint(path, device='cuda:0')
+
+
+def test_read_onto_a_device_out_of_memory_raises_its_error_and_does_not_try_again(state_dict, tmp_path, monkeypatch):
+    class Full:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def get_tensor(self, _):
+            raise torch.OutOfMemoryError('CUDA out of memory')
+
+    path, real = tmp_path / 'file.safetensors', safetensors.safe_open
+    save_file(state_dict, path)
+    # a tensor that the device could take by itself would be moved to it
+    monkeypatch.setattr(safetensors, 'safe_open', lambda *a, device='cpu': real(*a) if device == 'cpu' else Full())
+    with pytest.raises(torch.OutOfMemoryError, match='CUDA out of memory'):
+        read_checkpoint(path, device='meta')
+
+
 def test_read_file_truncated_meanwhile_raises(state_dict, tmp_path, monkeypatch):
     path = tmp_path / 'file.safetensors'
     save_file(state_dict, path)

@@ -46,7 +46,8 @@ def test_to_timm_layout_other_parts_are_named_with_the_option(model, table):
     network = under('module.model.', rename(model.state_dict(), table)) | {'module.criterion.weight': torch.ones(10)}
     with pytest.raises(
         CheckpointError,
-        match=r"other parts than a RepVGG \(criterion\.weight\): .* prefix='model\.' \(`--prefix model\.`",
+        match=r"other parts than a RepVGG \(criterion\.weight\): .* prefix='model\.' "
+        r'\(`--prefix model\.` on the command line\)$',
     ):
         to_timm_layout(network)
     for prefix in ('model.', 'model', 'module.model.'):

@@ -150,10 +150,10 @@ def test_conv_bn_of_a_kernel_that_is_read_elsewhere_is_left(x):
 
 
 @pytest.mark.parametrize(
-    'conv', [StdConv2d(3, 8, 3), weight_norm(nn.Conv2d(3, 8, 3))], ids=['standardised', 'computed']
+    'make', [lambda: StdConv2d(3, 8, 3), lambda: weight_norm(nn.Conv2d(3, 8, 3))], ids=['standardised', 'computed']
 )
-def test_conv_bn_of_computed_kernels_is_left(conv, x, caplog):
-    net = nn.Sequential(copy.deepcopy(conv), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+def test_conv_bn_of_computed_kernels_is_left(make, x, caplog):
+    net = nn.Sequential(make(), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
     randomise(net.double())
     before = net(x)
     with caplog.at_level(logging.INFO, logger='repvgg_zoo'):

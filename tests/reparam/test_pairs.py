@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from repvgg_zoo.reparam.pairs import conv_norm_pairs, uses_of_convs
+from repvgg_zoo.reparam.pairs import conv_norm_pairs, sample_of, uses_of_convs
 
 
 class _Net(nn.Module):
@@ -89,3 +89,22 @@ def test_uses_of_convs_of_timm_networks_finds_every_pair(name, spatial, paired):
     uses = uses_of_convs(timm.create_model(name), torch.ones(1, 3, 64, 64))
     uses = [use for use in uses if max(use.conv.kernel_size) > 1]
     assert (len(uses), sum(use.norm is not None for use in uses)) == (spatial, paired)
+
+
+@pytest.mark.parametrize(
+    ('make', 'shape'),
+    [
+        (lambda: timm.create_model('test_resnet'), (1, 3, 160, 160)),
+        (lambda: timm.create_model('test_resnet', in_chans=5), (1, 5, 160, 160)),
+        (lambda: timm.create_model('test_repvgg', in_chans=1), (1, 1, 32, 32)),
+        (lambda: timm.create_model('csatv2'), (1, 3, 512, 512)),  # its first convolution does not read the image
+        (lambda: nn.Sequential(nn.Conv2d(7, 4, 3)), (1, 7, 64, 64)),
+    ],
+)
+def test_sample_of_has_the_channels_and_size_of_the_model(make, shape):
+    assert sample_of(make()).shape == shape
+
+
+def test_sample_of_without_convolutions_raises():
+    with pytest.raises(ValueError, match='no convolution in Linear'):
+        sample_of(nn.Linear(2, 2))

@@ -46,6 +46,57 @@ def test_plan_all_work_has_every_combination():
 
 
 @pytest.mark.parametrize(
+    ('settings', 'lines'),
+    [
+        (
+            dict(work=['train'], dtypes=['float32', 'float16']),
+            ['left out: training in pure float16, whose gradients vanish; amp_float16 scales them'],
+        ),
+        (
+            dict(work=['load', 'fold'], dtypes=['float32', 'bfloat16', 'amp_float16']),
+            ['left out: load and fold in bfloat16, amp_float16, because they are measured in float32 only'],
+        ),
+        (
+            dict(runtimes=['eager', 'ncnn', 'onnxruntime-cuda'], batches=[1, 4], layouts=['contiguous']),
+            [
+                'left out: inference by ncnn, which takes batch sizes up to 1 and not 4',
+                'left out: inference by onnxruntime-cuda, which runs on --device cuda and not on cpu',
+            ],
+        ),
+        (
+            dict(
+                runtimes=['eager', 'openvino'], dtypes=['float32', 'float16'], layouts=['contiguous', 'channels_last']
+            ),
+            [
+                'left out: inference by openvino, which takes float32 and bfloat16 and not float16, '
+                'takes contiguous and not channels_last',
+            ],
+        ),
+        (
+            dict(work=['train'], runtimes=['eager', 'ncnn']),
+            [
+                'left out: training by ncnn; those that train are compile, compile-max-autotune, '
+                'compile-reduce-overhead, eager'
+            ],
+        ),
+        (
+            dict(work=['train'], dtypes=['amp_float16']),
+            ['training in amp_float16 may take a hundred times as long as in amp_bfloat16 on a CPU'],
+        ),
+        (dict(work=['train'], dtypes=['amp_float16'], device='cuda'), []),
+        (dict(work=['infer', 'train', 'load', 'fold'], batches=[1, 4]), []),
+    ],
+)
+def test_plan_says_in_a_line_what_it_leaves_out(settings, lines, caplog):
+    assert plan(['test_repvgg'], **settings)
+    assert caplog.messages == lines
+
+
+def test_plan_folds_whichever_forms_are_asked_for():
+    assert [case.form for case in plan(['test_repvgg'], work=['fold'], forms=['deploy'])] == ['training']
+
+
+@pytest.mark.parametrize(
     ('name', 'message'),
     [
         ('repvgg_c1', "unknown model 'repvgg_c1'; did you mean 'repvgg_b1'.*timm:NAME"),
@@ -163,7 +214,7 @@ def test_run_benchmark_untrainable_model_is_skipped():
 
 
 def test_plan_impossible_setting_raises(tmp_path, capsys):
-    with pytest.raises(ValueError, match='none of the runtimes ncnn takes batch sizes 4 in float32'):
+    with pytest.raises(ValueError, match='inference by ncnn, which takes batch sizes up to 1 and not 4'):
         plan(['test_repvgg'], runtimes=['ncnn'], batches=[4])
     for option in ('--batch-sizes', '--rounds', '--threads'):
         for value in ('0', '-1', 'x'):
@@ -212,7 +263,7 @@ def test_runtime_every_dtype_gives_outputs_of_eager(runtime):
 def test_runtimes_of_gpus_are_planned_for_gpus():
     assert set(RUNTIMES) - set(ON_CPU) == {'onnxruntime-cuda', 'onnxruntime-tensorrt', 'torch-tensorrt'}
     for runtime in set(RUNTIMES) - set(ON_CPU):
-        with pytest.raises(ValueError, match=rf'none of the runtimes {runtime} takes .* on cpu'):
+        with pytest.raises(ValueError, match=rf'inference by {runtime}, which runs on --device cuda and not on cpu'):
             plan(['test_repvgg'], runtimes=[runtime])
         cases = plan(['test_repvgg'], runtimes=[runtime], dtypes=['float16'], device='cuda:1')
         assert {case.device for case in cases} == {'cuda:1'}

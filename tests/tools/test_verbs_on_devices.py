@@ -81,7 +81,7 @@ def cats(tmp_path, monkeypatch):
         'benchmark',
     ],
 )
-@pytest.mark.parametrize('device', ['cuda:99', 'meta', 'gpu', 'cuda:x'])
+@pytest.mark.parametrize('device', ['cuda:99', 'meta', 'gpu', 'cuda:x', 'CPU', 'cpu:1'])
 def test_device_that_is_not_there_is_an_error_that_names_those_that_are(command, device, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*command.split(), '--device', device])
@@ -99,6 +99,8 @@ def test_device_argument_takes_those_that_are_there(monkeypatch, capsys):
     monkeypatch.setattr('torch.backends.mps.is_available', lambda: True)
     for device in ('cpu', 'cuda', 'cuda:1', 'mps'):
         assert parser.parse_args(['--device', device]).device == device
+    for device in ('cpu', 'mps'):  # with the number that PyTorch takes too
+        assert parser.parse_args(['--device', f'{device}:0']).device == device
     with pytest.raises(SystemExit):
         parser.parse_args(['--device', 'cuda:2'])
     assert 'there is: cpu, cuda, cuda:0, cuda:1, mps' in capsys.readouterr().err

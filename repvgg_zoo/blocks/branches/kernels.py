@@ -201,7 +201,7 @@ class OREPABranch(_OverparameterisedBranch):
         self.separable = spec.parameter(spec.out_chs, in_chs, self._RATE)
         for parameter in (self.average, self.cosine, self.chain, self.point, self.depthwise, self.separable):
             nn.init.kaiming_uniform_(parameter)
-        self.scales = nn.Parameter(torch.tensor(self._SCALES).repeat(spec.out_chs, 1).t().contiguous().to(**spec.dd))
+        self.scales = nn.Parameter(torch.tensor(self._SCALES, **spec.dd)[:, None].repeat(1, spec.out_chs))
 
     def kernel(self, dtype: torch.dtype) -> Tensor:
         return self._scaled(dtype).sum(0)

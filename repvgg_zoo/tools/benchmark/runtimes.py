@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -50,14 +50,20 @@ class Runtime:
         """Packages that are not installed."""
         return [package for package in self.packages if importlib.util.find_spec(package) is None]
 
-    def takes(self, *, batch: int, dtype: str, layout: str, device: str = 'cpu') -> bool:
-        """Tell whether it can run a batch of that size, dtype and layout on a device."""
-        return (
-            dtype in self.dtypes
-            and layout in self.layouts
-            and (self.max_batch is None or batch <= self.max_batch)
-            and (self.devices is None or torch.device(device).type in self.devices)
-        )
+    def refusals(
+        self, *, batches: Sequence[int], dtypes: Sequence[str], layouts: Sequence[str], device: str = 'cpu'
+    ) -> list[str]:
+        """Say which of these batch sizes, dtypes and layouts it does not take, and if it does not run on the device."""
+        said = []
+        if self.devices is not None and torch.device(device).type not in self.devices:
+            said.append(f'runs on --device {" or ".join(self.devices)} and not on {device}')
+        if others := [dtype for dtype in dtypes if dtype not in self.dtypes]:
+            said.append(f'takes {" and ".join(self.dtypes)} and not {", ".join(others)}')
+        if others := [layout for layout in layouts if layout not in self.layouts]:
+            said.append(f'takes {" and ".join(self.layouts)} and not {", ".join(others)}')
+        if self.max_batch and (others := [str(batch) for batch in batches if batch > self.max_batch]):
+            said.append(f'takes batch sizes up to {self.max_batch} and not {", ".join(others)}')
+        return said
 
 
 def autocast(device: str, dtype: str) -> torch.autocast:
