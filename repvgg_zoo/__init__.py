@@ -8,6 +8,7 @@ from .blocks.repvgg_block import RepVGGBlock
 from .blocks.unfold import unfold
 from .checkpoints.errors import CheckpointError
 from .overparam.overparameterize import overparameterize
+from .overparam.registry import register_overparameterized
 from .pretrained.load import load_checkpoint
 from .reparam.evaluation import disable_fast_path
 from .reparam.fold import FoldError
@@ -33,6 +34,7 @@ __all__ = [
     'match_bn_statistics',
     'overparameterize',
     'param_groups',
+    'register_overparameterized',
     'rep_optimizer',
     'switch_to_deploy',
     'unfold',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import shutil
@@ -16,9 +17,11 @@ from hub_server import TOKEN, ToLoopback, hub_server
 from huggingface_hub import constants
 from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
+from timm.models import _registry as timm_registry
 
 from repvgg_zoo.blocks.base import ReparamBlock
 from repvgg_zoo.blocks.branches import chains, parallel
+from repvgg_zoo.overparam import registry as overparam_registry
 from repvgg_zoo.pretrained.manifest import read_manifest, weights_dir
 
 settings.register_profile(
@@ -141,3 +144,15 @@ def folder(tmp_path):
     (folder / 'config.json').write_text('{"architecture": "test_repvgg", "num_classes": 10}')
     save_file(randomise(timm.create_model('test_repvgg'), px=32).state_dict(), folder / 'model.safetensors')
     return folder
+
+
+@pytest.fixture
+def own_registry(monkeypatch):
+    """A copy of timm's registry, for names of a test alone."""
+    for module in (timm_registry, overparam_registry):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, dict | set) and not name.startswith('__'):
+                own = copy.copy(value)
+                if isinstance(own, dict):
+                    own.update({key: copy.copy(v) for key, v in value.items() if isinstance(v, list | set)})
+                monkeypatch.setattr(module, name, own)

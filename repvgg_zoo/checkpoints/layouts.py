@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ..reparam.foreign import MMPRETRAIN, OFFICIAL, OFFICIAL_PLUS, TIMM, BlockNames
+from ..reparam.foreign import MMPRETRAIN, MULTI_BRANCH_KEY, OFFICIAL, OFFICIAL_PLUS, TIMM, BlockNames
 from .errors import CheckpointError, abbreviate
-from .prefixes import how_to_choose, strip_wrappers, take_prefix
+from .prefixes import how_to_choose, take_network
 from .state_dicts import AUX_PREFIX, StateDict
 
 __all__ = ['to_timm_layout']
@@ -104,13 +104,16 @@ def to_timm_layout(state_dict: Mapping[str, Any], *, prefix: str | None = None, 
         >>> list(to_timm_layout({'model.backbone.stem.branch_reparam.bias': torch.zeros(1)}))
         ['stem.reparam_conv.bias']
     """
-    state_dict = strip_wrappers(state_dict)
-    if prefix:
-        prefix = prefix.removesuffix('.') + '.'
-        state_dict = strip_wrappers(take_prefix(state_dict, prefix))
+    state_dict = take_network(state_dict, prefix)
     layout, prefixes = _find(state_dict)
     if not prefixes and strict:
         names = ', '.join(['timm', *(known.name for known in _FOREIGN_LAYOUTS)])
+        if any(map(MULTI_BRANCH_KEY.search, state_dict)):
+            raise CheckpointError(
+                f'no RepVGG checkpoint, but another network with branches ({abbreviate(state_dict, 2)}): '
+                '`repvgg-zoo convert` folds it; if the file does not tell its name, --model does, like '
+                '--model resnet18_acb'
+            )
         raise CheckpointError(
             f'no RepVGG checkpoint: its keys ({abbreviate(state_dict)}) are of none of the known layouts ({names})'
         )
@@ -119,10 +122,11 @@ def to_timm_layout(state_dict: Mapping[str, Any], *, prefix: str | None = None, 
     if len(prefixes) == 1:
         (found,) = prefixes
         others = [key for key in state_dict if not key.startswith(found)]
+        below = f'{prefix.removesuffix(".")}.' if prefix else ''
         if others and strict:
             raise CheckpointError(
                 f'a checkpoint of a larger network, with other parts than a RepVGG ({abbreviate(others)}): '
-                f'{how_to_choose([(prefix or "") + found])}'
+                f'{how_to_choose([below + found])}'
             )
         if not others:
             state_dict = {key.removeprefix(found): value for key, value in state_dict.items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 from .errors import CheckpointError, abbreviate
 
-__all__ = ['how_to_choose', 'strip_wrappers', 'take_prefix']
+__all__ = ['how_to_choose', 'strip_wrappers', 'take_network', 'take_prefix']
 
 _WRAPPERS = ('module.', '_orig_mod.')
 _COUNTERS_OF_AVERAGES = ('n_averaged', 'steps')
@@ -46,6 +46,26 @@ def take_prefix(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         fronts = dict.fromkeys(f'{key.split(".")[0]}.' for key in state_dict)
         raise CheckpointError(f'no key starts with prefix={prefix!r}; the keys start with {abbreviate(fronts)}')
     return part
+
+
+def take_network(state_dict: Mapping[str, Any], prefix: str | None = None) -> dict[str, Any]:
+    """Strip wrappers; with a prefix, take the part under it, and strip the wrappers of that too.
+
+    Args:
+        state_dict: What a file holds.
+        prefix: What stands in front of the keys of the part, with or without a dot at its end.
+
+    Raises:
+        CheckpointError: No key has the prefix.
+
+    Example:
+        >>> take_network({'module.model.module.head.fc.bias': 1, 'module.criterion.weight': 2}, 'model')
+        {'head.fc.bias': 1}
+    """
+    state_dict = strip_wrappers(state_dict)
+    if not prefix:
+        return state_dict
+    return strip_wrappers(take_prefix(state_dict, prefix.removesuffix('.') + '.'))
 
 
 def how_to_choose(prefixes: Iterable[str]) -> str:

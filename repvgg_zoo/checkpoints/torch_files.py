@@ -19,13 +19,14 @@ __all__ = ['read_torch']
 _SHARDS = 'torch.distributed.tensor'
 
 
-def read_torch(path: Path) -> Any:
+def read_torch(path: Path, *, mmap: bool = False) -> Any:
     """Read a torch file with `weights_only=True`; objects of classes that torch refuses are read as empty.
 
     Classes that the user allows by `torch.serialization.add_safe_globals` are read as themselves.
 
     Args:
         path: A file that `torch.save` wrote.
+        mmap: Read tensors from the file when they are used. It must be a zip file then.
 
     Raises:
         CheckpointError: The file is truncated or no torch file, or holds a whole module instead of its weights, or
@@ -33,7 +34,7 @@ def read_torch(path: Path) -> Any:
     """
     others = _other_classes(path)
     try:
-        content = _load(path, others)
+        content = _load(path, others, mmap=mmap)
     except Exception as error:  # bad bytes make the unpickler raise errors of any class
         raise CheckpointError(f'{str(path)!r} {_why_not(path, others, error)}') from error
     if weights_of(content, use_ema=False) is None and _hold_module(others):
@@ -50,12 +51,12 @@ def _other_classes(path: Path) -> set[str]:
     return {name for name in names if not name.startswith(_SHARDS)}
 
 
-def _load(path: Path, others: set[str]) -> Any:
+def _load(path: Path, others: set[str], *, mmap: bool) -> Any:
     """Load a file with stand-ins; add what torch refuses next to `others`, and load again."""
     while True:
         try:
             with torch.serialization.safe_globals([*stand_ins(others)]):
-                return torch.load(path, map_location='cpu', weights_only=True)
+                return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:
             match = re.search(r'Unsupported global: GLOBAL (\S+) was', str(error))
             refused = match and (match[1] if '.' in match[1] else f'builtins.{match[1]}')

@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from .._compat import save_config_for_hf
 from ..blocks.factory import block_type
 from ..blocks.unfold import unfold as unfold_model
 from ..checkpoints.errors import CheckpointError
@@ -28,18 +25,21 @@ from ..pretrained.locate import weights_in
 from ..variants import OVERRIDES, VARIANTS, Variant, get_variant, suggestion
 from .atomic import new_folder
 from .model_arguments import add_model_arguments, model_options
+from .model_folder import save_model
+from .overparameterized import find_branched, write_folded
 
-__all__ = ['MODEL_FILES', 'add_arguments', 'convert', 'main', 'open_model', 'save_model']
+__all__ = ['add_arguments', 'convert', 'main', 'open_model']
 
 _logger = logging.getLogger(__name__)
-
-MODEL_FILES = ('model.safetensors', 'config.json')
-"""What `save_model` writes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `repvgg-zoo convert`."""
-    parser.epilog = "timm.create_model('local-dir:DST', pretrained=True) then builds the model."
+    parser.epilog = (
+        "timm.create_model('local-dir:DST', pretrained=True) then builds the model. A checkpoint of `repvgg-zoo run "
+        '--overparameterize resnet18:acb train.py` becomes a plain resnet18; if the file does not tell that, '
+        '--model resnet18_acb does.'
+    )
     parser.add_argument('src', metavar='SRC', help='checkpoint file, model folder, or timm model name')
     parser.add_argument('dst', metavar='DST', help='folder to write: model.safetensors and config.json')
     parser.add_argument('--form', choices=('training', 'deploy'), help='form to write (default: that of SRC)')
@@ -66,8 +66,11 @@ def main(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         **model_options(args),
     )
-    form = 'deploy' if model.deploy else 'training'
-    print(f'wrote {model.variant.name}, {form} form, {model.num_classes} classes, to {args.dst}')
+    if isinstance(model, RepVGG):
+        what = f'{model.variant.name}, {"deploy" if model.deploy else "training"} form'
+    else:
+        what = f'{model.pretrained_cfg["architecture"]}, branches folded'
+    print(f'wrote {what}, {model.num_classes} classes, to {args.dst}')
     return 0
 
 
@@ -83,18 +86,22 @@ def convert(
     prefix: str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-) -> RepVGG:
+) -> Any:
     """Write a checkpoint as a model folder.
 
     The folder holds `model.safetensors` and timm's `config.json`, so that
     `timm.create_model('local-dir:TARGET', pretrained=True)` builds the model, its form included.
+
+    A training checkpoint of another network that was over-parameterized, such as `resnet18_acb`, is folded, and written
+    as the plain network, which timm loads without this package.
 
     Args:
         source: Checkpoint file, model folder or timm model name, see `open_model`.
         target: Folder to write.
         form: Form to write, by default that of the source. Training weights are folded for the deploy form; the
             reverse needs `unfold`.
-        variant: Name of the variant, if the shapes do not tell it.
+        variant: Name of the variant, if the shapes do not tell it. Name of the over-parameterized network, if the
+            checkpoint does not tell it.
         block: Training-time block of a bare file, if its keys do not tell it. With `unfold`, the block to make.
         unfold: Write the training form of deploy-form weights: branches that compute the same. Weights that have the
             wanted branches stay as they are. Other branches are folded first.
@@ -120,7 +127,14 @@ def convert(
         ['config.json', 'model.safetensors']
     """
     with new_folder(target, overwrite=overwrite) as folder:
-        model = open_model(
+        if (network := find_branched(source, variant)) is not None:
+            if form == 'training' or unfold or block is not None:
+                raise ValueError(
+                    f'{str(source)!r} holds {network.plain} with branches of {network.block}, which are folded; leave '
+                    'out unfold, block and the form training'
+                )
+            return write_folded(network, folder, use_ema=use_ema, prefix=prefix, model_kwargs=model_kwargs)
+        model: Any = open_model(
             source,
             variant=variant,
             block=None if unfold else block,
@@ -149,54 +163,6 @@ def _unfold(model: RepVGG, form: Form | None, block: str) -> None:
     if not model.deploy and model.block == block:  # better than what their sum could be unfolded to
         return
     unfold_model(model.eval().switch_to_deploy(), block=block)
-
-
-def save_model(model: RepVGG, folder: Path) -> None:
-    """Write `model.safetensors` and timm's `config.json`, the same bytes each time.
-
-    Args:
-        model: The model, in either form.
-        folder: An existing folder.
-
-    Raises:
-        OSError: A file cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> save_model(timm.create_model('test_repvgg'), folder)
-        >>> json.loads((folder / 'config.json').read_text())['architecture']
-        'test_repvgg'
-    """
-    weights, config = (folder / name for name in MODEL_FILES)
-    form = 'deploy' if model.deploy else 'training'
-    metadata = {'format': 'pt', 'architecture': model.variant.name, 'form': form}
-    try:
-        save_file(model.state_dict(), weights, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f'cannot write {str(weights)!r}: {error}') from error
-    _sort_metadata(weights)
-    model_args = model._model_args
-    model_args.pop('num_classes', None)  # out of date if the classifier was replaced
-    path: Any = config  # timm annotates str, but its older versions take a Path only
-    save_config_for_hf(model, path, model_args=model_args)
-    content = json.loads(config.read_text())
-    content.get('model_args', {}).pop('num_classes', None)  # already at the top level; transformers rejects it here
-    for key in ('label_names', 'label_descriptions'):  # which timm and transformers read at the top level
-        if labels := content['pretrained_cfg'].pop(key, None):
-            content[key] = labels
-    config.write_text(json.dumps(content, indent=2))
-    weights.chmod(config.stat().st_mode)  # safetensors ignores the umask
-
-
-def _sort_metadata(path: Path) -> None:
-    """Sort the metadata of a safetensors file, which the library writes in random order: the sha256 must not vary."""
-    with path.open('r+b') as file:
-        size = int.from_bytes(file.read(8), 'little')
-        header = json.loads(file.read(size))
-        header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
-        file.seek(8)
-        file.write(json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode().ljust(size))
 
 
 def open_model(

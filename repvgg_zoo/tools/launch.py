@@ -16,6 +16,7 @@ from types import ModuleType
 
 import timm
 
+from ..overparam.registry import parse_recipe, register_overparameterized
 from .console import print_error
 
 __all__ = ['LaunchError', 'add_arguments', 'main', 'run']
@@ -24,12 +25,17 @@ _logger = logging.getLogger(__name__)
 
 
 class LaunchError(ValueError):
-    """There is nothing by that name to run."""
+    """There is nothing by that name to run, or no model by that name to register."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `repvgg-zoo run`."""
-    parser.epilog = 'All arguments behind the name are passed on.'
+    parser.epilog = 'All arguments behind SCRIPT_OR_MODULE are passed on.'
+    parser.add_argument(
+        '--overparameterize', metavar='NAME:BLOCK[:PATHS]', action='append', default=[],
+        help='register a timm model with branches, resnet18:acb as resnet18_acb, for all convolutions or those of a '
+        'pattern of paths like layer1.*; may be given several times',
+    )  # fmt: skip
     parser.add_argument('target', metavar='SCRIPT_OR_MODULE', help='what to run')
     parser.add_argument('args', metavar='ARGS', nargs=argparse.REMAINDER, help='its arguments')
 
@@ -37,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run `repvgg-zoo run`."""
     try:
+        _register(args.overparameterize)
         run(args.target, args.args)
     except LaunchError as error:
         print_error(error)
@@ -77,6 +84,15 @@ def run(target: str, args: Sequence[str] = ()) -> None:
         if not _is_module(target):
             raise LaunchError(f'{target!r} is no file, no installed console script and no module that can be run')
         runpy.run_module(target, run_name='__main__', alter_sys=True)
+
+
+def _register(recipes: Sequence[str]) -> None:
+    try:
+        for text in recipes:
+            name, block, where = parse_recipe(text)
+            register_overparameterized(name, block, where=where)
+    except ValueError as error:
+        raise LaunchError(f'--overparameterize: {error}') from None
 
 
 def _run_script(path: Path) -> None:

@@ -26,7 +26,8 @@ from repvgg_zoo.blocks.block_types import BLOCK_TYPES
 from repvgg_zoo.blocks.branches import AvgPoolBranch, PointConvBranch
 from repvgg_zoo.blocks.factory import block_type, blocks_with_keys
 from repvgg_zoo.blocks.multi_branch import MultiBranchBlock
-from repvgg_zoo.tools.convert import convert, open_model, save_model
+from repvgg_zoo.tools.convert import convert, open_model
+from repvgg_zoo.tools.model_folder import save_model
 from repvgg_zoo.tools.verify import verify
 
 pytestmark = pytest.mark.device
@@ -475,7 +476,7 @@ def test_load_checkpoint_each_block_type_fits_both_forms(name, tmp_path):
 @pytest.mark.cpu
 @BLOCK
 def test_save_model_each_block_type_loads_as_that_block(name, tmp_path):
-    from repvgg_zoo.tools.convert import save_model
+    from repvgg_zoo.tools.model_folder import save_model
 
     model = randomise(create_model('test_repvgg', block=name, num_classes=10), px=32)
     (tmp_path / 'model').mkdir()

@@ -14,7 +14,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 from repvgg_zoo import VARIANTS, switch_to_deploy
 from repvgg_zoo.reparam.evaluation import disable_fast_path
-from repvgg_zoo.tools.convert import save_model
+from repvgg_zoo.tools.model_folder import save_model
 
 
 @pytest.fixture(scope='module')

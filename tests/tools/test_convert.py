@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 from repvgg_zoo import CheckpointError
-from repvgg_zoo.tools.convert import convert, open_model, save_model
+from repvgg_zoo.tools.convert import convert, open_model
+from repvgg_zoo.tools.model_folder import save_model
 from repvgg_zoo.tools.verify import verify
 
 

@@ -5,6 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+
+from repvgg_zoo.tools import launch
+from repvgg_zoo_cli import main
 
 LAUNCHER = [sys.executable, '-m', 'repvgg_zoo', 'run']
 REPORT = """
@@ -112,11 +116,37 @@ def test_run_under_torchrun_works(folder):
         'one = torch.ones(1)\n'
         'torch.distributed.all_reduce(one)\n'
         "rank = f'rank {torch.distributed.get_rank()} of {int(one)}:'\n"
-        'sys.stdout.write(f\'{rank} {timm.is_model("repvgg_b1g2")} {sys.argv[1:]}\\n\')  # in one piece\n'
+        'sys.stdout.write(f\'{rank} {timm.is_model("resnet18_acb")} {sys.argv[1:]}\\n\')  # in one piece\n'
         'torch.distributed.destroy_process_group()\n'
     )
     torchrun = Path(sys.executable).with_name('torchrun')
-    command = [torchrun, '--standalone', '--nproc-per-node', 2, '-m', 'repvgg_zoo', 'run', 'distributed.py', '--x', 1]
-    done = run(command, folder, timeout=300)
+    command = [torchrun, '--standalone', '--nproc-per-node', 2, '-m', 'repvgg_zoo', 'run']
+    recipe = ['--overparameterize', 'resnet18:acb']
+    done = run([*command, *recipe, 'distributed.py', '--x', 1], folder, timeout=300)
     lines = sorted(line for line in done.stdout.splitlines() if line.startswith('rank'))
     assert lines == ["rank 0 of 2: True ['--x', '1']", "rank 1 of 2: True ['--x', '1']"], done.stderr
+
+
+@pytest.mark.usefixtures('own_registry')
+def test_run_overparameterize_registers_and_passes_arguments_on(monkeypatch):
+    ran = []
+    monkeypatch.setattr(launch, 'run', lambda *args: ran.append(args))
+    recipes = ['--overparameterize', 'test_resnet:acb', '--overparameterize', 'resnet18.tv_in1k:dbb:layer1.*']
+    assert main(['run', *recipes, 'train.py', '--overparameterize', 'x', '--model', 'resnet18_dbb']) == 0
+    assert ran == [('train.py', ['--overparameterize', 'x', '--model', 'resnet18_dbb'])]
+    assert timm.is_model('test_resnet_acb')
+    assert timm.get_pretrained_cfg('resnet18_dbb').tag == 'tv_in1k'
+
+
+@pytest.mark.parametrize(
+    ('recipe', 'said'),
+    [
+        ('resnet18', "'resnet18' is not of the form NAME:BLOCK"),
+        ('resnet19:acb', "unknown model 'resnet19'; did you mean 'resnet18'"),
+        ('resnet18:abc', "unknown block 'abc'; did you mean 'acb'"),
+    ],
+)
+def test_run_overparameterize_of_unknown_name_fails_before_the_program(recipe, said, monkeypatch, capsys):
+    monkeypatch.setattr(launch, 'run', lambda *_: pytest.fail('ran'))
+    assert main(['run', '--overparameterize', recipe, 'train.py']) == 1
+    assert capsys.readouterr().err.startswith(f'repvgg-zoo: --overparameterize: {said}')

@@ -18,7 +18,7 @@ from timm.data import create_dataset, create_transform, resolve_model_data_confi
 from repvgg_zoo import VARIANTS
 from repvgg_zoo.pretrained.manifest import weights_dir
 from repvgg_zoo.tools.console import no_progress
-from repvgg_zoo.tools.convert import save_model
+from repvgg_zoo.tools.model_folder import save_model
 from repvgg_zoo.tools.quantize import (
     _dataset,
     _evenly_spaced,

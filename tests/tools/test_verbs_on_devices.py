@@ -50,7 +50,7 @@ def elsewhere(device, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, 'backward', lambda *_: None)  # it asks the device for a stream,
     monkeypatch.setattr(measure, 'timed', once)  # and this for its events
-    monkeypatch.setattr('repvgg_zoo.tools.convert.save_file', save)
+    monkeypatch.setattr('repvgg_zoo.tools.model_folder.save_file', save)
     with pretended_device() as pretended:
         yield str(pretended), timed
 

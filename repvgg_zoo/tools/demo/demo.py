@@ -27,8 +27,9 @@ from ...pretrained.manifest import weights_dir
 from ..atomic import new_folder
 from ..benchmark.measure import time_rounds
 from ..console import Track, print_table, progress
-from ..convert import open_model, save_model
+from ..convert import open_model
 from ..devices import add_device_argument
+from ..model_folder import save_model
 from .picture import Answers, draw_picture
 
 __all__ = ['DemoRow', 'add_arguments', 'main', 'run_demo']

@@ -25,7 +25,8 @@ from ...reparam.tolerance import MAX_REL_DIFF, max_rel_diff, rel_diff
 from ...variants import VARIANTS
 from ..atomic import put_in_place, workspace
 from ..console import Track, no_progress
-from ..convert import open_model, save_model
+from ..convert import open_model
+from ..model_folder import save_model
 from ..own_files import MARKER, check_replaceable, foreign_entries
 from ..reference import REFERENCE, write_reference
 from ..verify import float64_rel_diff, images_for
