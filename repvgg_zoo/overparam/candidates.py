@@ -49,7 +49,7 @@ def candidates(module: nn.Module, sample: Any) -> list[Candidate]:
     for use in uses_of_convs(module, sample):
         if max(as_pair(use.conv.kernel_size)) > 1:
             norm = None if use.norm is None else module.get_submodule(use.norm)
-            reason = 'it is a part of a block that folds already' if use.conv in in_blocks else _reason(use)
+            reason = 'it is a part of a block that has its own branches' if use.conv in in_blocks else _reason(use)
             found.append(Candidate(use.path, use, norm, reason))
     return found
 
@@ -70,8 +70,10 @@ def refusal(candidate: Candidate, block: str) -> str | None:
         return None
     if norm is None:
         return f'no batch normalisation reads its output and nothing else does, which {block!r} needs'
-    if type(norm) not in _NORMS or has_hooks(norm):
-        return f'{type(norm).__name__} behind it is not known, or has hooks'
+    if type(norm) not in _NORMS:
+        return f'{type(norm).__name__} behind it is not known; block types that need no norm fit'
+    if has_hooks(norm):
+        return f'{type(norm).__name__} behind it has hooks'
     layer: Any = norm
     if layer.running_mean is None or layer.weight is None or layer.bias is None:
         return f'{type(norm).__name__} behind it has no running statistics or no affine parameters'
@@ -84,6 +86,9 @@ def _reason(use: ConvUse) -> str | None:
         return f'{type(conv).__name__} computes more than a convolution'
     if is_parametrized(conv) or has_hooks(conv) or not isinstance(conv.weight, Tensor):
         return 'it has hooks or a parametrization'
+    own = [n for n, _ in (*conv.named_parameters(recurse=False), *conv.named_buffers(recurse=False))]
+    if others := [name for name in own if name not in ('weight', 'bias')]:
+        return f'it has {", ".join(others)} beside a kernel'
     if use.shared_with is not None:
         return f'it shares its kernel with {use.shared_with!r}'
     if use.calls != 1:

@@ -10,6 +10,7 @@ import torch
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 
+from .._compat import copy_hooks, has_hooks
 from ..blocks.block_types import BRANCH_TYPES
 from ..blocks.branch_sum import BranchSum, is_channels_last
 from ..blocks.branches import Branch, ConvSpec
@@ -40,9 +41,20 @@ class NormTail(nn.Module):
         """Drop and activate."""
         return self.act(self.drop(x))
 
+    @torch.jit.unused
+    def parts(self, norm: nn.Module) -> dict[str, nn.Module]:
+        """Return dropout and activation by name, if the norm has a place for them."""
+        return {name: getattr(self, name) for name in ('drop', 'act') if hasattr(norm, name)}
+
+    @torch.jit.unused
+    def adds_to(self, norm: nn.Module) -> bool:
+        """Tell whether there is a dropout or an activation for which the norm has no place."""
+        others = {'drop', 'act'} - self.parts(norm).keys()
+        return not all(isinstance(getattr(self, name), nn.Identity) for name in others)
+
 
 class _Original(NamedTuple):
-    """The modules that the fold puts back; a tuple, so that they are no children. Their tensors are released."""
+    """The modules that the fold puts back; a tuple, so that they are no children. They hold no kernel meanwhile."""
 
     conv: nn.Conv2d
     norm: Any
@@ -100,11 +112,18 @@ class OverparameterizedConv2d(BranchSum):
         if not weight.requires_grad:
             self.branches.requires_grad_(False)
         for branch_norm in self.branch_norms():  # in mixed precision norms are wider than kernels
-            branch_norm.to(norm.running_mean.dtype).requires_grad_(norm.weight.requires_grad)
+            branch_norm.to(norm.running_mean.dtype)
         self._set_kernel(conv, norm, moves_norm=tail is not None)
         if is_channels_last([weight]):
             self.to(memory_format=torch.channels_last)
         self.train(conv.training)
+        branch_norms: Any = self.branch_norms()
+        for branch_norm in branch_norms:  # norms may be frozen one by one
+            branch_norm.train(norm.training)
+            branch_norm.weight.requires_grad_(norm.weight.requires_grad)
+            branch_norm.bias.requires_grad_(norm.bias.requires_grad)
+            if norm.momentum is not None and norm.num_batches_tracked is not None:
+                branch_norm.num_batches_tracked.copy_(norm.num_batches_tracked)
 
     @torch.no_grad()
     def _set_kernel(self, conv: nn.Conv2d, norm: Any, *, moves_norm: bool) -> None:
@@ -174,9 +193,16 @@ class OverparameterizedConv2d(BranchSum):
         """Take the places of the convolution and, for types that normalise branches, of its norm; return the undo."""
         conv, norm, tail = self.original
         places: list[tuple[nn.Module, str, nn.Module]] = [(*place, self) for place in places_of(root, conv)]
-        if tail is not None:
-            places += [(*place, tail) for place in places_of(root, norm)]
-        return _replace(places)
+        if tail is None:
+            return _replace(places)
+        undo_places = _replace(places + [(*place, tail) for place in places_of(root, norm)])
+        was_training, norm.training = norm.training, False  # if other code still calls it, its statistics stay
+
+        def undo() -> None:
+            norm.training = was_training
+            undo_places()
+
+        return undo
 
     @torch.jit.unused
     def release_original(self) -> None:
@@ -201,8 +227,8 @@ class OverparameterizedConv2d(BranchSum):
         Raises:
             FoldError: The branches are no convolution any more, or a place is gone.
         """
-        if self.needs_proof():
-            raise FoldError('its branches have hooks or unknown classes; remove them first')
+        if self.needs_proof() or has_hooks(self):
+            raise FoldError('it or its branches have hooks, another forward or unknown classes; remove them first')
         self.check_foldable()
         _, norm, tail = self.original
         behind = tail if tail is not None else norm if self.branch_norms() else self
@@ -212,6 +238,8 @@ class OverparameterizedConv2d(BranchSum):
                 'whole network is switched. Switch the network, and replace norms (by SyncBatchNorm, say) before it '
                 'gets branches'
             )
+        if tail is not None and (has_hooks(tail, ignore=lambda _: True) or tail.adds_to(norm)):
+            raise FoldError(f'the activation behind it was changed, for which {type(norm).__name__} has no place')
         return functools.partial(self._fold_back, root)
 
     @torch.jit.unused
@@ -235,14 +263,14 @@ class OverparameterizedConv2d(BranchSum):
         places: list[tuple[nn.Module, str, nn.Module]] = [(*place, conv) for place in places_of(root, self)]
         if tail is not None:
             like = self.branch_norms()[0]
-            values |= _norm_values(bias, like, norm)
+            values |= _norm_values(bias, like, norm) | {(norm, name): part for name, part in tail.parts(norm).items()}
             if conv.bias is not None:
-                values[conv, 'bias'] = _parameter(torch.zeros_like(bias, dtype=dtype), trains)
+                values[conv, 'bias'] = _parameter(torch.zeros_like(bias, dtype=dtype), conv.bias.requires_grad)
             places += [(*place, norm) for place in places_of(root, tail)]
         elif self.bias is not None:
             values[conv, 'bias'] = _parameter((bias + self.bias.to(bias)).to(dtype), self.bias.requires_grad)
         elif conv.bias is not None:
-            values[conv, 'bias'] = _parameter(bias.to(dtype), trains)
+            values[conv, 'bias'] = _parameter(bias.to(dtype), conv.bias.requires_grad)
         elif self.branch_norms():
             values[norm, 'running_mean'] = (norm.running_mean.to(bias) - bias).to(norm.running_mean)
         before = {(module, name): getattr(module, name) for module, name in values}
@@ -251,7 +279,8 @@ class OverparameterizedConv2d(BranchSum):
         undo_places = _replace(places)
         conv.train(self.training)
         if tail is not None:
-            norm.train(tail.training)
+            norm.training = self.branch_norms()[0].training
+            copy_hooks(tail, norm)
         mark_folded(conv)
         replaced = list(self.parameters())
         remember_replaced(replaced)
@@ -284,8 +313,10 @@ def _parameter(values: Tensor, requires_grad: bool) -> nn.Parameter:
 
 def _norm_layer_like(norm: Any) -> Callable[..., nn.Module]:
     """Return what makes norms of the class, eps and momentum of a network's own, without its activation."""
-    layer = nn.SyncBatchNorm if isinstance(norm, nn.SyncBatchNorm) else nn.BatchNorm2d
-    return functools.partial(layer, eps=norm.eps, momentum=norm.momentum)
+    options = dict(eps=norm.eps, momentum=norm.momentum)
+    if isinstance(norm, nn.SyncBatchNorm):
+        return functools.partial(nn.SyncBatchNorm, process_group=norm.process_group, **options)
+    return functools.partial(nn.BatchNorm2d, **options)
 
 
 def _replace(places: Iterable[tuple[nn.Module, str, nn.Module]]) -> Callable[[], None]:

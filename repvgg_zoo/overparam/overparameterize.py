@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..blocks.bn_statistics import images_of, match_bn_statistics
 from ..blocks.factory import block_type
@@ -65,10 +66,11 @@ def overparameterize(
         ValueError: One of five cases, each of which leaves the module as it was:
 
             - `block` is unknown,
-            - no convolution can be replaced, or none that a pattern of `where` matches,
+            - no convolution can be replaced, or none that a pattern of `where` selects,
             - the network is compiled, scripted, traced or wrapped, or is only one convolution,
-            - the network does not run on the sample,
-            - the outputs for the sample are no longer the same.
+            - the network does not run on the sample, or gives nothing to compare,
+            - with branches it does not run, does not call them, or gives other outputs.
+        TypeError: `where` or `batches` holds something else than what it takes.
 
     Example:
         >>> import timm, torch, repvgg_zoo
@@ -88,13 +90,14 @@ def overparameterize(
     before = _outputs(module, sample)
     found = candidates(module, sample)
     chosen = _choose(found, block, where, name=type(module).__name__)
-    blocks, undo = [], []
+    made_at: dict[str, OverparameterizedConv2d] = {}
+    undo = []
     try:
         for candidate, name in chosen:
             made = OverparameterizedConv2d(candidate.use.conv, candidate.norm, name)
             undo.append(made.put_in(module))
-            blocks.append(made)
-        check_equal(before, _outputs(module, sample), names=('network', 'network with branches'))
+            made_at[candidate.path] = made
+        check_equal(before, _outputs_with_branches(module, sample, made_at), names=('network', 'network with branches'))
         if images is not None:
             match_bn_statistics(module, images)
     except BaseException as error:
@@ -103,7 +106,7 @@ def overparameterize(
         if isinstance(error, FoldError):
             raise ValueError(str(error)) from None
         raise
-    for made in blocks:
+    for made in made_at.values():
         made.release_original()
     return module
 
@@ -122,14 +125,53 @@ def _refuse_wrappers(module: nn.Module) -> None:
             raise ValueError(f'{path!r} is compiled; replace convolutions first, then compile')
 
 
-def _outputs(module: nn.Module, sample: Any) -> list[torch.Tensor]:
+def _outputs(module: nn.Module, sample: Any) -> list[Tensor]:
+    name = type(module).__name__
     try:
-        return eval_outputs(module, sample)
+        outputs = eval_outputs(module, sample)
     except Exception as error:  # code of others may raise errors of any class
         raise ValueError(
-            f'{type(module).__name__} does not run on the sample ({type(error).__name__}: {error}); give an input that '
-            'it takes by sample=, as a tensor, as a tuple of arguments, or as a mapping of arguments by name'
+            f'{name} does not run on the sample ({type(error).__name__}: {error}); give an input that it takes by '
+            'sample=, as a tensor, as a tuple of arguments, or as a mapping of arguments by name'
         ) from error
+    if not outputs:
+        raise ValueError(
+            f'{name} returns no floating-point tensors for the sample, in tuples, lists, mappings and dataclasses, so '
+            'nothing shows that it stays the same; replace the convolutions of a part that does'
+        )
+    if not all(bool(output.isfinite().all()) for output in outputs):
+        raise ValueError(f'{name} gives infinite or NaN outputs for the sample; look at its weights')
+    return outputs
+
+
+def _outputs_with_branches(
+    module: nn.Module, sample: Any, made_at: Mapping[str, OverparameterizedConv2d]
+) -> list[Tensor]:
+    """Run the changed network; raise `ValueError` if it does not call what was put in, or reads what is gone."""
+    calls: Counter[nn.Module] = Counter()
+    placed = {path: [m for m in (made, made.original.tail) if m is not None] for path, made in made_at.items()}
+    handles = [
+        m.register_forward_pre_hook(lambda called, _: calls.update([called]))
+        for parts in placed.values()
+        for m in parts
+    ]
+    try:
+        outputs = eval_outputs(module, sample)
+    except Exception as error:  # code of others may raise errors of any class
+        raise ValueError(
+            f'{type(module).__name__} does not run with branches ({type(error).__name__}: {error}); it may read what '
+            'only a convolution or a norm has. Leave that layer out by where='
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    for path, parts in placed.items():
+        if any(calls[part] != 1 for part in parts):
+            raise ValueError(
+                f'{type(module).__name__} does not call what takes the place of {path!r}: it holds its layers in '
+                'another place, too, such as a list; leave that layer out by where='
+            )
+    return outputs
 
 
 def _choose(found: list[Candidate], block: str, where: Where, *, name: str) -> list[tuple[Candidate, str]]:
@@ -159,24 +201,36 @@ def _choose(found: list[Candidate], block: str, where: Where, *, name: str) -> l
 
 
 def _patterns(where: Where, block: str) -> dict[str, str]:
-    if isinstance(where, Mapping):
-        return dict(where)
+    """Return block types by patterns of paths."""
     if where is None or callable(where):
         return {'*': block}
-    return dict.fromkeys([where] if isinstance(where, str) else where, block)
+    if isinstance(where, str):
+        return {where: block}
+    patterns = dict(where) if isinstance(where, Mapping) else dict.fromkeys(_as_tuple(where), block)
+    if not patterns:
+        raise ValueError('where= is empty; leave it out to replace all convolutions that can be replaced')
+    if other := [pattern for pattern in patterns if not isinstance(pattern, str)]:
+        raise TypeError(f'where= holds {other[0]!r}; it takes patterns of paths, like layer1.*')
+    return patterns
+
+
+def _as_tuple(where: Any) -> tuple[Any, ...]:
+    if not isinstance(where, Iterable):
+        raise TypeError(f'where={where!r} is no pattern, list of patterns, function or mapping')
+    return tuple(where)
 
 
 def _nothing_found(
     found: list[Candidate], refused: list[tuple[str, str]], pattern: str, where: Where, name: str
 ) -> str:
-    asked = ''
-    if where is not None:
-        asked = f' that where={where if callable(where) else pattern!r} selects'
+    asked = '' if where is None else f' that where={where if callable(where) else pattern!r} selects'
     matching = [(path, reason) for path, reason in refused if fnmatchcase(path, pattern)]
     if matching:
         path, reason = matching[0]
         others = f' (and {len(matching) - 1} more like it)' if len(matching) > 1 else ''
-        return f'{name} has no convolution{asked} and that can be replaced. {path!r} stays{others}: {reason}'
+        return f'{name} has no convolution{asked} which can be replaced. {path!r} stays{others}: {reason}'
     if not found:
         return f'{name} has no convolution with a kernel of more than one pixel'
+    if not callable(where) and any(fnmatchcase(candidate.path, pattern) for candidate in found):
+        return f'all convolutions{asked} are selected by an earlier pattern; put narrow patterns first'
     return f'{name} has no convolution{asked}; there are {len(found)}, from {found[0].path!r} to {found[-1].path!r}'

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .._compat import copy_hooks
+from .._compat import copy_hooks, has_hooks
 from .evaluation import eval_outputs
 from .fold import BNStats, FoldError, exact_dtype
 from .geometry import check_has_values
@@ -74,12 +74,15 @@ class PairFold:
         rest = _rest(self.norm)
         for parent, name in self._places:
             setattr(parent, name, rest)
+        norm = self.norm
+        was_training, norm.training = norm.training, False  # if other code still calls it, its statistics stay
         remember_replaced(replaced)
 
         def restore() -> None:
             forget_replaced(replaced)
+            norm.training = was_training
             for parent, name in self._places:
-                setattr(parent, name, self.norm)
+                setattr(parent, name, norm)
             undo()
 
         return restore
@@ -113,8 +116,8 @@ def _not_plain(conv: nn.Conv2d, norm: Any) -> str | None:
     """Tell why a pair is more than a convolution and a batch normalisation; None if it is not."""
     if is_parametrized(conv) or 'weight' not in dict(conv.named_parameters(recurse=False)):
         return 'the kernel is computed from other parameters'
-    if not all(hasattr(norm, name) for name in ('running_mean', 'running_var')):
-        return f'{type(norm).__name__} does not tell its statistics'
+    if has_hooks(conv) or has_hooks(norm):
+        return 'they have hooks, which would see other values'
     if norm.running_mean is None or any(name not in _KEPT for name, _ in norm.named_children()):
         return f'{type(norm).__name__} is no batch normalisation of fixed statistics'
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ['call', 'disable_fast_path', 'eval_outputs', 'evaluating', 'fast_path_is_disabled']
+__all__ = ['call', 'disable_fast_path', 'eval_outputs', 'evaluating', 'fast_path_is_disabled', 'tensors_in']
 
 _disabled = ContextVar('fast_path_is_disabled', default=False)
 
@@ -57,25 +58,40 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def eval_outputs(module: nn.Module, sample: Any) -> list[Tensor]:
-    """Run a module in eval mode, and return all tensors of floating-point numbers among its outputs."""
+    """Run a module in eval mode, and return all tensors of floating-point numbers among its outputs.
+
+    Labels and counts are left out, because they flip where scores are close.
+    """
     with evaluating(module):
-        return [output.detach().clone() for output in _tensors(call(module, sample))]
+        outputs = tensors_in(call(module, sample))
+        return [t.detach().clone() for t in outputs if t.is_floating_point() and t.numel()]
 
 
 def call(module: nn.Module, sample: Any) -> Any:
-    """Call a module with a sample: a tuple holds several arguments, a mapping holds arguments by name."""
+    """Call a module with a copy of a sample: a tuple holds several arguments, a mapping holds arguments by name."""
+    sample = _copied(sample)
     if isinstance(sample, tuple):
         return module(*sample)
     return module(**sample) if isinstance(sample, Mapping) else module(sample)
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        if output.is_floating_point() and output.numel():  # labels and counts flip where scores are close
-            yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)
+def _copied(sample: Any) -> Any:
+    """Copy tensors, because a forward pass may change its input in place."""
+    if isinstance(sample, Tensor):
+        return sample.detach().clone()
+    if type(sample) in (tuple, list):
+        return type(sample)(map(_copied, sample))
+    return {name: _copied(value) for name, value in sample.items()} if type(sample) is dict else sample
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested mappings, tuples, lists and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from tensors_in(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from tensors_in(vars(value))

@@ -7,7 +7,7 @@ norm are a pair if the norm reads the output of the convolution, and nothing els
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .._compat import TorchDispatchMode
-from .evaluation import call, evaluating
+from .evaluation import call, evaluating, tensors_in
 
 __all__ = ['ConvUse', 'conv_norm_pairs', 'sample_of', 'uses_of_convs']
 
@@ -31,7 +31,7 @@ class ConvUse:
     calls: int
     """Number of times that it is called."""
     norm: str | None
-    """Path of the norm that reads the output, if nothing else reads it and the norm reads nothing else."""
+    """Path of the norm that reads the output, if nothing else reads it and the norm runs once."""
     shared_with: str | None
     """Another path of the same module or of a module with the same kernel."""
     kernel_reader: str | None
@@ -74,7 +74,7 @@ def sample_of(module: nn.Module) -> Tensor:
     named = config.get('first_conv') or ()
     for path in [named] if isinstance(named, str) else named:
         chs = convs[path].in_channels if path in convs else chs  # the model may be made for other inputs
-    like = next(p for p in first.parameters() if p.is_floating_point())
+    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, chs, height, width, generator=generator, device='cpu')
     return x.to(like.device).to(like.dtype)
@@ -100,13 +100,16 @@ def uses_of_convs(module: nn.Module, sample: Any) -> list[ConvUse]:
     for path, norm in norms.items():
         handles.append(norm.register_forward_pre_hook(readers.enter(path)))
         handles.append(norm.register_forward_hook(readers.leave_norm, always_call=True))
+    for path, layer in module.named_modules():
+        if next(layer.children(), None) is None and path not in convs and path not in norms:
+            handles.append(layer.register_forward_pre_hook(readers.note(path, layer)))
     try:
         with evaluating(module), readers:
             outputs = call(module, sample)
     finally:
         for handle in handles:
             handle.remove()
-    for tensor in _tensors(outputs):
+    for tensor in tensors_in(outputs):
         readers.read(tensor, 'the output of the model')
     shared = _shared_paths(module, convs)
     return [
@@ -169,6 +172,16 @@ class _Readers(TorchDispatchMode):
     def leave_norm(self, _: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self._running.pop()
 
+    def note(self, path: str, layer: nn.Module) -> Any:
+        """Count a layer as a reader that may do nothing in eval mode, such as dropout."""
+
+        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if not isinstance(layer, nn.Identity):
+                for tensor in tensors_in(inputs):
+                    self.read(tensor, path)
+
+        return hook
+
     def read(self, tensor: Tensor, reader: str) -> None:
         if (found := self._outputs.get(id(tensor))) is not None:
             self.readers[found[0]].append(reader)
@@ -179,16 +192,6 @@ class _Readers(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         reader = self._running[-1] if self._running else str(func)
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             self.read(tensor, reader)
         return func(*args, **kwargs)
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, Mapping):
-        yield from _tensors(values.values())
-    elif isinstance(values, Iterable) and not isinstance(values, str):
-        for value in values:
-            yield from _tensors(value)

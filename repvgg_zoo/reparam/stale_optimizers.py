@@ -44,5 +44,6 @@ def _refuse_replaced(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if stale:
         raise RuntimeError(
             f'{stale} of the {len(held)} parameters of this {type(optimizer).__name__} were replaced by '
-            'switch_to_deploy() or unfold(), so it would train nothing; make a new one from model.parameters()'
+            'switch_to_deploy(), unfold() or overparameterize(), so it would train nothing; make a new one from '
+            'model.parameters()'
         )

@@ -112,7 +112,12 @@ def switch_to_deploy(module: ModuleT, *, verify: Any = None, conv_bn: bool = Fal
     if sample is not None and not conv_bn:
         raise ValueError('sample= is the input for conv_bn=True; to compare both forms, give verify=')
     _refuse_graphs_and_shards(module)
-    plans, folds_in_train_mode = _plan(module, conv_bn=conv_bn, sample=verify if sample is None else sample)
+    if conv_bn:
+        sample = verify if sample is None else sample
+        sample = sample_of(module) if sample is None else sample
+    plans, folds_in_train_mode = _plan(module, conv_bn=conv_bn, sample=sample)
+    if conv_bn and verify is None:  # other code may hold or read the layers, which only a run shows
+        verify = sample
     if folds_in_train_mode:
         _warn_of_train_mode()
     if not plans:
@@ -177,7 +182,7 @@ def _plan(module: nn.Module, *, conv_bn: bool, sample: Any) -> tuple[list[Plan],
             touched |= fold.touched
             is_training.append(block.training)
     if conv_bn:
-        for pair in plan_pairs(module, sample_of(module) if sample is None else sample, without=touched):
+        for pair in plan_pairs(module, sample, without=touched):
             plans.append(pair.apply)
             is_training.append(pair.norm.training)
     return plans, any(is_training)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import logging
 import subprocess
@@ -132,7 +133,7 @@ def test_overparameterize_norm_that_is_removed_keeps_its_activation_and_keys(blo
 def test_switch_restored_norm_has_the_bias_and_nothing_else(net):
     overparameterize(net, 'acb', where='0')
     count = net[0].branches['kxk'].bn.num_batches_tracked
-    count += 7
+    count.fill_(7)
     switch_to_deploy(net)
     norm = net[1]
     assert torch.equal(norm.weight, torch.ones_like(norm.weight))
@@ -312,7 +313,7 @@ def _pair(conv: nn.Module, norm: nn.Module | None = None) -> nn.Module:
         (lambda: torch.fx.symbolic_trace(_pair(nn.Conv2d(3, 4, 3))), 'graph is fixed'),
         (lambda: torch.compile(_pair(nn.Conv2d(3, 4, 3))), 'then compile'),
         (lambda: nn.DataParallel(_pair(nn.Conv2d(3, 4, 3))), 'then wrap'),
-        (lambda: timm.create_model('test_repvgg'), 'part of a block that folds already'),
+        (lambda: timm.create_model('test_repvgg'), 'part of a block that has its own branches'),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(7, 2)), 'give an input that it takes by sample='),
     ],
 )
@@ -333,6 +334,8 @@ def test_overparameterize_what_cannot_be_replaced_raises_and_changes_nothing(mak
         (dict(where={'0': 'nonsense'}), "unknown block 'nonsense'"),
         (dict(where='4'), "'4' stays: a kernel of one row or one column has no branches of 'acb'"),
         (dict(where=lambda path, conv: False), 'has no convolution that where='),
+        (dict(where=[]), 'where= is empty'),
+        (dict(where={'*': 'acb', '0': 'dbb'}), 'selected by an earlier pattern'),
         (dict(batches=[]), 'no images'),
         (dict(sample=torch.ones(1, 5, 8, 8)), 'give an input that it takes by sample='),
     ],
@@ -343,6 +346,130 @@ def test_overparameterize_bad_option_raises_and_changes_nothing(net, options, me
         overparameterize(net, **options)
     assert list(net.modules()) == before
     assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize('where', [5, ['0', 3]])
+def test_overparameterize_where_of_another_type_raises(net, where):
+    with pytest.raises(TypeError, match='where='):
+        overparameterize(net, where=where)
+
+
+class _HoldsAList(_Shared):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = (self.conv, self.norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class _ReadsWeight(_Shared):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x.to(self.conv.weight.dtype)))
+
+
+@dataclasses.dataclass
+class _Output:
+    before: Tensor
+    after: Tensor
+
+
+class _ReturnsADataclass(_Shared):
+    def forward(self, x: Tensor) -> _Output:
+        y = self.conv(x)
+        return _Output(y, self.norm(y))
+
+
+class _ReturnsLabels(_Shared):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)).argmax(1)
+
+
+class _DropsBetween(_Shared):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout2d(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.drop(self.conv(x)))
+
+
+@pytest.mark.parametrize(
+    ('make', 'message'),
+    [
+        (_HoldsAList, "does not call what takes the place of 'conv'"),
+        (_ReadsWeight, "does not run with branches .*no attribute 'weight'"),
+        (_ReturnsADataclass, 'no batch normalisation reads its output'),
+        (_ReturnsLabels, 'returns no floating-point tensors'),
+        (_DropsBetween, 'no batch normalisation reads its output'),
+    ],
+)
+def test_overparameterize_network_that_holds_or_reads_layers_elsewhere_raises(make, message):
+    net = make()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        overparameterize(net, 'acb')
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    net(images(1, px=8))
+
+
+def test_overparameterize_leaves_the_sample_as_it_is():
+    class InPlace(_Shared):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(x.mul_(2).sub_(1)))
+
+    x = images(1, px=8)
+    before = x.clone()
+    net = overparameterize(InPlace(), 'acb', sample=x)
+    switch_to_deploy(net, verify=x)
+    assert torch.equal(x, before)
+
+
+def test_overparameterize_norms_in_eval_mode_stay_so(net):
+    net.train()
+    net[1].eval()
+    net[1].bias.requires_grad_(False)
+    net[4].bias.requires_grad_(False)
+    counts = {key: value.clone() for key, value in net.state_dict().items() if 'tracked' in key}
+    flags = {key: p.requires_grad for key, p in net.named_parameters()}
+    overparameterize(net, 'repvgg')
+    assert not any(norm.training for norm in net[0].branch_norms())
+    assert all(norm.training for norm in net[2].branch_norms())
+    switch_to_deploy(net)
+    assert not net[1].training
+    assert net[3].training
+    assert {key: p.requires_grad for key, p in net.named_parameters()} == flags
+    assert all(torch.equal(net.state_dict()[key], value) for key, value in counts.items())
+
+
+def test_switch_activation_that_was_replaced_stays():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).eval()
+    overparameterize(net, 'acb')
+    net[1].act = nn.Tanh()
+    seen = []
+    net[1].register_forward_hook(lambda *_: seen.append(1))
+    x = images(1, px=8)
+    expected = net(x)
+    switch_to_deploy(net)
+    assert torch.allclose(net(x), expected, atol=1e-6)
+    assert len(seen) == 2
+    overparameterize(net, 'acb', where='2')
+    net[3].act = nn.Tanh()
+    with pytest.raises(FoldError, match='for which BatchNorm2d has no place'):
+        switch_to_deploy(net)
+
+
+@pytest.mark.parametrize('change', ['hook', 'forward'])
+def test_switch_branch_sum_that_computes_more_raises(net, change):
+    overparameterize(net, 'acb')
+    if change == 'hook':
+        net[0].register_forward_hook(lambda module, args, output: 2 * output)
+    else:
+        net[0].forward = lambda x: 2 * OverparameterizedConv2d.forward(net[0], x)
+    with pytest.raises(FoldError, match='it or its branches have hooks, another forward'):
+        switch_to_deploy(net)
 
 
 def test_overparameterize_outputs_that_would_change_raise_and_change_nothing(net, monkeypatch):
@@ -363,7 +490,7 @@ def test_overparameterize_what_stays_is_logged(net, caplog):
 def test_switch_branches_that_were_changed_raise(net):
     overparameterize(net, 'acb')
     net[0].branches['kxk'].conv.register_forward_hook(lambda module, args, output: 2 * output)
-    with pytest.raises(FoldError, match="cannot fold block '0': its branches have hooks"):
+    with pytest.raises(FoldError, match="cannot fold block '0': it or its branches have hooks"):
         switch_to_deploy(net)
     assert blocks_of(net)
 

@@ -224,3 +224,33 @@ def test_conv_bn_beside_blocks_folds_both(x):
     switch_to_deploy(both, conv_bn=True, verify=x)
     assert count_norms(both) == 0
     assert rel_diff(both(x), before) < 1e-12
+
+
+def test_conv_bn_of_layers_that_are_held_elsewhere_raises_and_changes_nothing(x):
+    class HoldsAList(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+            self.layers = (self.conv, self.norm)
+
+        def forward(self, pixels):
+            return self.layers[1](self.layers[0](pixels))
+
+    net = randomise(HoldsAList().double())
+    before = net(x)
+    with pytest.raises(FoldError, match='differs by'):
+        switch_to_deploy(net.train(), conv_bn=True, sample=x)
+    assert count_norms(net) == 1
+    assert net.norm.training
+    assert torch.equal(net.eval()(x), before)
+
+
+def test_conv_bn_of_layers_with_hooks_is_left(x):
+    net = small()
+    seen = []
+    net[0].register_forward_hook(lambda *_: seen.append(1))
+    before = net(x)
+    seen.clear()
+    switch_to_deploy(net, conv_bn=True, sample=x)
+    assert rel_diff(net(x), before) < 1e-12
+    assert isinstance(net[1], nn.BatchNorm2d)
