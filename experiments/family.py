@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -34,9 +35,8 @@ from repvgg_zoo.tools.quantize import quantize
 EPOCHS = 10
 NETWORK = dict(depths=(4, 4, 1, 1), width=(0.75, 0.75, 0.5, 0.1875), strides=(1, 2, 2, 2, 2))
 """Half the work of `test_repvgg` itself."""
-RECIPE = f"""
-    --model-kwargs {' '.join(f'{k}={str(v).replace(" ", "")}' for k, v in NETWORK.items())}
-    --dataset= --train-split train --val-split test --model test_repvgg --num-classes 10 --epochs 10 --warmup-epochs 1
+RECIPE = """
+    --dataset= --train-split train --val-split test --num-classes 10 --warmup-epochs 1
     --batch-size 128 --validation-batch-size 500 --opt sgd --momentum 0.9 --weight-decay 5e-4 --lr 0.1 --min-lr 0
     --sched-on-updates --scale 0.7 1.0 --ratio 0.9 1.1 --hflip 0.5 --train-interpolation bilinear --color-jitter 0
     --smoothing 0.1 --channels-last --device cpu --workers 1 --checkpoint-hist 1
@@ -74,18 +74,32 @@ def main() -> None:
         report(args)
 
 
-def is_complete(run: Path) -> bool:
+def is_complete(run: Path, epochs: int = EPOCHS) -> bool:
     summary = run / 'summary.csv'
-    return summary.is_file() and any(row['epoch'] == str(EPOCHS - 1) for row in csv.DictReader(summary.open()))
+    return summary.is_file() and any(row['epoch'] == str(epochs - 1) for row in csv.DictReader(summary.open()))
 
 
 def train(block: str, seed: int, args: argparse.Namespace) -> None:
-    name = f'{block}-{seed}'
-    if is_complete(args.runs / name):
+    kwargs = [f'{key}={str(value).replace(" ", "")}' for key, value in NETWORK.items()]
+    options = ['--model', 'test_repvgg', '--model-kwargs', *kwargs, f'block={block}']
+    run_training(f'{block}-{seed}', options, seed, args)
+
+
+def run_training(
+    name: str,
+    options: Sequence[str],
+    seed: int,
+    args: argparse.Namespace,
+    *,
+    epochs: int = EPOCHS,
+    launcher: Sequence[str] = (),
+) -> None:
+    """Run timm's train.py, or go on with a run that was stopped."""
+    if is_complete(args.runs / name, epochs):
         return
-    command = [sys.executable, '-m', 'repvgg_zoo', 'run', args.script, '--data-dir', args.data, *RECIPE.split()]
-    command += PRECISIONS[args.precision]
-    command += ['--model-kwargs', f'block={block}', '--seed', str(seed), '--output', args.runs, '--experiment', name]
+    command = [sys.executable, '-m', 'repvgg_zoo', 'run', *launcher, args.script, '--data-dir', args.data]
+    command += [*RECIPE.split(), '--epochs', str(epochs), *PRECISIONS[args.precision], *options]
+    command += ['--seed', str(seed), '--output', args.runs, '--experiment', name]
     if (last := args.runs / name / 'last.pth.tar').is_file():
         command += ['--resume', last]
     threads = max(1, (os.cpu_count() or 1) // args.parallel)
@@ -112,7 +126,8 @@ def report(args: argparse.Namespace) -> None:
                 writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
                 writer.writeheader()
                 writer.writerows(rows.values())
-    costs = training_costs(args.precision)
+    models = {block: timm.create_model('test_repvgg', num_classes=10, block=block, **NETWORK) for block in BLOCKS}
+    costs = training_costs(models, args.precision)
     table = []
     for block in BLOCKS:
         runs = [row for key, row in rows.items() if key[0] == block]
@@ -133,17 +148,22 @@ def accuracies(run: Path, block: str, data: Path) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as temporary:
         folder, last = Path(temporary), run / 'last.pth.tar'
         model = convert(last, folder / 'model', variant='test_repvgg', block=block, model_kwargs=NETWORK).eval()
-        dataset = create_dataset('', root=str(data / 'test'))
-        dataset.transform = create_transform(**resolve_model_data_config(model))
-        right = 0
-        with torch.inference_mode():
-            for images, labels in torch.utils.data.DataLoader(dataset, batch_size=500):
-                right += int((model(images).argmax(1) == labels).sum())
+        training_top1_pct = top1_pct(model, data / 'test')
         measured = quantize(
             folder / 'model', folder / 'int8', images=data / 'test', calibration=data / 'train', track=lambda x, **_: x
         )
-    top1 = (100 * right / len(dataset), measured.float32_top1_pct, measured.int8_top1_pct)
+    top1 = (training_top1_pct, measured.float32_top1_pct, measured.int8_top1_pct)
     return {column: f'{value:.2f}' for column, value in zip(TOP1, top1, strict=True)}
+
+
+def top1_pct(model: torch.nn.Module, folder: Path) -> float:
+    dataset = create_dataset('', root=str(folder))
+    dataset.transform = create_transform(**resolve_model_data_config(model))
+    right = 0
+    with torch.inference_mode():
+        for images, labels in torch.utils.data.DataLoader(dataset, batch_size=500):
+            right += int((model(images).argmax(1) == labels).sum())
+    return 100 * right / len(dataset)
 
 
 def mean_and_spread(values: list[float]) -> str:
@@ -154,11 +174,10 @@ def mean_and_spread(values: list[float]) -> str:
     return mean if len(values) == 1 else f'{mean} ± {statistics.stdev(values):.2f}'
 
 
-def training_costs(precision: str) -> dict[str, tuple[str, ...]]:
-    """Time of a training step and bytes saved for it, relative to the default block, and parameters in thousands."""
+def training_costs(models: Mapping[str, torch.nn.Module], precision: str) -> dict[str, tuple[str, ...]]:
+    """Time of a training step and bytes saved for it, relative to the first model, and parameters in thousands."""
     x = torch.randn(128, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (128,))
-    models = {block: timm.create_model('test_repvgg', num_classes=10, block=block, **NETWORK) for block in BLOCKS}
     autocast = torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bfloat16')
 
     def step(model: torch.nn.Module) -> None:
