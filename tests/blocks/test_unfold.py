@@ -401,7 +401,7 @@ def top1_after_training(model: nn.Module, train, validation, seed: int) -> float
 
 
 @pytest.mark.cpu
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_unfold_then_fine_tuning_is_as_good_as_the_training_form():
     """A classifier that was taken off is learnt again, and the features move, by the same recipe from either form."""
     transform = create_transform(**resolve_model_data_config(timm.create_model('test_repvgg')))
@@ -430,7 +430,7 @@ def test_unfold_then_step_of_an_old_optimizer_raises(folded):
     model = copy.deepcopy(folded).requires_grad_()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     unfold(model)
-    with pytest.raises(RuntimeError, match=r'were replaced by switch_to_deploy\(\) or unfold\(\)'):
+    with pytest.raises(RuntimeError, match=r'were replaced by switch_to_deploy\(\), unfold\(\)'):
         optimizer.step()
 
 

@@ -47,7 +47,7 @@ def test_page_blocks_run_in_their_order(page, tmp_path):
 
 
 def test_readme_has_blocks_to_run():
-    assert sum('pip install' not in code for _, code in BLOCKS['README.md']) == 8
+    assert sum('pip install' not in code for _, code in BLOCKS['README.md']) == 9
 
 
 def test_readme_table_is_current():

@@ -108,7 +108,7 @@ def test_compiled_model_has_equal_gradients_and_no_graph_breaks(deploy):
     assert torch._dynamo.explain(model.eval())(x).graph_break_count == 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @FORMS
 def test_inductor_channels_last_gives_equal_gradients(deploy):
     """A stem whose backward corrupts memory in channels_last does so here, where the compiler chooses the layout."""

@@ -250,8 +250,8 @@ ON_CPU = [name for name, runtime in RUNTIMES.items() if runtime.devices is None 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'runtime',
-    # minutes of compilation, and on a CPU the modes are the same
-    [exhaustive(name) if name.startswith('compile-') else name for name in ON_CPU],
+    # minutes of compilation
+    [exhaustive(name) if name.startswith('compile') else name for name in ON_CPU],
 )
 def test_runtime_every_dtype_gives_outputs_of_eager(runtime):
     """Preparing compares them."""

@@ -101,7 +101,7 @@ def test_step_of_another_model_after_switch_works(model):
 
 def test_step_after_undone_switch_works(model, monkeypatch):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    monkeypatch.setattr('repvgg_zoo.reparam.switch.max_rel_diff', lambda *_: -1)
+    monkeypatch.setattr('repvgg_zoo.reparam.comparison.max_rel_diff', lambda *_: -1)
     with pytest.raises(repvgg_zoo.FoldError):
         switch_to_deploy(model, verify=images(1, px=32))
     step(model, optimizer)
