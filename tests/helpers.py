@@ -43,8 +43,11 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
 
 
 def params(names: list[str]) -> list:
-    """Test parameters, the large variants marked slow."""
-    return [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in names]
+    """Test parameters, two of the large variants marked slow and the others exhaustive."""
+    marks = {
+        name: pytest.mark.slow if name in ('repvgg_b3', 'repvgg_d2se') else pytest.mark.exhaustive for name in LARGE
+    }
+    return [pytest.param(name, marks=marks[name]) if name in marks else name for name in names]
 
 
 ABLATIONS = {'plain_delta', 'no_identity', 'no_1x1', 'no_identity_bn', 'bn_after'}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import LARGE, MMPRETRAIN, OFFICIAL, official, rename
+from helpers import MMPRETRAIN, OFFICIAL, official, rename
 from hub_server import Repository
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -45,8 +45,7 @@ def of(source: str) -> list:
     """Training-form records whose file is at that kind of source."""
 
     def marks(record: WeightsRecord) -> list:
-        slow = [pytest.mark.slow] if record.params > 20e6 else []
-        return [*slow, pytest.mark.exhaustive] if record.arch in LARGE else slow
+        return [pytest.mark.exhaustive] if record.params > 40e6 else [pytest.mark.slow] if record.params > 20e6 else []
 
     return [
         pytest.param(record, id=record.name, marks=marks(record))
