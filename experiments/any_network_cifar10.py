@@ -9,13 +9,22 @@ was; one that is complete, or has its line in the table, is left alone.
 """
 
 import argparse
-import csv
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import timm
-from family import PRECISIONS, is_complete, mean_and_spread, precision_of, run_training, top1_pct, training_costs
+from family import (
+    PRECISIONS,
+    is_complete,
+    mean_and_spread,
+    precision_of,
+    read_rows,
+    run_training,
+    top1_pct,
+    training_costs,
+    write_rows,
+)
 from torch import nn
 
 import repvgg_zoo
@@ -44,7 +53,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.step == 'train':
         args.runs.mkdir(parents=True, exist_ok=True)
-        jobs = [job for job in JOBS if job not in read_rows()]
+        jobs = [job for job in JOBS if job not in read_rows(RESULTS)]
         with ThreadPoolExecutor(args.parallel) as pool:
             list(pool.map(lambda job: train(*job, args), jobs))
     else:
@@ -59,24 +68,14 @@ def train(block: str, seed: int, args: argparse.Namespace) -> None:
     run_training(f'{block}-{seed}', options, seed, args, epochs=EPOCHS, launcher=launcher)
 
 
-def read_rows() -> dict[tuple[str, int], dict[str, str]]:
-    if not RESULTS.is_file():
-        return {}
-    with RESULTS.open(newline='') as file:
-        return {(row['block'], int(row['seed'])): row for row in csv.DictReader(file)}
-
-
 def report(args: argparse.Namespace) -> None:
-    rows = read_rows()
+    rows = read_rows(RESULTS)
     for block, seed in JOBS:
         run = args.runs / f'{block}-{seed}'
         if (block, seed) not in rows and is_complete(run, EPOCHS):
             top1 = accuracies(run, block, args.data)
             rows[block, seed] = dict(block=block, seed=str(seed), precision=precision_of(run)) | top1
-            with RESULTS.open('w', newline='') as file:
-                writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
-                writer.writeheader()
-                writer.writerows(rows.values())
+            write_rows(rows, COLUMNS, RESULTS)
     blocks = list(dict.fromkeys(block for block, _ in JOBS))
     costs = training_costs({block: create(block) for block in blocks}, args.precision)
     table = []

@@ -108,11 +108,18 @@ def run_training(
         subprocess.run(command, env=env, stdout=log, stderr=log, check=True)
 
 
-def read_rows() -> dict[tuple[str, int], dict[str, str]]:
-    if not RESULTS.is_file():
+def read_rows(results: Path = RESULTS) -> dict[tuple[str, int], dict[str, str]]:
+    if not results.is_file():
         return {}
-    with RESULTS.open(newline='') as file:
+    with results.open(newline='') as file:
         return {(row['block'], int(row['seed'])): row for row in csv.DictReader(file)}
+
+
+def write_rows(rows: Mapping[tuple[str, int], dict[str, str]], columns: Sequence[str], results: Path = RESULTS) -> None:
+    with results.open('w', newline='') as file:
+        writer = csv.DictWriter(file, columns, lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows.values())
 
 
 def report(args: argparse.Namespace) -> None:
@@ -122,10 +129,7 @@ def report(args: argparse.Namespace) -> None:
         if (block, seed) not in rows and is_complete(run):
             measured = dict(precision=precision_of(run)) | accuracies(run, block, args.data)
             rows[block, seed] = dict(block=block, seed=str(seed)) | measured
-            with RESULTS.open('w', newline='') as file:
-                writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
-                writer.writeheader()
-                writer.writerows(rows.values())
+            write_rows(rows, COLUMNS)
     models = {block: timm.create_model('test_repvgg', num_classes=10, block=block, **NETWORK) for block in BLOCKS}
     costs = training_costs(models, args.precision)
     table = []
