@@ -2,7 +2,6 @@
 
 # no `from __future__ import annotations`: graphs of torch.fx could not be scripted
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +20,7 @@ from ..reparam.fold import (
     fold_branches,
     fold_exactly,
 )
-from ..reparam.geometry import GATHER, Geometry, agreed, build_conv
+from ..reparam.geometry import GATHER, Geometry, agreed, build_conv, is_channels_last
 from ..reparam.kernel_hooks import computes_kernel, refresh_kernels
 from .branches import BRANCHES, CONVOLUTIONS, Branch
 from .fast_paths import (
@@ -36,7 +35,7 @@ from .fast_paths import (
     runs_plainly,
 )
 
-__all__ = ['BranchSum', 'is_channels_last']
+__all__ = ['BranchSum']
 
 
 class BranchSum(nn.Module):
@@ -237,9 +236,3 @@ def _convolve(x: Tensor, kernel: Tensor, bias: Tensor, geometry: Geometry) -> Te
         x = F.pad(x, [padding[1], padding[1], padding[0], padding[0]], geometry.padding_mode)
         padding = (0, 0)
     return F.conv2d(x, kernel, bias, geometry.stride or 1, padding, dilation, geometry.groups or 1)
-
-
-def is_channels_last(kernels: Iterable[Tensor]) -> bool:
-    """Tell whether all kernels whose strides can tell are in channels_last."""
-    large = [k for k in kernels if k.shape[2:] != (1, 1) and k.shape[1] > 1]
-    return bool(large) and all(k.is_contiguous(memory_format=torch.channels_last) for k in large)

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable
 
 from ..variants import suggestion
 from .base import SPLIT_BN, ReparamBlock
-from .block_types import BLOCK_TYPES
+from .block_types import BLOCK_TYPES, BRANCH_TYPES
 from .multi_branch import MultiBranchBlock
 from .repvgg_block import RepVGGBlock
 
 __all__ = ['BLOCKS', 'block_type', 'blocks_with_keys']
 
-BLOCKS = ('repvgg', *BLOCK_TYPES)
+BLOCKS = tuple(BRANCH_TYPES)
 """The names that `block=` takes."""
 
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from .._compat import copy_hooks, has_hooks
 from ..blocks.block_types import BRANCH_TYPES
-from ..blocks.branch_sum import BranchSum, is_channels_last
+from ..blocks.branch_sum import BranchSum
 from ..blocks.branches import Branch, ConvSpec
 from ..blocks.fast_paths import full_precision
 from ..blocks.set_kernel import set_equivalent_kernel_bias
 from ..reparam.fold import BNStats, FoldError, KernelBias, exact_dtype, fold_exactly
-from ..reparam.geometry import as_pair, padding_of
+from ..reparam.geometry import as_pair, is_channels_last, padding_of
 from ..reparam.stale_optimizers import forget_replaced, remember_replaced
 from ..reparam.transplant import mark_folded, places_of
 

@@ -12,14 +12,15 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .._compat import copy_hooks, has_hooks
+from .._compat import has_hooks
+from .comparison import largest_difference
 from .evaluation import eval_outputs
-from .fold import BNStats, FoldError, exact_dtype
+from .fold import BNStats, FoldError, check_finite, exact_dtype
 from .geometry import check_has_values
 from .pairs import uses_of_convs
 from .stale_optimizers import forget_replaced, remember_replaced
 from .tolerance import MAX_REL_DIFF
-from .transplant import check_finite, mark_folded, places_of, snapshot
+from .transplant import mark_folded, places_of, snapshot
 
 __all__ = ['PairFold', 'plan_pairs']
 
@@ -108,7 +109,6 @@ def _rest(norm: nn.Module) -> nn.Module:
     ]
     rest = nn.Sequential(OrderedDict(parts)) if parts else nn.Identity()
     rest.training = norm.training
-    copy_hooks(norm, rest)
     return rest
 
 
@@ -142,7 +142,6 @@ def _difference(conv: nn.Conv2d, norm: nn.Module) -> tuple[float, float]:
     px = max(d * (k - 1) + 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, conv.in_channels, px, px, dtype=torch.float64, generator=generator, device='cpu')
-    (expected,) = eval_outputs(nn.Sequential(conv, norm), x)
+    before = eval_outputs(nn.Sequential(conv, norm), x)
     conv.weight, conv.bias = _folded(conv, norm)
-    (actual,) = eval_outputs(nn.Sequential(conv, _rest(norm)), x)
-    return (actual - expected).abs().max().item(), expected.abs().max().item()
+    return largest_difference(before, eval_outputs(nn.Sequential(conv, _rest(norm)), x))

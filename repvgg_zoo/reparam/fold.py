@@ -22,6 +22,7 @@ __all__ = [
     'FoldError',
     'KernelBias',
     'centred_kernel',
+    'check_finite',
     'check_norm',
     'check_result',
     'exact_dtype',
@@ -235,12 +236,17 @@ def check_result(branches: Sequence[ConvBN], dtype: torch.dtype, norm: nn.Module
     if bool((largest_kernel <= limit) & (largest_bias <= limit)):  # false for NaN
         return
     for name, values in zip(('kernel', 'bias'), fold_exactly(branches, norm), strict=True):
-        if not bool((finite := values.to(dtype).isfinite()).all()):
-            channel = int((~finite).nonzero()[0, 0])
-            raise FoldError(
-                f'the folded {name} of channel {channel} is not finite in {dtype}, whose largest number is '
-                f'{limit:.4g}; if the weights are finite, fold in a wider dtype, by model.float()'
-            )
+        check_finite(name, values.to(dtype))
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """Raise `FoldError` if folded values are not finite in their dtype."""
+    if not bool((finite := values.isfinite()).all()):
+        channel = int((~finite).nonzero()[0, 0])
+        raise FoldError(
+            f'the folded {name} of channel {channel} is not finite in {values.dtype}, whose largest number is '
+            f'{torch.finfo(values.dtype).max:.4g}; if the weights are finite, fold in a wider dtype, by model.float()'
+        )
 
 
 def _largest(values: Tensor) -> Tensor:

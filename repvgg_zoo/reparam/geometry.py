@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from .fold import FoldError
 
-__all__ = ['GATHER', 'Geometry', 'agreed', 'as_pair', 'build_conv', 'check_is_plain_conv', 'geometry_of', 'padding_of']
+__all__ = [
+    'GATHER',
+    'Geometry',
+    'agreed',
+    'as_pair',
+    'build_conv',
+    'check_has_values',
+    'check_is_plain_conv',
+    'geometry_of',
+    'is_channels_last',
+    'padding_of',
+]
 
 GATHER = (
     'gather the full state dict (torch.distributed.checkpoint.state_dict.get_model_state_dict, with '
@@ -141,6 +153,12 @@ def check_has_values(kernel: Tensor, name: str) -> None:
             f"the kernel of its {name} is on device 'meta' and has no values; load the weights first, or bring "
             'offloaded ones back (accelerate.hooks.remove_hook_from_submodules)'
         )
+
+
+def is_channels_last(kernels: Iterable[Tensor]) -> bool:
+    """Tell whether all kernels whose strides can tell are in channels_last."""
+    large = [k for k in kernels if k.ndim == 4 and k.shape[1] > 1 and k.shape[2:] != (1, 1)]
+    return bool(large) and all(k.is_contiguous(memory_format=torch.channels_last) for k in large)
 
 
 def build_conv(

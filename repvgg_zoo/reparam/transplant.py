@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fold import FoldError
+from .fold import FoldError, check_finite
+from .geometry import is_channels_last
 
-__all__ = ['Transplant', 'check_finite', 'is_folded', 'mark_folded', 'places_of', 'snapshot']
+__all__ = ['Transplant', 'is_folded', 'mark_folded', 'places_of', 'snapshot']
 
 _PLAIN = (bool, int, float, str, type(None))
 """Attributes in which methods keep the form of a block."""
@@ -40,7 +41,7 @@ class Transplant:
         self._live, self._changed, self._originals = live, changed, originals
         kernels = [p for p in live.parameters() if p.ndim > 1] or list(live.parameters())
         self._dtype, self._device = kernels[0].dtype, kernels[0].device
-        self._layout = torch.channels_last if _is_channels_last(kernels) else torch.contiguous_format
+        self._layout = torch.channels_last if is_channels_last(kernels) else torch.contiguous_format
         kept = {id(p) for m in changed.modules() if m in originals for p in originals[m].parameters(recurse=False)}
         lost = [p for p in live.parameters() if id(p) not in kept]
         self._requires_grad = any(p.requires_grad for p in lost if p.ndim > 1) or (
@@ -133,16 +134,6 @@ def places_of(root: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]
     return [(root.get_submodule(parent), name) for parent, _, name in paths]
 
 
-def check_finite(name: str, values: Tensor) -> None:
-    """Raise `FoldError` if folded values are not finite in their dtype."""
-    if not bool((finite := values.isfinite()).all()):
-        channel = int((~finite).nonzero()[0, 0])
-        raise FoldError(
-            f'the folded {name} of channel {channel} is not finite in {values.dtype}, whose largest number is '
-            f'{torch.finfo(values.dtype).max:.4g}; if the weights are finite, fold in a wider dtype, by model.float()'
-        )
-
-
 _MARK = 'is_folded_block'
 
 
@@ -174,8 +165,3 @@ def snapshot(module: nn.Module) -> Callable[[], None]:
 def _run_backwards(undo: list[Callable[[], None]]) -> None:
     for restore in reversed(undo):
         restore()
-
-
-def _is_channels_last(kernels: list[Any]) -> bool:
-    large = [k for k in kernels if k.ndim == 4 and k.shape[1] > 1 and k.shape[2] * k.shape[3] > 1]
-    return bool(large) and all(k.is_contiguous(memory_format=torch.channels_last) for k in large)

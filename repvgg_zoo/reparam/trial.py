@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .._compat import copy_hooks
+from .comparison import largest_difference
 from .evaluation import eval_outputs
 from .fold import BATCH_NORMS, BNStats, FoldError
 from .foreign import KNOWN_BLOCKS, KnownBlock
@@ -216,7 +217,7 @@ def _compare(expected: list[list[Tensor]], actual: list[list[Tensor]], block: nn
         if [t.shape for t in before] != [t.shape for t in after]:
             raise FoldError(f'the fold of its {type(block).__name__} has outputs of other shapes; leave it as it is')
         for old, new in zip(before, after, strict=True):
-            diff, largest = (new - old).abs().max().item(), old.abs().max().item()
+            diff, largest = largest_difference([old], [new])
             if not math.isfinite(largest):
                 raise FoldError(f'its {type(block).__name__} gives values that are not finite; load its weights')
             if not diff <= MAX_REL_DIFF[torch.float64] * largest:
