@@ -4,7 +4,7 @@ Each network begins with random weights. `acb` stands for the block types that n
 `doconv` for those that need none. `overparameterize` compares the outputs before and after, and `switch_to_deploy`
 those of both forms. A run that was stopped goes on where it was.
 
-    python experiments/any_network.py --out experiments/any_network.csv
+    python -m experiments.any_network --out experiments/any_network.csv
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What branches are worth to a plain network on CIFAR-10: `train` runs timm's train.py, `report` writes the table.
 
-    python experiments/any_network_cifar10.py train --script train.py --data cifar10 --runs runs
-    python experiments/any_network_cifar10.py report --data cifar10 --runs runs
+    python -m experiments.any_network_cifar10 train --script train.py --data cifar10 --runs runs
+    python -m experiments.any_network_cifar10 report --data cifar10 --runs runs
 
 The network is timm's `test_resnet`, alone (`none`) and with branches by the launcher's `--overparameterize`. `--data`
 holds the folders `train` and `test`, with a folder of images for each class. A run that was stopped goes on where it
@@ -14,7 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import timm
-from family import (
+from torch import nn
+
+import repvgg_zoo
+from experiments.family import (
     PRECISIONS,
     is_complete,
     mean_and_spread,
@@ -25,9 +28,6 @@ from family import (
     training_costs,
     write_rows,
 )
-from torch import nn
-
-import repvgg_zoo
 from repvgg_zoo.tools.convert import convert
 from repvgg_zoo.tools.markdown import markdown_table
 

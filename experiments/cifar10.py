@@ -1,6 +1,6 @@
 """Train a network on CIFAR-10, with all images in the memory of the device.
 
-    python experiments/cifar10.py --data cifar10 --out runs/tiny --epochs 200 --device cuda
+    python -m experiments.cifar10 --data cifar10 --out runs/tiny --epochs 200 --device cuda
 
 `--data` holds the folders `train` and `test`, with a folder of images for each class. Crops of images padded by four
 pixels, and flips; SGD, whose learning rate rises and falls linearly; label smoothing; an average of the weights;

@@ -1,7 +1,7 @@
 """What each training-time block is worth on CIFAR-10: `train` runs timm's train.py, `report` writes family.csv.
 
-    python experiments/family.py train --script train.py --data cifar10 --runs runs
-    python experiments/family.py report --data cifar10 --runs runs
+    python -m experiments.family train --script train.py --data cifar10 --runs runs
+    python -m experiments.family report --data cifar10 --runs runs
 
 `--data` holds the folders `train` and `test`, with a folder of images for each class. A run that was stopped goes on
 where it was; one that is complete, or has its line in family.csv, is left alone: to repeat it, take the line out.

@@ -1,12 +1,13 @@
 """What `switch_to_deploy` makes of the networks whose blocks fold, beside timm's own `reparameterize_model`.
 
-    python experiments/known_blocks.py
+    python -m experiments.known_blocks
 
 Writes known_blocks.csv and known_blocks.md beside this file, in some minutes. Weights are random, and so are the
 statistics of batch normalisation. The detectors of transformers are there if it is installed (`pip install
 transformers`); nothing is downloaded.
 """
 
+import argparse
 import copy
 import csv
 import subprocess
@@ -63,6 +64,7 @@ COLUMNS = {
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     warnings.simplefilter('ignore')
     with RESULTS.open('w', newline='') as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
