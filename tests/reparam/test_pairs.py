@@ -98,6 +98,7 @@ def test_uses_of_convs_of_timm_networks_finds_every_pair(name, spatial, paired):
         (lambda: timm.create_model('test_resnet', in_chans=5), (1, 5, 160, 160)),
         (lambda: timm.create_model('test_repvgg', in_chans=1), (1, 1, 32, 32)),
         (lambda: timm.create_model('csatv2'), (1, 3, 512, 512)),  # its first convolution does not read the image
+        (lambda: timm.create_model('tresnet_m', in_chans=1), (1, 1, 224, 224)),  # 16 channels of blocks of pixels
         (lambda: nn.Sequential(nn.Conv2d(7, 4, 3)), (1, 7, 64, 64)),
     ],
 )
