@@ -1,7 +1,7 @@
 """Give every network of timm branches, and fold it back: which convolutions can be replaced, and why others cannot.
 
-Each network begins with random weights, and with statistics of batch normalisation of random pixels. Some are so
-sensitive with these that rounding decides about the outputs: they are repeated in float64. `acb` stands for the block
+Each network begins with random weights. With some of them, outputs grow over the layers until rounding decides about
+them: those are repeated in float64, with statistics of batch normalisation of random pixels. `acb` stands for the block
 types that need a norm behind the convolution, and `doconv` for those that need none. `overparameterize` compares the
 outputs before and after, and `switch_to_deploy` those of both forms. A run that was stopped goes on where it was.
 
@@ -123,7 +123,8 @@ def try_blocks(name: str, dtype: torch.dtype, row: dict[str, Any]) -> str:
     model = timm.create_model(name).eval().to(dtype)
     sample = smallest_sample(model)
     row['px'] = sample.shape[-1]
-    set_statistics(model, sample)
+    if dtype is torch.float64:
+        set_statistics(model, sample)
     keys = list(model.state_dict())
     found = candidates(model, sample)
     row['convolutions'] = len(found)

@@ -58,6 +58,7 @@ def train_two_steps(module: nn.Module, x: Tensor) -> None:
     for _ in range(2):
         optimizer.zero_grad()
         module(x).square().mean().backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1)  # large steps make networks that amplify rounding
         optimizer.step()
     module.eval()
 
@@ -576,9 +577,9 @@ def _outputs_in_plain_timm(name: str, blocks: list[str], x: Tensor, folder) -> l
     script = (
         'import sys, timm, torch\n'
         "x = torch.load('x.pt')\n"
-        f"model = timm.create_model('{name}', num_classes=5, **{SMALLER.get(name, {})}).double().eval()\n"
         'outputs = []\n'
         f'for block in {blocks}:\n'
+        f"    model = timm.create_model('{name}', num_classes=5, **{SMALLER.get(name, {})}).double().eval()\n"
         "    model.load_state_dict(torch.load(f'{block}.pt'))\n"
         '    outputs.append(model(x).detach())\n'
         "torch.save(outputs, 'outputs.pt')\n"
@@ -601,14 +602,16 @@ def test_overparameterize_timm_network_trained_loads_in_plain_timm(name, blocks,
     px = {'pit_ti_224': 224, 'levit_128s': 224, 'inception_v3': 75}.get(name, 64)
     plain = randomise(timm.create_model(name, num_classes=5, **SMALLER.get(name, {})).double(), px=px)
     x = images(2, px=px, dtype=F64)
-    expected, shapes = plain(x), {key: value.shape for key, value in plain.state_dict().items()}
+    with torch.no_grad():  # LeViT keeps what it computes
+        expected = plain(x)
+    shapes = {key: value.shape for key, value in plain.state_dict().items()}
     outputs, refused = {}, []
     for block in blocks:
         # the kernels of `expand` are made of some 80 times as many numbers
-        narrow = (lambda path, conv: conv.in_channels <= 64 >= conv.out_channels) if block == 'expand' else None
+        small = (lambda path, conv: conv.weight.numel() < 40_000) if block == 'expand' else None
         net = copy.deepcopy(plain)
         try:
-            overparameterize(net, block, sample=x, where=narrow)
+            overparameterize(net, block, sample=x, where=small)
         except ValueError as error:
             assert block in PAIR_TYPES
             refused.append(f'{block}: {error}')
