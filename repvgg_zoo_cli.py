@@ -33,7 +33,7 @@ COMMANDS = MappingProxyType(
         'list': Command('.listing', 'list the variants, their sizes, published accuracy and weights'),
         'demo': Command('.demo.demo', 'fine-tune on bundled images, fold, compare both forms, and draw a picture'),
         'convert': Command('.convert', 'write a checkpoint of any layout and form as a model folder'),
-        'quantize': Command('.quantize', 'write the deploy form in INT8, and report what it costs and gains'),
+        'quantize': Command('.quantize.command', 'write the deploy form in INT8, and report what it costs and gains'),
         'verify': Command('.verify', 'tell whether two checkpoints, or both forms of one, compute the same function'),
         'publish': Command('.publish.publish', 'write both forms of a checkpoint as model folders, and upload them'),
         'reproduce': Command('.reproduce', 'print the commands that reproduce the published accuracy'),

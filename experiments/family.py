@@ -30,7 +30,7 @@ from repvgg_zoo.tools.benchmark.cases import saved_bytes
 from repvgg_zoo.tools.benchmark.measure import time_rounds
 from repvgg_zoo.tools.convert import convert
 from repvgg_zoo.tools.markdown import markdown_table
-from repvgg_zoo.tools.quantize import quantize
+from repvgg_zoo.tools.quantize.quantize import quantize
 
 EPOCHS = 10
 NETWORK = dict(depths=(4, 4, 1, 1), width=(0.75, 0.75, 0.5, 0.1875), strides=(1, 2, 2, 2, 2))
@@ -156,7 +156,7 @@ def accuracies(run: Path, block: str, data: Path) -> dict[str, str]:
         measured = quantize(
             folder / 'model', folder / 'int8', images=data / 'test', calibration=data / 'train', track=lambda x, **_: x
         )
-    top1 = (training_top1_pct, measured.float32_top1_pct, measured.int8_top1_pct)
+    top1 = (training_top1_pct, *(precision.top1_pct for precision in measured.precisions))
     return {column: f'{value:.2f}' for column, value in zip(TOP1, top1, strict=True)}
 
 

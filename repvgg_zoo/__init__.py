@@ -10,6 +10,7 @@ from .checkpoints.errors import CheckpointError
 from .overparam.overparameterize import overparameterize
 from .overparam.registry import register_overparameterized
 from .pretrained.load import load_checkpoint
+from .quantization.qat import prepare_qat
 from .reparam.evaluation import disable_fast_path
 from .reparam.fold import FoldError
 from .reparam.switch import switch_to_deploy
@@ -34,6 +35,7 @@ __all__ = [
     'match_bn_statistics',
     'overparameterize',
     'param_groups',
+    'prepare_qat',
     'register_overparameterized',
     'rep_optimizer',
     'switch_to_deploy',

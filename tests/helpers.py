@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import pytest
@@ -190,3 +191,21 @@ def run_branches(run: Callable[[], Any]) -> Any:
     with disable_fast_path(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(ReparamBlock, 'run_folded', lambda *_: None)  # not recorded by `taken`
         return run()
+
+
+def deployed_with_weights() -> torch.nn.Module:
+    """The bundled model in the deploy form."""
+    return timm.create_model('test_repvgg.cifar10_deploy', pretrained=True).eval()
+
+
+@torch.no_grad()
+def unbalanced_ranges(seed: int = 0) -> torch.nn.Module:
+    """The same function, with channels whose ranges differ a hundredfold."""
+    model, generator = deployed_with_weights(), torch.Generator().manual_seed(seed)
+    blocks = [model.stem, *(block for stage in model.stages for block in stage)]
+    for first, second in pairwise(blocks):
+        scale = 10 ** (2 * torch.rand(first.reparam_conv.out_channels, generator=generator) - 1)
+        first.reparam_conv.weight /= scale.view(-1, 1, 1, 1)
+        first.reparam_conv.bias /= scale
+        second.reparam_conv.weight *= scale.view(1, -1, 1, 1)
+    return model

@@ -23,7 +23,7 @@ LAYERS = (
     ('reparam',),
     ('checkpoints',),
     ('blocks',),
-    ('overparam', 'pretrained', 'model'),
+    ('overparam', 'pretrained', 'quantization', 'model'),
     ('repvgg',),
     ('training',),
     ('__init__',),

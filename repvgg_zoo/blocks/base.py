@@ -102,6 +102,7 @@ class ReparamBlock(BranchSum):
         self.attn = nn.Identity() if attn_layer is None else attn_layer(out_chs, **dd)
         self.attn_last = attn_last
         self.act = act_layer(inplace=True)
+        self.quantizer: nn.Module | None = None
         self.register_load_state_dict_pre_hook(_fold_what_is_loaded)
 
     @torch.jit.unused
@@ -112,7 +113,9 @@ class ReparamBlock(BranchSum):
     def forward(self, x: Tensor) -> Tensor:
         """Run the block in its present form."""
         y: Tensor | None = None
-        if self.reparam_conv is not None:
+        if self.quantizer is not None:
+            y = self.quantizer(x, self)
+        elif self.reparam_conv is not None:
             y = self.reparam_conv(x)
         else:
             if not torch.jit.is_scripting():

@@ -35,7 +35,7 @@ from .fast_paths import (
     runs_plainly,
 )
 
-__all__ = ['BranchSum']
+__all__ = ['BranchSum', 'convolve']
 
 
 class BranchSum(nn.Module):
@@ -95,7 +95,7 @@ class BranchSum(nn.Module):
             if norm is not None and is_fixed_norm(norm):
                 kernel, bias = fold_branches([ConvBN(kernel, bias, norm)], kernel.dtype)
                 norm = None
-        y = _convolve(x, kernel.to(like.dtype), bias.to(like.dtype), geometry)
+        y = convolve(x, kernel.to(like.dtype), bias.to(like.dtype), geometry)
         if 'identity' in branches:  # under autocast the identity keeps the dtype of the input, and so does the sum
             y = y.to(torch.promote_types(y.dtype, x.dtype))
         return y if norm is None else norm(y)
@@ -213,16 +213,22 @@ class BranchSum(nn.Module):
         return agreed(geometries)
 
     @torch.jit.unused
+    def folded_kernel_bias(self) -> KernelBias:
+        """Compute kernel and bias of `folded_conv`, to the last bit. The result is differentiable."""
+        like = next(p for branch in self.named_branches().values() for p in branch.parameters() if p.ndim == 4)
+        with full_precision(self):
+            kernel, bias = fold_exactly(self._conv_bns(exact_dtype(like)), self.norm)
+        return kernel.to(like.dtype), bias.to(like.dtype)
+
+    @torch.jit.unused
     @torch.no_grad()
     def folded_conv(self) -> nn.Conv2d:
         """Make the convolution that the branches are in eval mode: computed in float64, rounded to their dtype."""
-        kernels = [p for branch in self.named_branches().values() for p in branch.parameters() if p.ndim == 4]
-        with full_precision(self):
-            kernel, bias = fold_exactly(self._conv_bns(exact_dtype(kernels[0])), self.norm)
-        layout = torch.channels_last if is_channels_last(kernels) else torch.contiguous_format
-        kernel = kernel.to(kernels[0].dtype).contiguous(memory_format=layout)
         branches = self.named_branches().values()
-        bias = bias.to(kernels[0].dtype)
+        kernels = [p for branch in branches for p in branch.parameters() if p.ndim == 4]
+        kernel, bias = self.folded_kernel_bias()
+        layout = torch.channels_last if is_channels_last(kernels) else torch.contiguous_format
+        kernel = kernel.contiguous(memory_format=layout)
         return build_conv(kernel, bias, self.geometry(), replaced=branches, training=self.training)
 
 
@@ -230,7 +236,8 @@ _PLAIN = (*CONVOLUTIONS, *BRANCHES, nn.Identity)
 """Classes that the fold knows, except norms."""
 
 
-def _convolve(x: Tensor, kernel: Tensor, bias: Tensor, geometry: Geometry) -> Tensor:
+def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """Convolve `(N, C_in, H, W)` as a geometry says."""
     dilation, padding = geometry.dilation_and_padding(kernel)
     if geometry.padding_mode not in (None, 'zeros'):
         x = F.pad(x, [padding[1], padding[1], padding[0], padding[0]], geometry.padding_mode)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import SpaceToDepth
 from torch import Tensor, nn
 
 from .._compat import TorchDispatchMode
@@ -73,8 +72,9 @@ def sample_of(module: nn.Module) -> Tensor:
     first = next(iter(convs.values()))
     chs, height, width = config.get('input_size') or (first.in_channels, 64, 64)
     named = config.get('first_conv') or ()
-    # TResNet's first convolution reads blocks of pixels
-    pixels = next((layer.bs**2 for layer in module.modules() if isinstance(layer, SpaceToDepth)), 1)
+    # TResNet's first convolution reads blocks of pixels, which a layer of timm makes
+    blocks: list[Any] = [layer for layer in module.modules() if type(layer).__name__ == 'SpaceToDepth']
+    pixels = blocks[0].bs ** 2 if blocks else 1
     for path in [named] if isinstance(named, str) else named:
         chs = convs[path].in_channels // pixels if path in convs else chs  # the model may be made for other inputs
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))

@@ -6,48 +6,31 @@ import json
 import shutil
 import subprocess
 import sys
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import timm
 import torch
-from helpers import images, rel_diff
+from helpers import deployed_with_weights, images, rel_diff, unbalanced_ranges
 from timm.data import create_dataset, create_transform, resolve_model_data_config
 
 from repvgg_zoo import VARIANTS
 from repvgg_zoo.pretrained.manifest import weights_dir
 from repvgg_zoo.tools.console import no_progress
 from repvgg_zoo.tools.model_folder import save_model
-from repvgg_zoo.tools.quantize import (
-    _dataset,
-    _evenly_spaced,
-    _fake_quantized_input,
-    _fake_quantized_weight,
-    equalize,
-    layer_errors,
-    quantize,
-)
+from repvgg_zoo.tools.quantize.images import evenly_spaced, image_folder
+from repvgg_zoo.tools.quantize.quantize import quantize
 from repvgg_zoo_cli import main
 
 TRAIN, VALIDATION = (weights_dir() / 'cifar10' / split for split in ('train', 'validation'))
 
 
-def deployed() -> torch.nn.Module:
-    return timm.create_model('test_repvgg.cifar10_deploy', pretrained=True).eval()
+def float32(report):
+    return report.precisions[0]
 
 
-@torch.no_grad()
-def unbalanced(seed: int = 0) -> torch.nn.Module:
-    """The same function, with channels whose ranges differ a hundredfold."""
-    model, generator = deployed(), torch.Generator().manual_seed(seed)
-    blocks = [model.stem, *(block for stage in model.stages for block in stage)]
-    for first, second in pairwise(blocks):
-        scale = 10 ** (2 * torch.rand(first.reparam_conv.out_channels, generator=generator) - 1)
-        first.reparam_conv.weight /= scale.view(-1, 1, 1, 1)
-        first.reparam_conv.bias /= scale
-        second.reparam_conv.weight *= scale.view(1, -1, 1, 1)
-    return model
+def int8(report):
+    return report.precisions[1]
 
 
 @pytest.fixture(scope='module')
@@ -60,7 +43,7 @@ def test_quantize_command_takes_the_arguments_of_bare_files(monkeypatch, tmp_pat
     def open_model(source, **options):
         raise ValueError(f'{options}')
 
-    monkeypatch.setattr('repvgg_zoo.tools.quantize.open_model', open_model)
+    monkeypatch.setattr('repvgg_zoo.tools.quantize.quantize.open_model', open_model)
     options = ['--prefix', 'model.', '--no-ema', '--model-kwargs', 'width=2']
     assert main(['quantize', 'c.pth', str(tmp_path / 'out'), '--images', str(VALIDATION), *options]) == 1
     said = capsys.readouterr().err
@@ -69,14 +52,14 @@ def test_quantize_command_takes_the_arguments_of_bare_files(monkeypatch, tmp_pat
 
 def test_quantize_top1_loses_at_most_one_point(quantized):
     _, report = quantized
-    model, dataset = deployed(), create_dataset('', root=str(VALIDATION))
+    model, dataset = deployed_with_weights(), create_dataset('', root=str(VALIDATION))
     dataset.transform = create_transform(**resolve_model_data_config(model))
     x, labels = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
     with torch.inference_mode():
         right = (model(torch.stack(x)).argmax(1) == torch.tensor(labels)).double().mean().item()
-    assert report.float32_top1_pct == pytest.approx(100 * right, abs=0.21)  # of 500 images, one may be a near tie
-    assert report.int8_top1_pct >= report.float32_top1_pct - 2.2  # one point, and two standard errors of 0.6 on 500
-    assert report.same_top_class_pct > 96
+    assert float32(report).top1_pct == pytest.approx(100 * right, abs=0.21)  # of 500 images, one may be a near tie
+    assert int8(report).top1_pct >= float32(report).top1_pct - 2.2  # one point, and two standard errors of 0.6 on 500
+    assert int8(report).same_top_class_pct > 96
     assert report.images == 500
     assert report.calibration_images == 300
 
@@ -85,8 +68,8 @@ def test_quantize_weights_have_eight_bits(quantized):
     import onnx
 
     folder, report = quantized
-    assert 3.3 < report.float32_bytes / report.int8_bytes <= 4
-    assert (folder / 'model.onnx').stat().st_size == report.int8_bytes
+    assert 3.3 < float32(report).bytes / int8(report).bytes <= 4
+    assert (folder / 'model.onnx').stat().st_size == int8(report).bytes
     tensors = {tensor.name: tensor for tensor in onnx.load(folder / 'model.onnx').graph.initializer}
     kernels = [t for t in tensors.values() if len(t.dims) == 4]
     assert len(kernels) == 11
@@ -120,11 +103,11 @@ def test_quantize_folder_holds_model_and_report_only(quantized):
     folder, report = quantized
     assert sorted(path.name for path in folder.glob('[!.]*')) == ['model.onnx', 'report.json', 'report.md']
     content = json.loads((folder / 'report.json').read_text())
-    assert content['int8_top1_pct'] == report.int8_top1_pct
-    assert content['speedup'] == report.float32_latency_ms / report.int8_latency_ms
+    assert content['precisions'][1]['top1_pct'] == int8(report).top1_pct
+    assert content['speedup'] == float32(report).latency_ms / int8(report).latency_ms
     assert len(content['sensitivity']) == 12
     text = (folder / 'report.md').read_text()
-    assert f'{report.int8_top1_pct:.2f}' in text
+    assert f'{int8(report).top1_pct:.2f}' in text
     assert 'stages.1.3.reparam_conv' in text
 
 
@@ -137,7 +120,7 @@ def test_quantize_onnxruntime_computes_same(quantized):
         x = images(count, 32)
         logits = torch.from_numpy(session.run(None, {'x': x.numpy()})[0])
         assert logits.shape == (count, 10)
-        assert rel_diff(logits, deployed()(x)) < 0.3  # eight bits over twelve layers, of noise
+        assert rel_diff(logits, deployed_with_weights()(x)) < 0.3  # eight bits over twelve layers, of noise
 
 
 def test_quantize_unlabelled_images_give_no_top1(tmp_path):
@@ -145,8 +128,8 @@ def test_quantize_unlabelled_images_give_no_top1(tmp_path):
     for path in sorted(VALIDATION.glob('*/*.jpg'))[::50]:
         (tmp_path / 'flat' / f'{path.parent.name}-{path.name}').write_bytes(path.read_bytes())
     report = quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'flat', subset=4, track=no_progress)
-    assert report.float32_top1_pct is None
-    assert report.int8_top1_pct is None
+    assert float32(report).top1_pct is None
+    assert int8(report).top1_pct is None
     assert report.calibration_images == 4
 
 
@@ -173,13 +156,13 @@ def test_quantize_hidden_folder_is_no_class(tmp_path, other):
         (tmp_path / 'photos' / path.parent.name / path.name).write_bytes(path.read_bytes())
     (tmp_path / 'photos' / other).mkdir()
     report = quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'photos', subset=4, track=no_progress)
-    assert report.float32_top1_pct is not None
+    assert float32(report).top1_pct is not None
 
 
 def test_quantize_class_named_as_split_is_class(tmp_path):
     for name in ('cat', 'val'):
         shutil.copytree(VALIDATION / 'cat', tmp_path / name)
-    assert _dataset(tmp_path).reader.class_to_idx == {'cat': 0, 'val': 1}
+    assert image_folder(tmp_path).reader.class_to_idx == {'cat': 0, 'val': 1}
 
 
 def test_quantize_nested_folders_give_no_top1(tmp_path):
@@ -188,7 +171,7 @@ def test_quantize_nested_folders_give_no_top1(tmp_path):
             (tmp_path / 'photos' / folder.name / f'part{part}').mkdir(parents=True)
             shutil.copy(path, tmp_path / 'photos' / folder.name / f'part{part}')
     report = quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'photos', subset=4, track=no_progress)
-    assert report.float32_top1_pct is None
+    assert float32(report).top1_pct is None
     assert report.no_top1.endswith('with the images in them; there are 10, 0 of them with images')
 
 
@@ -196,7 +179,7 @@ def test_quantize_fewer_classes_give_no_top1(tmp_path):
     for name in ('cat', 'dog', 'frog'):
         shutil.copytree(VALIDATION / name, tmp_path / 'photos' / name)
     report = quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'photos', subset=4, track=no_progress)
-    assert report.int8_top1_pct is None
+    assert int8(report).top1_pct is None
     assert report.no_top1.endswith('there are 3, 3 of them with images')
 
 
@@ -204,7 +187,7 @@ def test_quantize_no_classifier_gives_no_top1(tmp_path):
     (tmp_path / 'backbone').mkdir()
     save_model(timm.create_model('test_repvgg', pretrained=True, num_classes=0, global_pool=''), tmp_path / 'backbone')
     report = quantize(tmp_path / 'backbone', tmp_path / 'out', images=VALIDATION, subset=4, track=no_progress)
-    assert (report.float32_top1_pct, report.same_top_class_pct) == (None, None)
+    assert (float32(report).top1_pct, int8(report).same_top_class_pct) == (None, None)
     assert 'No top-1: the model has no classifier' in report.markdown()
 
 
@@ -214,14 +197,14 @@ def test_quantize_empty_class_folder_gives_no_top1(tmp_path):
         (tmp_path / 'photos' / path.parent.name / path.name).write_bytes(path.read_bytes())
     (tmp_path / 'photos' / 'aardvark').mkdir()
     report = quantize('test_repvgg', tmp_path / 'out', images=tmp_path / 'photos', subset=4, track=no_progress)
-    assert report.float32_top1_pct is None
+    assert float32(report).top1_pct is None
     assert report.no_top1.endswith('there are 11, 10 of them with images')
     assert report.no_top1 in (tmp_path / 'out' / 'report.md').read_text()
 
 
 def test_quantize_unbalanced_network_needs_equalize(tmp_path):
     (tmp_path / 'model').mkdir()
-    save_model(unbalanced(), tmp_path / 'model')
+    save_model(unbalanced_ranges(), tmp_path / 'model')
     lost = []
     for equalized in (False, True):
         report = quantize(
@@ -234,13 +217,47 @@ def test_quantize_unbalanced_network_needs_equalize(tmp_path):
             track=no_progress,
         )
         assert report.equalized is equalized
-        lost.append(report.float32_top1_pct - report.int8_top1_pct)
+        lost.append(float32(report).top1_pct - int8(report).top1_pct)
     assert lost[0] > 4
     assert lost[1] < 1.6
 
 
+def test_quantize_keeps_the_most_sensitive_layers_in_float(tmp_path):
+    import onnx
+
+    report = quantize('test_repvgg', tmp_path / 'out', images=VALIDATION, subset=4, keep_float=2, track=no_progress)
+    assert report.kept_float == tuple(error.layer for error in report.sensitivity[:2])
+    tensors = {tensor.name: tensor for tensor in onnx.load(tmp_path / 'out' / 'model.onnx').graph.initializer}
+    for layer in report.kept_float:
+        assert tensors[f'{layer}.weight'].data_type == onnx.TensorProto.FLOAT
+    assert sum(tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) > 1 for tensor in tensors.values()) == 10
+    assert f'In float32: {", ".join(report.kept_float)}.' in (tmp_path / 'out' / 'report.md').read_text()
+
+
+def test_quantize_finetune_trains_an_unbalanced_network(tmp_path):
+    """Without equalisation, on the 500 bundled training images."""
+    (tmp_path / 'model').mkdir()
+    save_model(unbalanced_ranges(), tmp_path / 'model')
+    report = quantize(
+        tmp_path / 'model',
+        tmp_path / 'out',
+        images=VALIDATION,
+        calibration=TRAIN,
+        finetune_on=TRAIN,
+        epochs=5,
+        track=no_progress,
+    )
+    assert [precision.name for precision in report.precisions] == ['float32', 'int8', 'int8 trained']
+    float32, int8, trained = report.precisions
+    assert trained.same_top_class_pct > int8.same_top_class_pct + 1
+    assert float32.same_top_class_pct == 100
+    assert (tmp_path / 'out' / 'model.onnx').stat().st_size == trained.bytes
+    assert sorted(path.name for path in (tmp_path / 'out').glob('[!.]*')) == ['model.onnx', 'report.json', 'report.md']
+    assert 'Trained for 5 epochs.' in (tmp_path / 'out' / 'report.md').read_text()
+
+
 def test_quantize_failure_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr('repvgg_zoo.tools.quantize.layer_errors', lambda *_, **__: 1 / 0)
+    monkeypatch.setattr('repvgg_zoo.tools.quantize.quantize.layer_errors', lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         quantize('test_repvgg', tmp_path / 'out', images=VALIDATION, subset=2, track=no_progress)
     assert list(tmp_path.iterdir()) == []
@@ -268,98 +285,24 @@ def test_main_quantize_prints_both_precisions(tmp_path):
     assert 'Traceback' not in done.stderr
 
 
-# ------------------------------------------------------------------------------------------------------- parts
-
-
-def test_layer_errors_quantize_one_layer_at_a_time():
-    model, x = deployed(), images(8, 32)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    errors = layer_errors(model, x, track=no_progress)
-    assert [error.rel_error for error in errors] == sorted((e.rel_error for e in errors), reverse=True)
-    assert all(0 < error.rel_error < 0.2 for error in errors)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert not model.stem.reparam_conv._forward_pre_hooks
-    with torch.no_grad():  # one channel with a range that leaves nothing to the others, and of no consequence itself
-        model.stages[1][2].reparam_conv.weight[5] *= 1000
-        model.stages[1][3].reparam_conv.weight[:, 5] = 0
-    assert layer_errors(model, x, track=no_progress)[0].layer == 'stages.1.3.reparam_conv'
-
-
-def test_fake_quantized_values_have_eight_bits():
-    weight = torch.randn(4, 3, 3, 3) * torch.tensor([1e-3, 1, 1e3, 0]).view(-1, 1, 1, 1)
-    rounded = _fake_quantized_weight(weight)
-    for channel in range(3):
-        step = weight[channel].abs().max() / 127
-        assert ((rounded[channel] - weight[channel]).abs() <= 0.501 * step).all()
-        steps = rounded[channel] / step
-        assert torch.allclose(steps, steps.round(), atol=1e-3)
-    assert not rounded[3].any()
-    x = torch.linspace(-1, 3, 1001)
-    assert len(_fake_quantized_input(x).unique()) == 256
-    assert not _fake_quantized_input(torch.zeros(5)).any()
-
-
-def test_equalize_computes_same_with_equal_ranges():
-    model, x = unbalanced().double(), images(4, 32, dtype=torch.float64)
-    expected = model(x)
-    assert equalize(model) is model
-    assert rel_diff(model(x), expected) < 1e-9
-    first, second = model.stages[1][1].reparam_conv.weight, model.stages[1][2].reparam_conv.weight
-    ranges = first.abs().amax((1, 2, 3)) / second.abs().amax((0, 2, 3))
-    assert ((ranges > 0.5) & (ranges < 2)).all()  # the sweeps come near it
-
-
-def test_equalize_groups_and_other_activations_computes_same():
-    torch.manual_seed(0)
-    for name, kwargs in (('repvgg_b1g4', {}), ('repvgg_d2se', {}), ('repvgg_a0', dict(act_layer='silu'))):
-        model = timm.create_model(name, deploy=True, num_classes=2, **kwargs).double().eval()
-        model.stages = model.stages[:1]
-        x = images(1, 32, dtype=torch.float64)
-        with torch.no_grad():
-            for block in (model.stem, *model.stages[0]):
-                block.reparam_conv.weight *= torch.rand(block.reparam_conv.out_channels, dtype=x.dtype).view(
-                    -1, 1, 1, 1
-                )
-            expected, before = model.forward_features(x), model.stem.reparam_conv.weight.clone()
-            equalize(model)
-            assert rel_diff(model.forward_features(x), expected) < 1e-9
-        assert torch.equal(before, model.stem.reparam_conv.weight) == (name != 'repvgg_b1g4')
-    with pytest.raises(ValueError, match='is for the deploy form'):
-        equalize(timm.create_model('test_repvgg'))
-
-
-def test_evenly_spaced_covers_folder():
-    assert _evenly_spaced(10, 3) == [0, 3, 6]
-    assert _evenly_spaced(3, 10) == [0, 1, 2]
-    assert np.bincount([index // 50 for index in _evenly_spaced(500, 300)]).tolist() == [30] * 10
-
-
-def test_equalize_dead_channels_stay():
-    model = deployed()
-    with torch.no_grad():
-        conv = model.stages[1][1].reparam_conv
-        conv.weight[5] *= 1e-12
-        conv.bias[5] = 0.5
-    x = images(8, 32)
-    before = layer_errors(model, x, track=no_progress)[0].rel_error
-    assert layer_errors(equalize(model), x, track=no_progress)[0].rel_error < 2 * before
-
-
-def test_equalize_unread_channels_stay():
-    model = deployed()
-    with torch.no_grad():
-        model.stages[1][2].reparam_conv.weight[:, 5] *= 1e-12
-    bias = model.stages[1][1].reparam_conv.bias[5].item()
-    equalize(model, sweeps=1)
-    assert model.stages[1][1].reparam_conv.bias[5].item() == bias
+def testevenly_spaced_covers_folder():
+    assert evenly_spaced(10, 3) == [0, 3, 6]
+    assert evenly_spaced(3, 10) == [0, 1, 2]
+    assert np.bincount([index // 50 for index in evenly_spaced(500, 300)]).tolist() == [30] * 10
 
 
 def test_quantize_impossible_request_raises(tmp_path):
-    with pytest.raises(ValueError, match='subset is 0'):
-        quantize('test_repvgg', tmp_path / 'out', images=VALIDATION, subset=0, track=no_progress)
+    for options, said in (
+        (dict(subset=0), 'subset is 0; it takes a number from 1 on'),
+        (dict(epochs=0), 'epochs is 0; it takes a number from 1 on'),
+        (dict(keep_float=-1), 'keep_float is -1; it takes a number from 0 on'),
+        (dict(keep_float=12, subset=2), 'keep_float is 12 of 12 layers'),
+    ):
+        with pytest.raises(ValueError, match=said):
+            quantize('test_repvgg', tmp_path / 'out', images=VALIDATION, track=no_progress, **options)
+    with pytest.raises(FileNotFoundError, match='no folder of images'):
+        quantize('test_repvgg', tmp_path / 'out', images=VALIDATION, finetune_on=tmp_path / 'no', track=no_progress)
     (tmp_path / 'grey').mkdir()
     save_model(timm.create_model('test_repvgg', in_chans=1), tmp_path / 'grey')
     with pytest.raises(ValueError, match='the model takes 1'):
         quantize(tmp_path / 'grey', tmp_path / 'out', images=VALIDATION, track=no_progress)
-    with pytest.raises(TypeError, match='here is a Linear'):
-        equalize(torch.nn.Linear(1, 1))

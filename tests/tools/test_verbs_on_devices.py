@@ -15,14 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from repvgg_zoo.model import RepVGG
 from repvgg_zoo.pretrained.manifest import weights_dir
+from repvgg_zoo.quantization.sensitivity import layer_errors
 from repvgg_zoo.reparam import fold
 from repvgg_zoo.tools.benchmark import measure
-from repvgg_zoo.tools.console import no_progress
 from repvgg_zoo.tools.convert import convert, open_model
 from repvgg_zoo.tools.demo import demo
 from repvgg_zoo.tools.devices import add_device_argument
 from repvgg_zoo.tools.publish.cards import CARD
-from repvgg_zoo.tools.quantize import layer_errors
 from repvgg_zoo.tools.reference import REFERENCE, check_reference
 from repvgg_zoo.tools.verify import float64_rel_diff, images_for, verify
 from repvgg_zoo_cli import main
@@ -197,8 +196,8 @@ def test_demo_on_a_device_learns_and_runs_there(elsewhere, tmp_path, monkeypatch
 def test_quantize_layer_errors_on_a_device_are_those_of_the_cpu(elsewhere):
     name, _ = elsewhere
     model, x = timm.create_model('test_repvgg.cifar10_deploy', pretrained=True).eval(), images(4, 32).cpu()
-    expected = {error.layer: error.rel_error for error in layer_errors(model, x, track=no_progress)}
-    found = layer_errors(model.to(name), x.to(name), track=no_progress)
+    expected = {error.layer: error.rel_error for error in layer_errors(model, x)}
+    found = layer_errors(model.to(name), x.to(name))
     assert {error.layer for error in found} == expected.keys()
     for error in found:  # a value at the edge of two steps may be rounded to either
         assert error.rel_error == pytest.approx(expected[error.layer], rel=0.2)
@@ -209,9 +208,7 @@ def test_quantize_command_on_a_device_says_where(elsewhere, cats, tmp_path, monk
     name, _ = elsewhere
     pytest.importorskip('nncf')
     monkeypatch.setattr('repvgg_zoo.tools.devices.available_device', str)
-    monkeypatch.setattr(
-        'repvgg_zoo.tools.quantize._latencies', lambda *_: dict(float32_latency_ms=2, int8_latency_ms=1)
-    )
+    monkeypatch.setattr('repvgg_zoo.tools.quantize.measure.time_rounds', lambda runs, **_: [[1.0]] * len(runs))
     out = tmp_path / 'out'
     command = ['quantize', 'test_repvgg', str(out), '--images', str(cats), '--subset', '8', '--device', name]
     assert main(command) == 0, capsys.readouterr().err

@@ -1,0 +1,84 @@
+"""A short training of a quantized model by what the float model answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sized
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .qat import fix_ranges
+
+__all__ = ['Batches', 'finetune']
+
+_FIXED_PART = 0.2
+"""The last part of the steps, in which ranges stay."""
+
+
+class Batches(Sized, Protocol):
+    """What `DataLoader` is: batches of images and labels, again in each epoch."""
+
+    def __iter__(self) -> Any: ...
+
+
+def finetune(
+    model: nn.Module,
+    teacher: nn.Module,
+    batches: Batches,
+    *,
+    epochs: int,
+    lr: float = 1e-3,
+    track: Callable[..., Iterable[Any]] = lambda items, **_: items,
+) -> None:
+    """Train a model of `prepare_qat` to answer as its float model does, in place.
+
+    The loss is the divergence of both answers, so labels are not needed and are not read. Adam, whose steps do not
+    depend on how a network spreads its ranges over its layers; the learning rate falls to 0 with a cosine. Over the
+    last fifth of the steps, ranges stay as they are.
+
+    Args:
+        model: A classifier of `prepare_qat`, in either form. It is in eval mode afterwards.
+        teacher: The float model.
+        batches: A loader of `(images, labels)`, with the augmentation of a training.
+        epochs: Passes over the loader.
+        lr: The first learning rate.
+        track: Shows the progress, see `repvgg_zoo.tools.console`.
+
+    Raises:
+        ValueError: The loader is empty, or the loss is not finite.
+
+    Example:
+        >>> finetune(model, teacher, loader, epochs=2)  # doctest: +SKIP
+    """
+    steps = epochs * len(batches)
+    if not steps:
+        raise ValueError('there are no batches to train on')
+    device = next(model.parameters()).device
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    teacher.eval()
+    model.train()
+    done = 0
+    for epoch in range(epochs):
+        for images, _ in track(batches, description=f'epoch {epoch + 1} of {epochs}'):
+            fix_ranges(model, are_fixed=done >= (1 - _FIXED_PART) * steps)
+            try:
+                loss = _divergence(model, teacher, images.to(device))
+            except AssertionError:  # torchao refuses ranges that are not finite
+                loss = torch.tensor(torch.nan)
+            if not bool(loss.isfinite()):
+                raise ValueError(f'the loss is not finite after {done} steps; take a lower lr than {lr}')
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            done += 1
+    model.eval()
+
+
+def _divergence(model: nn.Module, teacher: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        expected = teacher(images).log_softmax(1)
+    return F.kl_div(model(images).log_softmax(1), expected, reduction='batchmean', log_target=True)

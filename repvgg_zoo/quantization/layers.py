@@ -1,0 +1,116 @@
+"""What quantization-aware training puts into a model: quantizers of inputs, kernels and linear layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..blocks.base import ReparamBlock
+from ..blocks.branch_sum import convolve
+from ..reparam.geometry import geometry_of
+from .weights import Codes, codes_of, fake_quantize
+
+__all__ = ['BlockQuantizer', 'InputQuantizer', 'QuantizedLinear']
+
+
+class InputQuantizer(nn.Module):
+    """Rounds an input to 8 bits between its usual extremes.
+
+    In train mode the extremes are a moving average of those of the batches. In eval mode, and once `is_fixed`, they
+    stay.
+    """
+
+    is_fixed = False
+
+    def __init__(self, *, symmetric: bool, device: torch.device) -> None:
+        """Make it without extremes.
+
+        Args:
+            symmetric: Put the range about 0, with codes from -127 to 127 and no zero point. Otherwise codes go from 0
+                to 255.
+            device: Where it stands.
+        """
+        super().__init__()
+        from torchao.quantization.pt2e import FakeQuantize, MovingAverageMinMaxObserver
+
+        kind: dict[str, Any] = dict(quant_min=0, quant_max=255, dtype=torch.uint8, qscheme=torch.per_tensor_affine)
+        if symmetric:
+            kind = dict(quant_min=-127, quant_max=127, dtype=torch.int8, qscheme=torch.per_tensor_symmetric)
+        self.fake = FakeQuantize(observer=MovingAverageMinMaxObserver, **kind).to(device)
+
+    def train(self, mode: bool = True) -> InputQuantizer:
+        """Move the extremes in train mode only."""
+        super().train(mode)
+        self.fake.enable_observer(mode and not self.is_fixed)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round an input."""
+        y: Tensor = self.fake(x.float())
+        return y.to(x.dtype)
+
+    @property
+    def scale(self) -> float:
+        """Distance of two codes."""
+        return float(self.fake.scale)
+
+    @property
+    def zero_point(self) -> int:
+        """Code of 0."""
+        return int(self.fake.zero_point)
+
+
+class BlockQuantizer(nn.Module):
+    """Computes the convolution of a RepVGG block with a rounded input and a rounded equivalent kernel.
+
+    The kernel is that of the fold: computed in float64 from the branches and their running statistics, and rounded to
+    the dtype of the block. So a fold changes no code.
+    """
+
+    def __init__(self, *, symmetric: bool, largest_code: int, moves_statistics: bool, device: torch.device) -> None:
+        super().__init__()
+        self.input = InputQuantizer(symmetric=symmetric, device=device)
+        self.largest_code, self.moves_statistics = largest_code, moves_statistics
+
+    def forward(self, x: Tensor, block: ReparamBlock) -> Tensor:
+        """Compute the output of the block before attention and activation."""
+        x = self.input(x)
+        conv = block.reparam_conv
+        if conv is not None:
+            return convolve(x, fake_quantize(conv.weight, self.largest_code), conv.bias, geometry_of(conv))
+        if self.training and self.moves_statistics:
+            with torch.no_grad():
+                block.run_branches(x)
+        kernel, bias = block.folded_kernel_bias()
+        return convolve(x, fake_quantize(kernel, self.largest_code), bias, block.geometry())
+
+    @torch.no_grad()
+    def codes(self, block: ReparamBlock) -> Codes:
+        """Return the kernel as integers, in either form."""
+        conv = block.reparam_conv
+        kernel = block.folded_kernel_bias()[0] if conv is None else conv.weight
+        return codes_of(kernel, self.largest_code)
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer with a rounded input and rounded weights. Its keys are those of the layer."""
+
+    def __init__(self, linear: nn.Linear, *, symmetric: bool, largest_code: int) -> None:
+        super().__init__(1, 1, bias=False, device='meta')
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.input = InputQuantizer(symmetric=symmetric, device=linear.weight.device)
+        self.largest_code = largest_code
+        self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map a rounded input by rounded weights."""
+        return F.linear(self.input(x), fake_quantize(self.weight, self.largest_code), self.bias)
+
+    @torch.no_grad()
+    def codes(self) -> Codes:
+        """Return the weights as integers."""
+        return codes_of(self.weight, self.largest_code)

@@ -1,0 +1,68 @@
+"""How much each layer suffers from 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .weights import FULL_RANGE, fake_quantize
+
+__all__ = ['LayerError', 'layer_errors']
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerError:
+    """Error of the output if only one layer is quantized."""
+
+    layer: str
+    rel_error: float
+    """Root mean square of the error, relative to that of the output."""
+
+
+@torch.no_grad()
+def layer_errors(
+    model: nn.Module, images: Tensor, *, track: Callable[..., Iterable[Any]] = lambda items, **_: items
+) -> list[LayerError]:
+    """Measure the error of the output if only one convolution, or only one linear layer, is quantized.
+
+    Weights are rounded to 8 bits for each output channel, symmetric about 0, and the layer's input to 8 bits between
+    its extremes.
+
+    Args:
+        model: In the deploy form and eval mode. It returns one tensor.
+        images: `(N, C, H, W)`.
+        track: Shows the progress, see `repvgg_zoo.tools.console`.
+
+    Returns:
+        One error for each layer, the largest first.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model('test_repvgg.cifar10_deploy').eval()
+        >>> len(layer_errors(model, torch.randn(2, 3, 32, 32)))
+        12
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    reference = model(images)
+    errors = []
+    for name, layer in track(list(layers.items()), description='sensitivity'):
+        handle = layer.register_forward_pre_hook(lambda _, inputs: (_fake_quantized_input(inputs[0]),))
+        weight = layer.weight.clone()
+        try:
+            layer.weight.copy_(fake_quantize(weight, FULL_RANGE))
+            error = (model(images) - reference).square().mean().sqrt() / reference.square().mean().sqrt()
+        finally:
+            layer.weight.copy_(weight)
+            handle.remove()
+        errors.append(LayerError(layer=name, rel_error=error.item()))
+    return sorted(errors, key=lambda error: -error.rel_error)
+
+
+def _fake_quantized_input(x: Tensor) -> Tensor:
+    low, high = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
+    scale = (high - low) / 255 or 1.0
+    return torch.fake_quantize_per_tensor_affine(x, scale, round(-low / scale), 0, 255)

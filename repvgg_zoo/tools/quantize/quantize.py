@@ -1,0 +1,183 @@
+"""From a checkpoint to an INT8 file with a report."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Unpack
+
+import torch
+from timm.data import ImageDataset, create_transform, resolve_model_data_config
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ...model import RepVGG
+from ...quantization.equalize import equalize
+from ...quantization.finetune import finetune
+from ...quantization.onnx_export import export_onnx
+from ...quantization.ptq import quantize_onnx
+from ...quantization.qat import prepare_qat
+from ...quantization.qdq import export_qdq
+from ...quantization.sensitivity import layer_errors
+from ..atomic import new_folder
+from ..console import Track
+from ..convert import open_model
+from ..model_arguments import ModelOptions
+from .images import evenly_spaced, image_folder, why_no_top1
+from .measure import measure
+from .report import QuantizationReport
+
+__all__ = ['FILES', 'quantize']
+
+FILES = ('model.onnx', 'report.json', 'report.md')
+"""What the folder holds."""
+
+_SENSITIVITY_IMAGES, _CALIBRATION_BATCH, _TRAINING_BATCH = 64, 50, 128
+
+
+def quantize(
+    source: str | Path,
+    target: str | Path,
+    *,
+    images: str | Path,
+    calibration: str | Path | None = None,
+    subset: int = 300,
+    equalize_layers: bool = False,
+    full_range: bool = False,
+    keep_float: int = 0,
+    finetune_on: str | Path | None = None,
+    epochs: int = 2,
+    lr: float = 1e-4,
+    overwrite: bool = False,
+    device: str = 'cpu',
+    track: Track,
+    **options: Unpack[ModelOptions],
+) -> QuantizationReport:
+    """Write a checkpoint's deploy form in INT8 as a folder.
+
+    The folder holds `model.onnx`, `report.json` and `report.md`. The model has 8-bit weights, quantized per channel,
+    quantizers of the activations (QDQ), and a free batch size. NNCF calibrates on real images, prepared as the model
+    expects them, and corrects the biases for the shift of each layer's mean. With `finetune_on`, a training comes
+    after that, and the file is of the trained model.
+
+    Args:
+        source: Checkpoint file, model folder or timm model name, in either form.
+        target: Folder to write.
+        images: Folder of images to evaluate on. Top-1 is measured if it has a folder for each class, in the order of
+            the model's classes.
+        calibration: Folder of images to calibrate on, best of the training set; `images` by default.
+        subset: Number of images to calibrate on, spread evenly over the folder.
+        equalize_layers: Apply `equalize` first.
+        full_range: Let weights use all 8 bits. By default they use 7, because without VNNI or AMX, x86 processors add
+            two products of 8 bits in 16 bits, and ONNX Runtime lets that saturate. The machine that runs the file
+            decides, not the one that writes it.
+        keep_float: Number of layers that stay in float32: those that suffer most from 8 bits.
+        finetune_on: Folder of training images for quantization-aware training, see `quantization.finetune`. Labels are
+            not read.
+        epochs: Passes over these images.
+        lr: Learning rate of the training.
+        overwrite: Replace the target if it is such a folder.
+        device: Where PyTorch trains, and computes the sensitivity of the layers. OpenVINO runs on the CPU.
+        track: Shows the progress, see `repvgg_zoo.tools.console`.
+        options: How to read the source, see `open_model`.
+
+    Returns:
+        The report.
+
+    Raises:
+        ModuleNotFoundError: A package of the extra `quantize` is not installed.
+        FileNotFoundError: There is no such folder of images, or it is empty.
+        ValueError: `subset` or `epochs` is less than 1, `keep_float` is negative or leaves nothing to quantize, the
+            model does not take 3 channels, or there is no classifier to train.
+        FileExistsError: The target exists, and `overwrite` is off or it holds other files.
+
+    Example:
+        >>> report = quantize('test_repvgg', 'int8', images='cifar10', track=no_progress)  # doctest: +SKIP
+    """
+    _require()
+    for name, value, least in (('subset', subset, 1), ('epochs', epochs, 1), ('keep_float', keep_float, 0)):
+        if value < least:
+            raise ValueError(f'{name} is {value}; it takes a number from {least} on')
+    evaluated, calibrated = image_folder(images), image_folder(calibration or images)
+    trained_on = None if finetune_on is None else image_folder(finetune_on)
+    with new_folder(target, overwrite=overwrite) as folder:
+        model = open_model(source, **options).float().eval().switch_to_deploy()
+        if model.in_chans != 3:
+            raise ValueError(f'the images have 3 channels, and the model takes {model.in_chans}')
+        if trained_on is not None and model.num_classes == 0:
+            raise ValueError('the model has no classifier, so there are no answers to train on; leave finetune out')
+        if equalize_layers:
+            equalize(model)
+        data_config = resolve_model_data_config(model)
+        evaluated.transform = calibrated.transform = create_transform(**data_config)
+        chosen = [calibrated[index][0] for index in evenly_spaced(len(calibrated), subset)]
+        sample = torch.stack(chosen)
+        sensitivity = layer_errors(model.to(device), sample[:_SENSITIVITY_IMAGES].to(device), track=track)
+        kept = tuple(error.layer for error in sensitivity[:keep_float])
+        if len(kept) == len(sensitivity):
+            raise ValueError(f'keep_float is {keep_float} of {len(sensitivity)} layers; leave some to quantize')
+        files = {name: folder / f'{name}.onnx' for name in ('float32', 'int8')}
+        export_onnx(model.cpu(), sample[:2], files['float32'])
+        quantize_onnx(files['float32'], sample.split(1), files['int8'], full_range=full_range, keep_float=kept)
+        if trained_on is not None:
+            trained_on.transform = create_transform(**data_config, is_training=True)
+            trained = _train(model, sample, trained_on, kept, full_range, epochs, lr, device, track)
+            files['int8 trained'] = folder / 'trained.onnx'
+            export_qdq(trained, files['int8 trained'], sample[:2])
+        precisions = measure(files, evaluated, sample[:1], num_classes=model.num_classes, track=track)
+        report = QuantizationReport(
+            variant=model.variant.name,
+            images=len(evaluated),
+            calibration_images=len(sample),
+            equalized=equalize_layers,
+            full_range=full_range,
+            kept_float=kept,
+            epochs=0 if trained_on is None else epochs,
+            threads=torch.get_num_threads(),
+            no_top1=why_no_top1(evaluated, model.num_classes),
+            precisions=tuple(precisions),
+            sensitivity_device=device,
+            sensitivity=tuple(sensitivity),
+        )
+        *others, last = files.values()
+        last.replace(folder / FILES[0])
+        for file in others:
+            file.unlink()
+        report.write(folder)
+    return report
+
+
+def _require() -> None:
+    try:
+        import nncf
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+        import openvino  # noqa: F401
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"{error}; `pip install 'repvgg-zoo[quantize]'` brings what quantizing needs"
+        ) from error
+    nncf.set_log_level(logging.ERROR)
+
+
+def _train(
+    model: RepVGG,
+    sample: Tensor,
+    dataset: ImageDataset,
+    kept: tuple[str, ...],
+    full_range: bool,
+    epochs: int,
+    lr: float,
+    device: str,
+    track: Track,
+) -> RepVGG:
+    teacher = copy.deepcopy(model).to(device)
+    trained = model.to(device)
+    batches = sample.to(device).split(_CALIBRATION_BATCH)
+    prepare_qat(trained, batches, full_range=full_range, keep_float=kept)
+    size = min(_TRAINING_BATCH, len(dataset))
+    loader = DataLoader(dataset, batch_size=size, shuffle=True, drop_last=True, num_workers=2)
+    finetune(trained, teacher, loader, epochs=epochs, lr=lr, track=track)
+    return trained.cpu()

@@ -1,0 +1,65 @@
+"""Cross-layer equalisation."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from helpers import deployed_with_weights, images, rel_diff, unbalanced_ranges
+
+from repvgg_zoo.quantization.equalize import equalize
+from repvgg_zoo.quantization.sensitivity import layer_errors
+
+
+def test_equalize_computes_same_with_equal_ranges():
+    model, x = unbalanced_ranges().double(), images(4, 32, dtype=torch.float64)
+    expected = model(x)
+    assert equalize(model) is model
+    assert rel_diff(model(x), expected) < 1e-9
+    first, second = model.stages[1][1].reparam_conv.weight, model.stages[1][2].reparam_conv.weight
+    ranges = first.abs().amax((1, 2, 3)) / second.abs().amax((0, 2, 3))
+    assert ((ranges > 0.5) & (ranges < 2)).all()  # the sweeps come near it
+
+
+def test_equalize_groups_and_other_activations_computes_same():
+    torch.manual_seed(0)
+    for name, kwargs in (('repvgg_b1g4', {}), ('repvgg_d2se', {}), ('repvgg_a0', dict(act_layer='silu'))):
+        model = timm.create_model(name, deploy=True, num_classes=2, **kwargs).double().eval()
+        model.stages = model.stages[:1]
+        x = images(1, 32, dtype=torch.float64)
+        with torch.no_grad():
+            for block in (model.stem, *model.stages[0]):
+                block.reparam_conv.weight *= torch.rand(block.reparam_conv.out_channels, dtype=x.dtype).view(
+                    -1, 1, 1, 1
+                )
+            expected, before = model.forward_features(x), model.stem.reparam_conv.weight.clone()
+            equalize(model)
+            assert rel_diff(model.forward_features(x), expected) < 1e-9
+        assert torch.equal(before, model.stem.reparam_conv.weight) == (name != 'repvgg_b1g4')
+    with pytest.raises(ValueError, match='is for the deploy form'):
+        equalize(timm.create_model('test_repvgg'))
+
+
+def test_equalize_dead_channels_stay():
+    model = deployed_with_weights()
+    with torch.no_grad():
+        conv = model.stages[1][1].reparam_conv
+        conv.weight[5] *= 1e-12
+        conv.bias[5] = 0.5
+    x = images(8, 32)
+    before = layer_errors(model, x)[0].rel_error
+    assert layer_errors(equalize(model), x)[0].rel_error < 2 * before
+
+
+def test_equalize_unread_channels_stay():
+    model = deployed_with_weights()
+    with torch.no_grad():
+        model.stages[1][2].reparam_conv.weight[:, 5] *= 1e-12
+    bias = model.stages[1][1].reparam_conv.bias[5].item()
+    equalize(model, sweeps=1)
+    assert model.stages[1][1].reparam_conv.bias[5].item() == bias
+
+
+def test_equalize_other_modules_raise():
+    with pytest.raises(TypeError, match='here is a Linear'):
+        equalize(torch.nn.Linear(1, 1))

@@ -1,0 +1,211 @@
+"""Quantization-aware training on equivalent kernels."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import timm
+import torch
+from helpers import block_params, create_model, deployed_with_weights, images, randomise, rel_diff, unbalanced_ranges
+from torch import nn
+
+from repvgg_zoo import BLOCKS, RepVGGBlock, prepare_qat, switch_to_deploy
+from repvgg_zoo.blocks.base import ReparamBlock
+from repvgg_zoo.quantization.finetune import finetune
+from repvgg_zoo.quantization.layers import InputQuantizer, QuantizedLinear
+from repvgg_zoo.quantization.qat import fix_ranges, quantized_layers
+
+pytest.importorskip('torchao')
+SMALL = dict(depths=(1, 2, 1, 1), width=(0.25, 0.25, 0.25, 0.125), num_classes=5)
+
+
+def small(block='repvgg', **kwargs):
+    torch.manual_seed(0)
+    return randomise(create_model('test_repvgg', block=block, **(SMALL | kwargs)), px=32)
+
+
+def batches(count=2, **kwargs):
+    return [images(4, 32, seed=seed, **kwargs) for seed in range(count)]
+
+
+def codes(model):
+    return {path: layer.codes() if isinstance(layer, QuantizedLinear) else layer.quantizer.codes(layer)
+            for path, layer in quantized_layers(model).items()}  # fmt: skip
+
+
+def train(model, steps=2):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    model.train()
+    for x in batches(steps):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize('norms', ['fixed', 'moving'])
+@pytest.mark.parametrize('block', block_params(BLOCKS))
+def test_qat_fold_keeps_every_code_and_every_output(block, norms):
+    model = prepare_qat(small(block), batches(), norms=norms)
+    before = codes(model)
+    train(model)
+    x = images(3, 32, seed=9)
+    trained, expected = codes(model), model(x)
+    assert any(not torch.equal(trained[path].values, before[path].values) for path in before)
+    switch_to_deploy(model)
+    assert torch.equal(model(x), expected)
+    for path, found in codes(model).items():
+        assert torch.equal(found.values, trained[path].values)
+        assert torch.equal(found.scale, trained[path].scale)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+
+
+def test_qat_block_computes_what_its_codes_say():
+    model = prepare_qat(small(), batches(), full_range=True).eval()
+    block, x = model.stem, images(3, 32)
+    values, scale = block.quantizer.codes(block)
+    kernel = values.double() * scale.double().view(-1, 1, 1, 1)
+    quantizer = block.quantizer.input
+    integers = (x.double() / quantizer.scale).round() + quantizer.zero_point
+    rounded = (integers.clamp(0, 255) - quantizer.zero_point) * quantizer.scale
+    bias = block.equivalent_kernel_bias(torch.float64)[1]
+    expected = nn.functional.conv2d(
+        rounded, kernel, bias, padding=1, stride=block.stride if hasattr(block, 'stride') else 1
+    )
+    assert rel_diff(block(x).double(), expected.relu()) < 1e-5  # float32
+    assert values.abs().max() == 127
+    assert len(integers.unique()) > 100
+
+
+def test_qat_gradients_reach_every_parameter_through_the_fold():
+    model = prepare_qat(small(), batches()).train()
+    model(images(4, 32)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert model.stem.conv_1x1.conv.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(('norms', 'move'), [('fixed', False), ('moving', True)])
+def test_qat_norms_move_if_asked(norms, move):
+    model = prepare_qat(small(), batches(), norms=norms)
+    before = copy.deepcopy(model.stages[1][0].conv_kxk.bn)
+    model.train()(images(4, 32))
+    after = model.stages[1][0].conv_kxk.bn
+    assert torch.equal(before.running_mean, after.running_mean) is not move
+    assert torch.equal(before.running_var, after.running_var) is not move
+    assert int(after.num_batches_tracked - before.num_batches_tracked) == move
+
+
+def test_qat_ranges_move_in_train_mode_until_they_are_fixed():
+    model = prepare_qat(small(), batches())
+    quantizer = model.stem.quantizer.input
+
+    def moved(run):
+        before = quantizer.scale
+        run()
+        return quantizer.scale != before
+
+    larger = 5 * images(4, 32)
+    assert not moved(lambda: model.eval()(larger))
+    assert moved(lambda: model.train()(larger))
+    fix_ranges(model)
+    assert not moved(lambda: model.train()(larger))
+    fix_ranges(model, are_fixed=False)
+    assert moved(lambda: model.train()(larger))
+
+
+def test_qat_first_ranges_are_the_mean_of_the_extremes():
+    low, high = torch.full((1, 3, 32, 32), -1.0), torch.full((1, 3, 32, 32), 3.0)
+    model = prepare_qat(small(), [torch.cat([low, high]), torch.cat([low, 2 * high])])
+    assert model.stem.quantizer.input.scale == pytest.approx((1 + 4.5) / 255)
+    model = prepare_qat(small(), [torch.cat([low, high])], symmetric=True)
+    assert model.stem.quantizer.input.scale == pytest.approx(3 / 127)
+    assert model.stem.quantizer.input.zero_point == 0
+
+
+def test_qat_takes_deploy_form_and_larger_networks():
+    net = nn.Sequential(small().eval().switch_to_deploy(), nn.Linear(5, 3))
+    x = images(4, 32)
+    expected = net(x)
+    prepare_qat(net, batches(), full_range=True)
+    assert 0 < rel_diff(net.eval()(x), expected) < 0.2  # eight bits over seven layers
+    assert '0.head.fc' in quantized_layers(net)
+    assert '1' in quantized_layers(net)
+    train(net)
+
+
+def test_qat_keeps_layers_in_float():
+    model = prepare_qat(small().eval().switch_to_deploy(), batches(), keep_float=['stages.1.0.reparam_conv', 'head.fc'])
+    assert not {'stages.1.0', 'head.fc'} & quantized_layers(model).keys()
+    assert type(model.head.fc) is nn.Linear
+    assert len(quantized_layers(model)) == sum(isinstance(m, ReparamBlock) for m in model.modules()) - 1
+
+
+def test_qat_weights_load_into_a_prepared_model():
+    model, other = (prepare_qat(small(), batches()) for _ in range(2))
+    train(model)
+    other.load_state_dict(model.state_dict())
+    x = images(3, 32)
+    assert torch.equal(other.eval()(x), model(x))
+
+
+def prepared_twice():
+    return prepare_qat(small(), batches())
+
+
+@pytest.mark.parametrize(
+    ('make', 'options', 'said'),
+    [
+        (lambda: nn.Linear(2, 2), {}, 'no RepVGG block in Linear'),
+        (lambda: timm.create_model('test_resnet'), {}, 'no RepVGG block in ResNet'),
+        (prepared_twice, {}, "block 'stem' is prepared already"),
+        (lambda: small(drop_path_rate=0.1), {}, 'has stochastic depth or DropBlock'),
+        (small, dict(norms='frozen'), "norms is 'frozen'; it takes 'fixed' or 'moving'"),
+        (small, dict(keep_float=['stages.9']), "keep_float names 'stages.9', which is no RepVGG block"),
+        (small, dict(calibration=[]), 'the calibration has no batches'),
+        (small, dict(calibration=[torch.full((1, 3, 32, 32), torch.nan)]), 'batch 0 of the calibration has values'),
+    ],
+)
+def test_qat_impossible_request_raises_and_changes_nothing(make, options, said):
+    model = make()
+    before, mode = [(path, type(m)) for path, m in model.named_modules()], model.training
+    with pytest.raises(ValueError, match=said):
+        prepare_qat(model, **(dict(calibration=batches()) | options))
+    assert [(path, type(m)) for path, m in model.named_modules()] == before
+    assert model.training is mode
+
+
+def test_qat_without_torchao_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torchao.quantization.pt2e', None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'repvgg-zoo\[quantize\]'"):
+        prepare_qat(small(), batches())
+
+
+def test_prepared_block_without_quantizer_is_as_before():
+    block = RepVGGBlock(8, 8).eval()
+    assert block.quantizer is None
+    assert 'quantizer' not in dict(block.named_children())
+    assert not any('quantizer' in key for key in block.state_dict())
+
+
+def test_finetune_brings_answers_nearer():
+    teacher, model = deployed_with_weights(), unbalanced_ranges()
+    x = torch.cat([images(16, 32, seed=seed) for seed in range(8)])
+    prepare_qat(model, [x])
+    with torch.no_grad():
+        expected, before = teacher(x), model.eval()(x)
+    finetune(model, teacher, [(part, None) for part in x.split(16)], epochs=4, lr=1e-4)
+    with torch.no_grad():
+        after = model(x)
+    assert not model.training
+    assert rel_diff(after, expected) < 0.7 * rel_diff(before, expected)
+    assert all(quantizer.is_fixed for quantizer in model.modules() if isinstance(quantizer, InputQuantizer))
+
+
+def test_finetune_without_batches_or_with_a_wild_rate_raises():
+    model, teacher = prepare_qat(small(), batches()), small()
+    with pytest.raises(ValueError, match='there are no batches'):
+        finetune(model, teacher, [], epochs=1)
+    with pytest.raises(ValueError, match='take a lower lr than 1e'):
+        finetune(model, teacher, [(x, None) for x in batches(20)], epochs=5, lr=1e30)

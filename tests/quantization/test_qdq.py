@@ -1,0 +1,90 @@
+"""INT8 models as ONNX files with their own integers and ranges."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from helpers import create_model, deployed_with_weights, images, rel_diff
+
+from repvgg_zoo import prepare_qat
+from repvgg_zoo.quantization.qat import quantized_layers
+from repvgg_zoo.quantization.qdq import export_qdq
+
+onnx = pytest.importorskip('onnx')
+pytest.importorskip('torchao')
+pytest.importorskip('onnxscript')
+
+
+def exported(path, **options):
+    model = prepare_qat(deployed_with_weights(), [images(8, 32)], **options)
+    export_qdq(model, path, images(1, 32))
+    return model
+
+
+@pytest.mark.parametrize('symmetric', [False, True])
+@pytest.mark.parametrize('full_range', [False, True])
+def test_qdq_file_holds_the_codes_and_the_ranges(tmp_path, symmetric, full_range):
+    model = exported(tmp_path / 'int8.onnx', symmetric=symmetric, full_range=full_range)
+    graph = onnx.load(tmp_path / 'int8.onnx').graph
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    made_by = {output: node for node in graph.node for output in node.output}
+    layers = {f'{path}.reparam_conv': layer for path, layer in quantized_layers(model).items() if path != 'head.fc'}
+    for path, layer in layers.items():
+        [conv] = [node for node in graph.node if node.op_type == 'Conv' and f'{path}.weight' in node.input[1]]
+        values, scale, zero = (tensors[name] for name in made_by[conv.input[1]].input)
+        codes = layer.quantizer.codes(layer)
+        assert np.array_equal(values, codes.values.numpy())
+        assert np.array_equal(scale, codes.scale.numpy())
+        assert values.dtype == zero.dtype == np.int8
+        assert not zero.any()
+        assert made_by[conv.input[1]].attribute[0].i == 0  # one scale an output channel
+        quantize = made_by[made_by[conv.input[0]].input[0]]
+        assert quantize.op_type == 'QuantizeLinear'
+        scale, zero = (tensors[name] for name in quantize.input[1:])
+        assert scale == np.float32(layer.quantizer.input.scale)
+        assert zero.dtype == (np.int8 if symmetric else np.uint8)
+        assert zero == layer.quantizer.input.zero_point
+        assert zero == 0 or not symmetric
+    assert max(abs(v).max() for v in tensors.values() if v.dtype == np.int8 and v.ndim > 1) == (
+        127 if full_range else 63
+    )
+    count = Counter(node.op_type for node in graph.node)
+    assert (count['Conv'], count['Gemm'], count['QuantizeLinear'], count['DequantizeLinear']) == (11, 1, 12, 24)
+
+
+@pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino'])
+def test_qdq_runtimes_compute_what_pytorch_does(tmp_path, runtime):
+    pytest.importorskip(runtime)
+    model = exported(tmp_path / 'int8.onnx')
+    for count in (1, 5):
+        x = images(count, 32, seed=3)
+        if runtime == 'onnxruntime':
+            import onnxruntime
+
+            found = onnxruntime.InferenceSession(tmp_path / 'int8.onnx').run(None, {'x': x.numpy()})[0]
+        else:
+            import openvino
+
+            compiled = openvino.compile_model(tmp_path / 'int8.onnx', config={'INFERENCE_PRECISION_HINT': 'f32'})
+            found = compiled(x.numpy())[0]
+        with torch.no_grad():
+            expected = model(x)
+        # sums in other orders move some inputs to the next code; float32 is this far:
+        assert rel_diff(torch.from_numpy(found), expected) < 0.03 < rel_diff(deployed_with_weights()(x), expected)
+
+
+def test_qdq_model_stays_as_it_is(tmp_path):
+    model = exported(tmp_path / 'int8.onnx')
+    assert len(quantized_layers(model)) == 12
+
+
+def test_qdq_impossible_model_raises(tmp_path):
+    path, x = tmp_path / 'int8.onnx', images(1, 32)
+    with pytest.raises(ValueError, match='has no quantizers; prepare_qat'):
+        export_qdq(deployed_with_weights(), path, x)
+    with pytest.raises(ValueError, match="block 'stem' has branches; call switch_to_deploy"):
+        export_qdq(prepare_qat(create_model('test_repvgg'), [x]), path, x)
+    assert not path.exists()

@@ -1,0 +1,28 @@
+"""The error of one quantized layer."""
+
+from __future__ import annotations
+
+import torch
+from helpers import deployed_with_weights, images
+
+from repvgg_zoo.quantization.sensitivity import _fake_quantized_input, layer_errors
+
+
+def test_layer_errors_quantize_one_layer_at_a_time():
+    model, x = deployed_with_weights(), images(8, 32)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    errors = layer_errors(model, x)
+    assert [error.rel_error for error in errors] == sorted((e.rel_error for e in errors), reverse=True)
+    assert all(0 < error.rel_error < 0.2 for error in errors)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not model.stem.reparam_conv._forward_pre_hooks
+    with torch.no_grad():  # one channel with a range that leaves nothing to the others, and of no consequence itself
+        model.stages[1][2].reparam_conv.weight[5] *= 1000
+        model.stages[1][3].reparam_conv.weight[:, 5] = 0
+    assert layer_errors(model, x)[0].layer == 'stages.1.3.reparam_conv'
+
+
+def test_fake_quantized_input_has_eight_bits():
+    x = torch.linspace(-1, 3, 1001)
+    assert len(_fake_quantized_input(x).unique()) == 256
+    assert not _fake_quantized_input(torch.zeros(5)).any()
