@@ -53,9 +53,9 @@ def prepare_qat(
 
     Raises:
         ModuleNotFoundError: torchao is not installed; it is in the extra `quantize`.
-        ValueError: There is no RepVGG block, or no layer to keep at a path, a block drops branches in training, the
-            model is prepared already, or the calibration has no batch or values that are not finite. The model is as it
-            was then.
+        ValueError: There is no RepVGG block, or no layer to keep at a path, a block is not in float32 or drops branches
+            in training, the model is prepared already, or the calibration has no batch or values that are not finite.
+            The model is as it was then.
 
     Example:
         >>> import timm, torch, repvgg_zoo
@@ -144,6 +144,8 @@ def _refuse(model: nn.Module, blocks: dict[str, ReparamBlock]) -> None:
     for path, block in blocks.items():
         if block.quantizer is not None:
             raise ValueError(f'block {path!r} is prepared already; prepare a model once')
+        if {p.dtype for p in block.parameters()} != {torch.float32}:
+            raise ValueError(f'block {path!r} is not in float32; call float(), and train in autocast for speed')
         if block.reparam_conv is None and not all(isinstance(drop, nn.Identity) for drop in block.drops()):
             raise ValueError(
                 f'block {path!r} has stochastic depth or DropBlock, and one convolution has no branches to drop; '

@@ -150,6 +150,23 @@ def test_qat_weights_load_into_a_prepared_model():
     assert torch.equal(other.eval()(x), model(x))
 
 
+def test_qat_trains_under_autocast():
+    model = prepare_qat(small(), batches())
+    with torch.autocast('cpu', torch.bfloat16):
+        y = model.train()(images(4, 32))
+        y.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('block', ['repvgg', 'acb'])
+def test_qat_training_form_loads_into_the_deploy_form(block):
+    trained = train(prepare_qat(small(block), batches()))
+    deployed = prepare_qat(small(block, deploy=True), batches())
+    deployed.load_state_dict(trained.state_dict())
+    x = images(3, 32)
+    assert torch.equal(deployed.eval()(x), trained(x))
+
+
 def prepared_twice():
     return prepare_qat(small(), batches())
 
@@ -160,6 +177,7 @@ def prepared_twice():
         (lambda: nn.Linear(2, 2), {}, 'no RepVGG block in Linear'),
         (lambda: timm.create_model('test_resnet'), {}, 'no RepVGG block in ResNet'),
         (prepared_twice, {}, "block 'stem' is prepared already"),
+        (lambda: small().bfloat16(), {}, "block 'stem' is not in float32; call float"),
         (lambda: small(drop_path_rate=0.1), {}, 'has stochastic depth or DropBlock'),
         (small, dict(norms='frozen'), "norms is 'frozen'; it takes 'fixed' or 'moving'"),
         (small, dict(keep_float=['stages.9']), "keep_float names 'stages.9', which is no RepVGG block"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
@@ -34,6 +34,8 @@ FILES = ('model.onnx', 'report.json', 'report.md')
 """What the folder holds."""
 
 _SENSITIVITY_IMAGES, _CALIBRATION_BATCH, _TRAINING_BATCH = 64, 50, 128
+_AUGMENTATION: dict[str, Any] = dict(scale=(0.7, 1.0), ratio=(0.9, 1.1), color_jitter=None)
+"""Mild: the images are to look as those that the model meets."""
 
 
 def quantize(
@@ -121,7 +123,7 @@ def quantize(
         export_onnx(model.cpu(), sample[:2], files['float32'])
         quantize_onnx(files['float32'], sample.split(1), files['int8'], full_range=full_range, keep_float=kept)
         if trained_on is not None:
-            trained_on.transform = create_transform(**data_config, is_training=True)
+            trained_on.transform = create_transform(**data_config, is_training=True, **_AUGMENTATION)
             trained = _train(model, sample, trained_on, kept, full_range, epochs, lr, device, track)
             files['int8 trained'] = folder / 'trained.onnx'
             export_qdq(trained, files['int8 trained'], sample[:2])
