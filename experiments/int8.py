@@ -29,8 +29,6 @@ WAYS: dict[str, dict[str, Any]] = {
     '8 bits, equalised': dict(full_range=True, equalize_layers=True),
     '8 bits, two layers in float32': dict(full_range=True, keep_float=2),
     '8 bits, trained': dict(full_range=True, finetune_on='train'),
-    '7 bits, trained': dict(finetune_on='train'),
-    '8 bits, equalised and trained': dict(full_range=True, equalize_layers=True, finetune_on='train'),
 }
 """Options of `quantize`."""
 COLUMNS = ('network', 'way', 'epochs', 'float32_top1_pct', 'int8_top1_pct', 'same_top_class_pct')
@@ -40,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', type=Path, required=True, help='folder of the images')
     parser.add_argument('--out', type=Path, required=True, help='folder for the models')
+    parser.add_argument('--ways', nargs='+', choices=WAYS, default=WAYS, metavar='WAY', help='only these')
     parser.add_argument('--epochs', type=int, default=3, help='of each training (%(default)s)')
     args = parser.parse_args()
     rows = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
@@ -48,7 +47,10 @@ def main() -> None:
         if not source.exists():
             source.mkdir(parents=True)
             save_model(make(), source)
-        for way, options in WAYS.items():
+        for way in args.ways:
+            options = WAYS[way]
+            if network == 'balanced' and 'finetune_on' in options:
+                continue  # there is nothing to win back
             if (network, way) in {(row['network'], row['way']) for row in rows}:
                 continue
             rows.append(measure(network, way, options, source, args))

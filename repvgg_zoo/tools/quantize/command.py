@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--finetune', metavar='FOLDER', help='train in INT8 on these images, to answer as the float model does'
     )
-    parser.add_argument('--epochs', type=positive, metavar='N', default=2, help='of --finetune (%(default)s)')
+    parser.add_argument('--epochs', type=positive, metavar='N', default=3, help='of --finetune (%(default)s)')
     parser.add_argument('--lr', type=float, default=1e-4, help='learning rate of --finetune (%(default)s)')
     parser.add_argument(
         '--overwrite',

@@ -49,7 +49,7 @@ def quantize(
     full_range: bool = False,
     keep_float: int = 0,
     finetune_on: str | Path | None = None,
-    epochs: int = 2,
+    epochs: int = 3,
     lr: float = 1e-4,
     overwrite: bool = False,
     device: str = 'cpu',
