@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks.base import ReparamBlock
+from ..reparam.evaluation import evaluating
 from .layers import BlockQuantizer, InputQuantizer, QuantizedLinear
 from .weights import FULL_RANGE, HALF_RANGE
 
@@ -49,7 +50,7 @@ def prepare_qat(
         keep_float: Paths of blocks, or of their convolutions, and of linear layers that stay as they are.
 
     Returns:
-        The model, in its mode.
+        The model.
 
     Raises:
         ModuleNotFoundError: torchao is not installed; it is in the extra `quantize`.
@@ -75,24 +76,21 @@ def prepare_qat(
             raise ValueError(f'keep_float names {path!r}, which is no RepVGG block and no linear layer')
     largest_code = FULL_RANGE if full_range else HALF_RANGE
     places = [place for place in _children(model) if place[2] in linears.values()]
-    was_training = model.training
     try:
         for block in blocks.values():
             device = next(block.parameters()).device
             block.quantizer = BlockQuantizer(
                 symmetric=symmetric, largest_code=largest_code, moves_statistics=norms == 'moving', device=device
-            )
+            ).train(block.training)
         for parent, name, linear in places:
             setattr(parent, name, QuantizedLinear(linear, symmetric=symmetric, largest_code=largest_code))
-        _calibrate(model.eval(), calibration)
+        _calibrate(model, calibration)
     except BaseException:
         for block in blocks.values():
             block.quantizer = None
         for parent, name, linear in places:
             setattr(parent, name, linear)
         raise
-    finally:
-        model.train(was_training)
     return model
 
 
@@ -163,23 +161,22 @@ def _input_quantizers(model: nn.Module) -> list[InputQuantizer]:
     return [module for module in model.modules() if isinstance(module, InputQuantizer)]
 
 
-@torch.no_grad()
 def _calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Set each range to the mean of the extremes of the batches."""
     quantizers = _input_quantizers(model)
-    momenta = [quantizer.fake.activation_post_process.averaging_constant for quantizer in quantizers]
-    for quantizer in quantizers:
-        quantizer.fake.enable_observer()
-    count = 0
-    for index, batch in enumerate(batches):
-        if not bool(batch.isfinite().all()):
-            raise ValueError(f'batch {index} of the calibration has values that are not finite')
+    observers = [quantizer.fake.activation_post_process for quantizer in quantizers]
+    momentum, count = observers[0].averaging_constant, 0
+    with evaluating(model):
         for quantizer in quantizers:
-            quantizer.fake.activation_post_process.averaging_constant = 1 / (1 + index)
-        model(batch)
-        count += 1
+            quantizer.fake.enable_observer()
+        for count, batch in enumerate(batches, start=1):
+            if not bool(batch.isfinite().all()):
+                raise ValueError(f'batch {count - 1} of the calibration has values that are not finite')
+            for observer in observers:
+                observer.averaging_constant = 1 / count
+            model(batch)
     if not count:
         raise ValueError('the calibration has no batches; give a few batches of training images')
-    for quantizer, momentum in zip(quantizers, momenta, strict=True):
-        quantizer.fake.activation_post_process.averaging_constant = momentum
-        quantizer.fake.disable_observer()
+    for quantizer, observer in zip(quantizers, observers, strict=True):
+        observer.averaging_constant = momentum
+        quantizer.train(quantizer.training)

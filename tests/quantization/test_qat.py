@@ -124,6 +124,17 @@ def test_qat_first_ranges_are_the_mean_of_the_extremes():
     assert model.stem.quantizer.input.zero_point == 0
 
 
+def test_qat_leaves_every_module_in_its_mode():
+    model = small().train()
+    model.stages[1].eval()
+    before = {path: module.training for path, module in model.named_modules()}
+    prepare_qat(model, batches())
+    assert {path: module.training for path, module in model.named_modules() if path in before} == before
+    assert model.stem.quantizer.input.fake.observer_enabled
+    prepared = prepare_qat(small().eval(), batches())
+    assert not any(q.training or q.fake.observer_enabled for q in prepared.modules() if isinstance(q, InputQuantizer))
+
+
 def test_qat_takes_deploy_form_and_larger_networks():
     net = nn.Sequential(small().eval().switch_to_deploy(), nn.Linear(5, 3))
     x = images(4, 32)
