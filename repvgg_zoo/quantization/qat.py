@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal, TypeVar
 
@@ -128,10 +129,14 @@ def quantized_layers(model: nn.Module) -> dict[str, ReparamBlock | QuantizedLine
 
 
 def _require_torchao() -> None:
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # of deprecations between torch and torchao
     try:
         import torchao.quantization.pt2e  # noqa: F401
     except ImportError as error:
         raise ModuleNotFoundError(f"{error}; `pip install 'repvgg-zoo[quantize]'` brings torchao") from error
+    finally:
+        logging.disable(level)
 
 
 def _refuse(model: nn.Module, blocks: dict[str, ReparamBlock]) -> None:
