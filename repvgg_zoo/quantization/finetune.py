@@ -29,7 +29,7 @@ def finetune(
     batches: Batches,
     *,
     epochs: int,
-    lr: float = 1e-3,
+    lr: float = 1e-4,
     track: Callable[..., Iterable[Any]] = lambda items, **_: items,
 ) -> None:
     """Train a model of `prepare_qat` to answer as its float model does, in place.
