@@ -633,7 +633,7 @@ def one_branch_in_groups(made: RepVGGBlock) -> None:
 def test_fold_for_call_changed_branches_keeps_the_outputs(change, training):
     """Whichever way is taken."""
     if change is norm_without_scale and training and device_of_tests().type == 'cuda':
-        pytest.skip("the backward pass of a norm with a shift and no scale ends in an error inside PyTorch on CUDA")
+        pytest.skip('the backward pass of a norm with a shift and no scale ends in an error inside PyTorch on CUDA')
     made, plain = block().train(training), block().train(training)
     x = batch(made)
     change(made), change(plain)
