@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 from ..benchmark.measure import time_rounds
 from ..benchmark.runtimes import compile_openvino
 from ..console import Track
-from .images import why_no_top1
 from .report import Precision
 
 __all__ = ['measure']
@@ -25,7 +24,7 @@ Run = Callable[[Tensor], Tensor]
 
 
 def measure(
-    files: Mapping[str, Path], dataset: ImageDataset, sample: Tensor, *, num_classes: int, track: Track
+    files: Mapping[str, Path], dataset: ImageDataset, sample: Tensor, *, num_classes: int, has_top1: bool, track: Track
 ) -> list[Precision]:
     """Run files on images.
 
@@ -34,11 +33,11 @@ def measure(
         dataset: Images to evaluate on.
         sample: One image, for the latency.
         num_classes: Classes of the model.
+        has_top1: Whether the classes of the images are those of the model.
         track: Shows the progress.
     """
     runs = [_compile(path) for path in files.values()]
     same, right = _count(runs, dataset, track) if num_classes else ([], [])
-    has_top1 = why_no_top1(dataset, num_classes) is None
     times = time_rounds([(lambda: sample, run) for run in runs], rounds=_LATENCY_ROUNDS, track=track)
     return [
         Precision(

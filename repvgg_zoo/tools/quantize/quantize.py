@@ -127,7 +127,10 @@ def quantize(
             trained = _train(model, sample, trained_on, kept, full_range, epochs, lr, device, track)
             files['int8 trained'] = folder / 'trained.onnx'
             export_qdq(trained, files['int8 trained'], sample[:2])
-        precisions = measure(files, evaluated, sample[:1], num_classes=model.num_classes, track=track)
+        no_top1 = why_no_top1(evaluated, model.num_classes)
+        precisions = measure(
+            files, evaluated, sample[:1], num_classes=model.num_classes, has_top1=no_top1 is None, track=track
+        )
         report = QuantizationReport(
             variant=model.variant.name,
             images=len(evaluated),
@@ -137,7 +140,7 @@ def quantize(
             kept_float=kept,
             epochs=0 if trained_on is None else epochs,
             threads=torch.get_num_threads(),
-            no_top1=why_no_top1(evaluated, model.num_classes),
+            no_top1=no_top1,
             precisions=tuple(precisions),
             sensitivity_device=device,
             sensitivity=tuple(sensitivity),
