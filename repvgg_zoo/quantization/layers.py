@@ -114,3 +114,10 @@ class QuantizedLinear(nn.Linear):
     def codes(self) -> Codes:
         """Return the weights as integers."""
         return codes_of(self.weight, self.largest_code)
+
+    def float_layer(self) -> nn.Linear:
+        """Return a plain layer of the same weights."""
+        linear = nn.Linear(1, 1, device='meta')
+        linear.in_features, linear.out_features = self.in_features, self.out_features
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear

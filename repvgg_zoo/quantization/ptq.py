@@ -36,7 +36,7 @@ def quantize_onnx(
 
     Raises:
         ModuleNotFoundError: nncf or onnx are not installed; they are in the extra `quantize`.
-        ValueError: There is no such layer in the file.
+        ValueError: There is no such layer in the file, or the calibration has no input or values that are not finite.
 
     Example:
         >>> quantize_onnx('float32.onnx', [torch.randn(1, 3, 224, 224)], 'int8.onnx')  # doctest: +SKIP
@@ -44,6 +44,11 @@ def quantize_onnx(
     import nncf
     import onnx
 
+    if not calibration:
+        raise ValueError('the calibration has no inputs; give some of the training set')
+    for index, image in enumerate(calibration):
+        if not bool(image.isfinite().all()):
+            raise ValueError(f'input {index} of the calibration has values that are not finite')
     model = onnx.load(exact)
     nodes = {node.input[1].removesuffix('.weight'): node.name for node in model.graph.node if len(node.input) > 1}
     if unknown := set(keep_float) - nodes.keys():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal, TypeVar
@@ -14,7 +15,7 @@ from ..reparam.evaluation import evaluating
 from .layers import BlockQuantizer, InputQuantizer, QuantizedLinear
 from .weights import FULL_RANGE, HALF_RANGE
 
-__all__ = ['fix_ranges', 'prepare_qat', 'quantized_layers']
+__all__ = ['fix_ranges', 'prepare_qat', 'quantized_layers', 'require_torchao', 'without_quantizers']
 
 ModuleT = TypeVar('ModuleT', bound=nn.Module)
 
@@ -66,7 +67,7 @@ def prepare_qat(
         >>> model.train()(torch.randn(8, 3, 32, 32)).sum().backward()
         >>> model = repvgg_zoo.switch_to_deploy(model.eval())
     """
-    _require_torchao()
+    require_torchao()
     if norms not in ('fixed', 'moving'):
         raise ValueError(f"norms is {norms!r}; it takes 'fixed' or 'moving'")
     blocks = {path: m for path, m in model.named_modules() if isinstance(m, ReparamBlock)}
@@ -128,7 +129,27 @@ def quantized_layers(model: nn.Module) -> dict[str, ReparamBlock | QuantizedLine
     }
 
 
-def _require_torchao() -> None:
+def without_quantizers(model: ModuleT) -> ModuleT:
+    """Return a copy of a model of `prepare_qat` that computes in float, with the same weights, in eval mode.
+
+    Example:
+        >>> import timm, torch, repvgg_zoo
+        >>> model = repvgg_zoo.prepare_qat(timm.create_model('test_repvgg'), [torch.randn(8, 3, 32, 32)])
+        >>> quantized_layers(without_quantizers(model))
+        {}
+    """
+    plain = copy.deepcopy(model).eval()
+    for parent in list(plain.modules()):
+        if isinstance(parent, ReparamBlock):
+            parent.quantizer = None
+        for name, child in list(parent.named_children()):
+            if isinstance(child, QuantizedLinear):
+                setattr(parent, name, child.float_layer())
+    return plain
+
+
+def require_torchao() -> None:
+    """Raise `ModuleNotFoundError`, which names the extra, if torchao is not installed."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # of deprecations between torch and torchao
     try:

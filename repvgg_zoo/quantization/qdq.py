@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from ..blocks.base import ReparamBlock
 from .layers import InputQuantizer, QuantizedLinear
 from .onnx_export import export_onnx
-from .qat import quantized_layers
+from .qat import quantized_layers, without_quantizers
 from .weights import Codes
 
 __all__ = ['export_qdq']
@@ -44,24 +43,11 @@ def export_qdq(model: nn.Module, path: str | Path, sample: Tensor) -> None:
         raise ValueError(f'{type(model).__name__} has no quantizers; prepare_qat() makes them')
     if branched := [p for p, layer in layers.items() if isinstance(layer, ReparamBlock) and layer.reparam_conv is None]:
         raise ValueError(f'block {branched[0]!r} has branches; call switch_to_deploy() first')
-    export_onnx(_without_quantizers(model), sample, path)
+    export_onnx(without_quantizers(model), sample, path)
     written = onnx.load(path)
     _Writer(written.graph).quantize({_weight_name(path, layer): layer for path, layer in layers.items()})
     onnx.checker.check_model(written)
     onnx.save(written, path)
-
-
-def _without_quantizers(model: nn.Module) -> nn.Module:
-    plain = copy.deepcopy(model).eval()
-    for parent in list(plain.modules()):
-        if isinstance(parent, ReparamBlock):
-            parent.quantizer = None
-        for name, child in list(parent.named_children()):
-            if isinstance(child, QuantizedLinear):
-                linear = nn.Linear(1, 1, device='meta')
-                linear.weight, linear.bias = child.weight, child.bias
-                setattr(parent, name, linear)
-    return plain
 
 
 def _weight_name(path: str, layer: ReparamBlock | QuantizedLinear) -> str:

@@ -54,8 +54,16 @@ def test_segmentation_network_keeps_its_output(segmenter, tmp_path, way):
     assert kinds.count('QuantizeLinear') > 5
 
 
-def test_unknown_layer_to_keep_raises(segmenter, tmp_path):
+@pytest.mark.parametrize(
+    ('calibration', 'options', 'said'),
+    [
+        ([images()], dict(keep_float=['encoder.nowhere']), r"no layer 'encoder\.nowhere' in"),
+        ([], {}, 'the calibration has no inputs'),
+        ([images(), images() * torch.nan], {}, 'input 1 of the calibration has values that are not finite'),
+    ],
+)
+def test_impossible_quantization_raises_and_writes_nothing(segmenter, tmp_path, calibration, options, said):
     export_onnx(segmenter, images(2, 64), tmp_path / 'float32.onnx')
-    with pytest.raises(ValueError, match=r"no layer 'encoder\.nowhere' in"):
-        quantize_onnx(tmp_path / 'float32.onnx', [images()], tmp_path / 'int8.onnx', keep_float=['encoder.nowhere'])
+    with pytest.raises(ValueError, match=said):
+        quantize_onnx(tmp_path / 'float32.onnx', calibration, tmp_path / 'int8.onnx', **options)
     assert not (tmp_path / 'int8.onnx').exists()

@@ -22,6 +22,7 @@ from repvgg_zoo.tools.quantize.images import evenly_spaced, image_folder
 from repvgg_zoo.tools.quantize.quantize import quantize
 from repvgg_zoo_cli import main
 
+FILES = ['model.onnx', 'ranges.png', 'report.json', 'report.md']
 TRAIN, VALIDATION = (weights_dir() / 'cifar10' / split for split in ('train', 'validation'))
 
 
@@ -101,7 +102,7 @@ def test_quantize_full_range_uses_eight_bits(tmp_path):
 
 def test_quantize_folder_holds_model_and_report_only(quantized):
     folder, report = quantized
-    assert sorted(path.name for path in folder.glob('[!.]*')) == ['model.onnx', 'report.json', 'report.md']
+    assert sorted(path.name for path in folder.glob('[!.]*')) == FILES
     content = json.loads((folder / 'report.json').read_text())
     assert content['precisions'][1]['top1_pct'] == int8(report).top1_pct
     assert content['speedup'] == float32(report).latency_ms / int8(report).latency_ms
@@ -109,6 +110,8 @@ def test_quantize_folder_holds_model_and_report_only(quantized):
     text = (folder / 'report.md').read_text()
     assert f'{int8(report).top1_pct:.2f}' in text
     assert 'stages.1.3.reparam_conv' in text
+    assert content['ranges'].keys() == {'before'}
+    assert len(content['ranges']['before']) == 12
 
 
 def test_quantize_onnxruntime_computes_same(quantized):
@@ -202,6 +205,10 @@ def test_quantize_empty_class_folder_gives_no_top1(tmp_path):
     assert report.no_top1 in (tmp_path / 'out' / 'report.md').read_text()
 
 
+def spread_of(spread):
+    return spread.largest / spread.smallest
+
+
 def test_quantize_unbalanced_network_needs_equalize(tmp_path):
     (tmp_path / 'model').mkdir()
     save_model(unbalanced_ranges(), tmp_path / 'model')
@@ -218,6 +225,9 @@ def test_quantize_unbalanced_network_needs_equalize(tmp_path):
         )
         assert report.equalized is equalized
         lost.append(float32(report).top1_pct - int8(report).top1_pct)
+        before, *after = ([spread_of(r.weights) for r in ranges[1:-1]] for ranges in report.ranges.values())
+        assert min(before) > 50
+        assert [max(spreads) < 5 for spreads in after] == [True] * equalized
     assert lost[0] > 4
     assert lost[1] < 1.6
 
@@ -252,7 +262,7 @@ def test_quantize_finetune_trains_an_unbalanced_network(tmp_path):
     assert trained.same_top_class_pct > int8.same_top_class_pct + 1
     assert float32.same_top_class_pct == 100
     assert (tmp_path / 'out' / 'model.onnx').stat().st_size == trained.bytes
-    assert sorted(path.name for path in (tmp_path / 'out').glob('[!.]*')) == ['model.onnx', 'report.json', 'report.md']
+    assert sorted(path.name for path in (tmp_path / 'out').glob('[!.]*')) == FILES
     assert 'Trained for 3 epochs.' in (tmp_path / 'out' / 'report.md').read_text()
 
 
@@ -272,6 +282,13 @@ def test_quantize_missing_package_names_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'nncf', None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'repvgg-zoo\[quantize\]'"):
         quantize('test_repvgg', tmp_path / 'out', images=VALIDATION, track=no_progress)
+
+
+def test_quantize_finetune_misses_torchao_before_it_starts(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torchao.quantization.pt2e', None)
+    monkeypatch.setattr('repvgg_zoo.tools.quantize.quantize.open_model', lambda *_, **__: 1 / 0)
+    with pytest.raises(ModuleNotFoundError, match='brings torchao'):
+        quantize('test_repvgg', tmp_path / 'out', images=VALIDATION, finetune_on=TRAIN, track=no_progress)
 
 
 def test_main_quantize_prints_both_precisions(tmp_path):
@@ -302,6 +319,12 @@ def test_quantize_impossible_request_raises(tmp_path):
             quantize('test_repvgg', tmp_path / 'out', images=VALIDATION, track=no_progress, **options)
     with pytest.raises(FileNotFoundError, match='no folder of images'):
         quantize('test_repvgg', tmp_path / 'out', images=VALIDATION, finetune_on=tmp_path / 'no', track=no_progress)
+    (tmp_path / 'overflow').mkdir()
+    broken = deployed_with_weights()
+    broken.head.fc.weight.data *= 1e38
+    save_model(broken, tmp_path / 'overflow')
+    with pytest.raises(ValueError, match='gives values that are not finite on the images of the calibration'):
+        quantize(tmp_path / 'overflow', tmp_path / 'out', images=VALIDATION, subset=2, track=no_progress)
     (tmp_path / 'grey').mkdir()
     save_model(timm.create_model('test_repvgg', in_chans=1), tmp_path / 'grey')
     with pytest.raises(ValueError, match='the model takes 1'):

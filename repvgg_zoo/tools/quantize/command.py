@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "training. Accuracy and latency are measured in OpenVINO. Needs pip install 'repvgg-zoo[quantize]'."
     )
     parser.add_argument('src', metavar='SRC', help='checkpoint file, model folder, or timm model name')
-    parser.add_argument('dst', metavar='DST', help=f'folder to write: {", ".join(FILES[:2])} and {FILES[2]}')
+    parser.add_argument('dst', metavar='DST', help=f'folder to write: {", ".join(FILES[:-1])} and {FILES[-1]}')
     parser.add_argument('--images', metavar='FOLDER', required=True, help='images to evaluate on, in a folder a class')
     parser.add_argument(
         '--calibration', metavar='FOLDER', help='images to calibrate on, better of the training set (default: --images)'

@@ -17,8 +17,9 @@ from ...quantization.equalize import equalize
 from ...quantization.finetune import finetune
 from ...quantization.onnx_export import export_onnx
 from ...quantization.ptq import quantize_onnx
-from ...quantization.qat import prepare_qat
+from ...quantization.qat import prepare_qat, require_torchao, without_quantizers
 from ...quantization.qdq import export_qdq
+from ...quantization.ranges import layer_ranges
 from ...quantization.sensitivity import layer_errors
 from ..atomic import new_folder
 from ..console import Track
@@ -26,14 +27,15 @@ from ..convert import open_model
 from ..model_arguments import ModelOptions
 from .images import evenly_spaced, image_folder, why_no_top1
 from .measure import measure
+from .plots import save_ranges_plot
 from .report import QuantizationReport
 
 __all__ = ['FILES', 'quantize']
 
-FILES = ('model.onnx', 'report.json', 'report.md')
+FILES = ('model.onnx', 'report.json', 'report.md', 'ranges.png')
 """What the folder holds."""
 
-_SENSITIVITY_IMAGES, _CALIBRATION_BATCH, _TRAINING_BATCH = 64, 50, 128
+_ANALYSED_IMAGES, _CALIBRATION_BATCH, _TRAINING_BATCH = 64, 50, 128
 _AUGMENTATION: dict[str, Any] = dict(scale=(0.7, 1.0), ratio=(0.9, 1.1), color_jitter=None)
 """Mild: the images are to look as those that the model meets."""
 
@@ -58,10 +60,10 @@ def quantize(
 ) -> QuantizationReport:
     """Write a checkpoint's deploy form in INT8 as a folder.
 
-    The folder holds `model.onnx`, `report.json` and `report.md`. The model has 8-bit weights, quantized per channel,
-    quantizers of the activations (QDQ), and a free batch size. NNCF calibrates on real images, prepared as the model
-    expects them, and corrects the biases for the shift of each layer's mean. With `finetune_on`, a training comes
-    after that, and the file is of the trained model.
+    The folder holds `model.onnx`, `report.json`, `report.md` and `ranges.png`. The model has 8-bit weights, quantized
+    per channel, quantizers of the activations (QDQ), and a free batch size. NNCF calibrates on real images, prepared as
+    the model expects them, and corrects the biases for the shift of each layer's mean. With `finetune_on`, a training
+    comes after that, and the file is of the trained model.
 
     Args:
         source: Checkpoint file, model folder or timm model name, in either form.
@@ -91,13 +93,13 @@ def quantize(
         ModuleNotFoundError: A package of the extra `quantize` is not installed.
         FileNotFoundError: There is no such folder of images, or it is empty.
         ValueError: `subset` or `epochs` is less than 1, `keep_float` is negative or leaves nothing to quantize, the
-            model does not take 3 channels, or there is no classifier to train.
+            model does not take 3 channels or gives values that are not finite, or there is no classifier to train.
         FileExistsError: The target exists, and `overwrite` is off or it holds other files.
 
     Example:
         >>> report = quantize('test_repvgg', 'int8', images='cifar10', track=no_progress)  # doctest: +SKIP
     """
-    _require()
+    _require(trains=finetune_on is not None)
     for name, value, least in (('subset', subset, 1), ('epochs', epochs, 1), ('keep_float', keep_float, 0)):
         if value < least:
             raise ValueError(f'{name} is {value}; it takes a number from {least} on')
@@ -109,13 +111,17 @@ def quantize(
             raise ValueError(f'the images have 3 channels, and the model takes {model.in_chans}')
         if trained_on is not None and model.num_classes == 0:
             raise ValueError('the model has no classifier, so there are no answers to train on; leave finetune out')
-        if equalize_layers:
-            equalize(model)
         data_config = resolve_model_data_config(model)
         evaluated.transform = calibrated.transform = create_transform(**data_config)
         chosen = [calibrated[index][0] for index in evenly_spaced(len(calibrated), subset)]
         sample = torch.stack(chosen)
-        sensitivity = layer_errors(model.to(device), sample[:_SENSITIVITY_IMAGES].to(device), track=track)
+        few = sample[:_ANALYSED_IMAGES]
+        if not bool(model(few).isfinite().all()):
+            raise ValueError(f'{source} gives values that are not finite on the images of the calibration')
+        ranges = {'before': layer_ranges(model, few)}
+        if equalize_layers:
+            equalize(model)
+        sensitivity = layer_errors(model.to(device), few.to(device), track=track)
         kept = tuple(error.layer for error in sensitivity[:keep_float])
         if len(kept) == len(sensitivity):
             raise ValueError(f'keep_float is {keep_float} of {len(sensitivity)} layers; leave some to quantize')
@@ -127,6 +133,9 @@ def quantize(
             trained = _train(model, sample, trained_on, kept, full_range, epochs, lr, device, track)
             files['int8 trained'] = folder / 'trained.onnx'
             export_qdq(trained, files['int8 trained'], sample[:2])
+            model = without_quantizers(trained)
+        if equalize_layers or trained_on is not None:
+            ranges['after'] = layer_ranges(model, few)
         no_top1 = why_no_top1(evaluated, model.num_classes)
         precisions = measure(
             files, evaluated, sample[:1], num_classes=model.num_classes, has_top1=no_top1 is None, track=track
@@ -144,17 +153,20 @@ def quantize(
             precisions=tuple(precisions),
             sensitivity_device=device,
             sensitivity=tuple(sensitivity),
+            ranges=ranges,
         )
         *others, last = files.values()
         last.replace(folder / FILES[0])
         for file in others:
             file.unlink()
+        save_ranges_plot(ranges, folder / FILES[3])
         report.write(folder)
     return report
 
 
-def _require() -> None:
+def _require(*, trains: bool) -> None:
     try:
+        import matplotlib  # noqa: F401
         import nncf
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -164,6 +176,8 @@ def _require() -> None:
         raise ModuleNotFoundError(
             f"{error}; `pip install 'repvgg-zoo[quantize]'` brings what quantizing needs"
         ) from error
+    if trains:
+        require_torchao()
     nncf.set_log_level(logging.ERROR)
 
 

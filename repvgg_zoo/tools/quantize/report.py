@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ...quantization.ranges import LayerRanges
 from ...quantization.sensitivity import LayerError
 from ..markdown import markdown_table
 
@@ -57,6 +59,8 @@ class QuantizationReport:
     """Where the sensitivity was computed."""
     sensitivity: tuple[LayerError, ...]
     """The largest error first."""
+    ranges: Mapping[str, Sequence[LayerRanges]]
+    """`before`, and `after` if equalisation or training changed the weights. In the order of the forward pass."""
 
     @property
     def speedup(self) -> float:
@@ -99,6 +103,11 @@ class QuantizationReport:
                 f'Relative error of the logits if only one layer is quantized{self.place}:',
                 '',
                 markdown_table(layers, ('layer', 'error')),
+                '',
+                'The largest value and the largest weight of each input channel, from the smallest channel to the '
+                'largest. All of them share the codes of INT8:',
+                '',
+                '![ranges of each layer](ranges.png)',
                 '',
             ]
         )

@@ -1,0 +1,86 @@
+"""How much the input channels of each layer differ in range: what INT8 suffers from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ['LayerRanges', 'Spread', 'layer_ranges']
+
+
+class Spread(NamedTuple):
+    """Largest absolute values, over channels."""
+
+    smallest: float
+    median: float
+    largest: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRanges:
+    """What the channels that one layer reads differ in. They share the codes of INT8."""
+
+    layer: str
+    inputs: Spread
+    """Of the values of each input channel. All of them share one scale."""
+    weights: Spread
+    """Of the weights that read each input channel. Those of an output channel share one scale."""
+
+
+@torch.no_grad()
+def layer_ranges(model: nn.Module, images: Tensor) -> list[LayerRanges]:
+    """Measure the ranges of each convolution and linear layer.
+
+    Args:
+        model: In the deploy form and eval mode.
+        images: `(N, C, H, W)`.
+
+    Returns:
+        The ranges of each layer, in the order of the forward pass.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model('test_repvgg.cifar10_deploy').eval()
+        >>> ranges = layer_ranges(model, torch.randn(2, 3, 32, 32))
+        >>> len(ranges), ranges[0].layer
+        (12, 'stem.reparam_conv')
+    """
+    found: dict[str, LayerRanges] = {}
+
+    def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found[name] = LayerRanges(
+                layer=name, inputs=_spread(_of_inputs(layer, inputs[0])), weights=_spread(_of_weights(layer))
+            )
+
+        return hook
+
+    handles = [
+        m.register_forward_pre_hook(look(name))
+        for name, m in model.named_modules()
+        if isinstance(m, (nn.Conv2d, nn.Linear))
+    ]
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(found.values())
+
+
+def _of_inputs(layer: nn.Module, x: Tensor) -> Tensor:
+    return x.abs().transpose(0, 1 if isinstance(layer, nn.Conv2d) else -1).flatten(1).amax(1)
+
+
+def _of_weights(layer: nn.Module) -> Tensor:
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    groups: int = getattr(layer, 'groups', 1)
+    return weight.abs().view(groups, -1, weight.shape[1], weight[0, 0].numel()).amax((1, 3)).flatten()
+
+
+def _spread(values: Tensor) -> Spread:
+    return Spread(values.min().item(), values.median().item(), values.max().item())
