@@ -139,7 +139,6 @@ def report(args: argparse.Namespace) -> None:
         table.append((block, *top1, str(len(runs)), *costs[block]))
     header = ('block', 'training %', 'deploy %', 'INT8 %', 'seeds', 'step', 'saved', 'parameters k')
     print(markdown_table(table, header, text_columns=('block',)))
-    plot(rows, costs)
 
 
 def precision_of(run: Path) -> str:
@@ -201,36 +200,6 @@ def training_costs(models: Mapping[str, torch.nn.Module], precision: str) -> dic
         )
         for index, (block, model) in enumerate(models.items())
     }
-
-
-def plot(rows: dict[tuple[str, int], dict[str, str]], costs: dict[str, tuple[str, ...]]) -> None:
-    """Top-1 of the deploy form against the time of a training step."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout='constrained')
-    by_time = sorted({block for block, _ in rows}, key=lambda block: (float(costs[block][0]), block))
-    for index, block in enumerate(by_time):
-        top1 = [float(row['deploy_top1_pct']) for key, row in rows.items() if key[0] == block]
-        time, above = float(costs[block][0]), index % 2  # of neighbours, one name stands above and one below
-        axes.plot([time] * len(top1), top1, 'o-', color='C0' if block != 'repvgg' else 'C3', alpha=0.7)
-        axes.annotate(
-            block,
-            (time, max(top1) if above else min(top1)),
-            xytext=(0, 6 if above else -6),
-            textcoords='offset points',
-            horizontalalignment='center',
-            verticalalignment='bottom' if above else 'top',
-            fontsize=8,
-        )
-    axes.set_xscale('log')
-    axes.set_xticks(ticks := [0.5, 0.7, 1, 1.5, 2, 3, 4], [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.margins(0.08)
-    axes.set_xlabel('time of a training step, relative to repvgg')
-    axes.set_ylabel('top-1 of the deploy form, %')
-    axes.set_title(f'0.6 M parameters, {EPOCHS} epochs of CIFAR-10, a point a seed', fontsize=10)
-    axes.grid(alpha=0.3)
-    figure.savefig(RESULTS.with_suffix('.png'), dpi=120)
 
 
 if __name__ == '__main__':
