@@ -1,4 +1,7 @@
-.PHONY: lint tables test
+.PHONY: docs lint tables test
+
+docs: ## the site, in site/
+	mkdocs build
 
 lint: ## what .ci/run checks beside the tests
 	ruff check .

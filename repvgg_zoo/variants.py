@@ -152,6 +152,12 @@ VARIANTS = MappingProxyType(
         )
     }
 )
+"""The variants by their timm names, in the order of every table.
+
+Example:
+    >>> VARIANTS['repvgg_b1g2'].groups
+    2
+"""
 
 
 def get_variant(name: str) -> Variant:

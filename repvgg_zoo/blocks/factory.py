@@ -15,7 +15,12 @@ from .repvgg_block import RepVGGBlock
 __all__ = ['BLOCKS', 'block_type', 'blocks_with_keys']
 
 BLOCKS = tuple(BRANCH_TYPES)
-"""The names that `block=` takes."""
+"""The names that `block=` takes.
+
+Example:
+    >>> BLOCKS[0]
+    'repvgg'
+"""
 
 
 def block_type(name: str) -> Callable[..., ReparamBlock]:

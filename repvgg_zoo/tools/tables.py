@@ -1,7 +1,7 @@
 """Regenerates what follows from the table of variants: `python -m repvgg_zoo.tools.tables [--check]`.
 
 Written are `params` and `gmacs` of all records in `weights/manifest.json`, records of new variants, `weights/README.md`
-and the table between `<!-- variants -->` and `<!-- /variants -->` in `README.md`.
+and the table between `<!-- variants -->` and `<!-- /variants -->` in `README.md` and `docs/models.md`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog='python -m repvgg_zoo.tools.tables',
-        description='Regenerate the tables and counted fields of README.md and weights/.',
+        description='Regenerate the tables and counted fields of README.md, docs/models.md and weights/.',
     )
     parser.add_argument('--check', action='store_true', help='write nothing; exit with 1 if a file is out of date')
     args = parser.parse_args(argv)
@@ -179,18 +179,22 @@ def _contents() -> dict[Path, str]:
     """What the files should hold."""
     records = updated_records(read_manifest())
     manifest = manifest_path()
-    readme = manifest.parents[1] / 'README.md'
-    if not readme.is_file():
-        raise FileNotFoundError(f'no {str(readme)!r}; the tables are those of a checkout, not of an installed package')
-    before, begin, rest = readme.read_text('utf-8').partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not end:
-        raise ValueError(f'{str(readme)!r} has no lines {_BEGIN} and {_END}; put them where the table belongs')
+    root, table = manifest.parents[1], variants_markdown(records)
     return {
-        readme: f'{before}{begin}\n{variants_markdown(records)}\n{end}{after}',
+        **{page: _with_table(page, table) for page in (root / 'README.md', root / 'docs' / 'models.md')},
         manifest.with_name(PAGE): weights_page(records),
         manifest: manifest_text(records),
     }
+
+
+def _with_table(page: Path, table: str) -> str:
+    if not page.is_file():
+        raise FileNotFoundError(f'no {str(page)!r}; the tables are those of a checkout, not of an installed package')
+    before, begin, rest = page.read_text('utf-8').partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not end:
+        raise ValueError(f'{str(page)!r} has no lines {_BEGIN} and {_END}; put them where the table belongs')
+    return f'{before}{begin}\n{table}\n{end}{after}'
 
 
 if __name__ == '__main__':

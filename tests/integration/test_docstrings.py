@@ -9,6 +9,7 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,14 @@ PUBLIC = [name for name in repvgg_zoo.__all__ if callable(getattr(repvgg_zoo, na
 
 
 def docstrings(source: str) -> Iterator[tuple[str, str]]:
-    """Yield the name and the docstring of a module and of all its classes and functions, decorated ones included."""
-    for node in ast.walk(ast.parse(source)):
+    """Yield the name and the docstring of a module and of all its classes, functions and constants."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield getattr(node, 'name', 'module'), ast.get_docstring(node) or ''
+    for constant, node in pairwise(tree.body):
+        if isinstance(constant, ast.Assign) and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            yield ast.unparse(constant.targets[0]), inspect.cleandoc(str(node.value.value))
 
 
 def run_examples(source: str, variables: dict) -> tuple[int, str]:
@@ -41,6 +46,16 @@ def test_module_examples_run(name, tmp_path, monkeypatch):
     module = importlib.import_module(name)
     _, failures = run_examples(Path(module.__file__).read_text('utf-8'), vars(module))
     assert not failures, failures
+
+
+@pytest.mark.parametrize('name', sorted(set(repvgg_zoo.__all__) - {'__version__'}))
+def test_public_name_is_on_the_page_of_the_api_and_has_an_example(name):
+    page = (Path(__file__).parents[2] / 'docs' / 'api.md').read_text('utf-8')
+    assert f'\n::: repvgg_zoo.{name}\n' in page
+    modules = map(importlib.import_module, MODULES)
+    files = {module.__file__ for module in modules if name in getattr(module, '__all__', ())}
+    [text] = [text for file in files for own, text in docstrings(Path(file).read_text('utf-8')) if own == name]
+    assert 'Example:\n' in text
 
 
 def test_run_examples_finds_decorated_methods_and_failures():

@@ -20,9 +20,11 @@ NEW = Variant(name='repvgg_new', depths=(1, 1, 1, 1), width=(0.5, 0.5, 0.5, 0.5)
 
 @pytest.fixture
 def readme(own_weights, request):
-    path = own_weights.parent / 'README.md'
-    path.write_text((request.config.rootpath / 'README.md').read_text('utf-8'), 'utf-8')
-    return path
+    folder = own_weights.parent
+    (folder / 'docs').mkdir()
+    for page in ('README.md', 'docs/models.md'):
+        (folder / page).write_text((request.config.rootpath / page).read_text('utf-8'), 'utf-8')
+    return folder / 'README.md'
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def test_check_of_this_checkout_passes(capsys):
     assert capsys.readouterr() == ('', '')
 
 
-@pytest.mark.parametrize('name', ['README.md', 'weights/README.md', 'weights/manifest.json'])
+@pytest.mark.parametrize('name', ['README.md', 'docs/models.md', 'weights/README.md', 'weights/manifest.json'])
 def test_check_outdated_file_fails_and_names_it(readme, capsys, name):
     path = readme.parent / name
     text = path.read_text('utf-8')
