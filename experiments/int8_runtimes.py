@@ -3,7 +3,8 @@
     python -m experiments.int8_runtimes --data cifar10
 
 `--data` holds the folders `train` and `test`, with a folder of images for each class. Top-1 is of the bundled model on
-all test images; B1 has random weights. `inductor, trained` is torchao's quantization-aware training of the exported graph.
+all test images; B1 has random weights. `inductor, trained` is torchao's quantization-aware training of the exported
+graph.
 """
 
 import argparse

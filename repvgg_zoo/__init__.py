@@ -10,6 +10,7 @@ from .checkpoints.errors import CheckpointError
 from .overparam.overparameterize import overparameterize
 from .overparam.registry import register_overparameterized
 from .pretrained.load import load_checkpoint
+from .pretrained.manifest import weights_dir
 from .quantization.qat import prepare_qat
 from .reparam.evaluation import disable_fast_path
 from .reparam.fold import FoldError
@@ -40,6 +41,7 @@ __all__ = [
     'rep_optimizer',
     'switch_to_deploy',
     'unfold',
+    'weights_dir',
 ]
 
 __version__ = '0.1.0'

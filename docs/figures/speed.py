@@ -10,6 +10,7 @@ PEERS = {
     'torchvision:resnet18': ('ResNet-18', (-8, -16, 'right')),
     'torchvision:resnet50': ('ResNet-50', (-8, -14, 'right')),
     'torchvision:resnet101': ('ResNet-101', (-9, -9, 'right')),
+    'timm:mobilenetv1_100.ra4_e3600_r224_in1k': ('MobileNetV1', (0, 10, 'center')),
     'torchvision:efficientnet_b0': ('EfficientNet-B0', (0, 10, 'center')),
     'torchvision:regnet_x_3_2gf': ('RegNetX-3.2GF', (0, 10, 'center')),
 }
@@ -33,7 +34,7 @@ def draw_speed_accuracy(theme: Theme) -> Figure:
     """Draw published top-1 against images per second of a CPU."""
     figure = new_figure(
         theme,
-        'RepVGG beats ResNets of its speed, not EfficientNet-B0 or RegNetX',
+        'RepVGG beats ResNets of its speed, but not three others',
         f'Deploy form, one image, eager PyTorch, float32: {XEON}',
     )
     axes = figure.add_axes((0.085, 0.135, 0.89, 0.68))
@@ -73,27 +74,27 @@ def draw_speed_accuracy(theme: Theme) -> Figure:
 
 
 def draw_forms(theme: Theme) -> Figure:
-    """Draw milliseconds an image of timm's training form, the zoo's training form and the deploy form."""
+    """Draw milliseconds per image of timm's training form, the zoo's training form and the deploy form."""
     figure = new_figure(
         theme,
         'The deploy form is fastest; in batches the training form comes near',
-        f'Milliseconds an image in eval(), float32: {XEON}',
+        f'Milliseconds per image in eval(), float32: {XEON}',
     )
-    colors = {'timm, training form': theme.third, 'zoo, training form': theme.second, 'deploy form': theme.first}
+    colors = {'timm, training form': theme.third, 'repvgg_zoo, training form': theme.second, 'deploy form': theme.first}
     kinds = (('timm:', 'training'), ('', 'training'), ('', 'deploy'))
     batches = ('1', '16')
     for index, model in enumerate(('a0', 'b1')):
         axes = figure.add_axes((0.115 + 0.47 * index, 0.13, 0.39, 0.59))
         series = {}
         for (name, color), (prefix, form) in zip(colors.items(), kinds, strict=True):
-            values = [_ms_an_image(f'{prefix}repvgg_{model}', form, batch) for batch in batches]
+            values = [_ms_per_image(f'{prefix}repvgg_{model}', form, batch) for batch in batches]
             series[name] = color, values
         bars(axes, [f'batch {batch}' for batch in batches], series, heading=f'RepVGG-{model.upper()}')
     legend(figure, colors)
     return figure
 
 
-def _ms_an_image(model: str, form: str, batch: str) -> float:
+def _ms_per_image(model: str, form: str, batch: str) -> float:
     setting = dict(form=form, batch=batch, dtype='float32', layout='contiguous')
     (row,) = read_csv('benchmarks/cpu/forms.csv', model=model, **setting)
     return float(row['latency_ms']) / int(batch)
@@ -113,7 +114,7 @@ def draw_runtimes(theme: Theme) -> Figure:
     """Draw milliseconds of the deploy form by runtime."""
     figure = new_figure(
         theme,
-        'OpenVINO runs the deploy form fastest, most of all in bfloat16',
+        'In bfloat16 OpenVINO is fastest; in float32 ONNX Runtime equals it',
         f'Milliseconds for one image, deploy form: {XEON}',
     )
     colors = {'float32': theme.third, 'bfloat16': theme.first}
@@ -143,7 +144,7 @@ def draw_memory(theme: Theme) -> Figure:
     figure = new_figure(
         theme,
         "A training step keeps a third fewer bytes than timm's",
-        'MB of one image of 224 pixels kept for the backward pass, float32, PyTorch 2.14.1, timm 1.0.31',
+        'MB per image of 224 pixels, kept for the backward pass, float32, PyTorch 2.14.1, timm 1.0.31',
     )
     colors = {'timm': theme.third, 'repvgg_zoo': theme.first}
     series = {}
