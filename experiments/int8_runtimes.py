@@ -8,6 +8,7 @@ graph.
 """
 
 import argparse
+import copy
 import csv
 import os
 import statistics
@@ -136,7 +137,8 @@ def trained_by_torchao(model: nn.Module, images: Tensor, dataset: Iterable[tuple
 
 
 def exported(model: nn.Module, images: Tensor) -> nn.Module:
-    return torch.export.export(model, (images[:2],), dynamic_shapes=DYNAMIC_BATCH).module()
+    own = copy.deepcopy(model)  # which a training may change
+    return torch.export.export(own, (images[:2],), dynamic_shapes=DYNAMIC_BATCH).module()
 
 
 def top1_pct(run: Run, dataset: Iterable[tuple[Tensor, int]]) -> float:
