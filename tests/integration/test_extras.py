@@ -86,7 +86,7 @@ def test_base_installation_imports_every_module(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('extra', sorted(PROJECT['optional-dependencies'].keys() - {'test', 'dev'}))
+@pytest.mark.parametrize('extra', sorted(PROJECT['optional-dependencies'].keys() - {'docs', 'test', 'dev'}))
 def test_extra_alone_runs_its_command(extra, run):
     done = run(extra, '-c', 'import sys; from repvgg_zoo_cli import main; sys.exit(main())', *map(str, COMMANDS[extra]))
     assert done.returncode == 0, done.stdout + done.stderr
