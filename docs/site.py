@@ -9,14 +9,14 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-FROM_ROOT = {'contributing.md': 'CONTRIBUTING.md', 'changelog.md': 'CHANGELOG.md'}
-"""Pages that stand in the root, where readers of the repository look for them."""
+FROM_ROOT = {'CONTRIBUTING.md': 'contributing.md', 'CHANGELOG.md': 'changelog.md'}
+"""Pages that stand in the root, where readers of the repository look for them, and their places in the site."""
 LINK = re.compile(r'(?<=\]\()([^):#]+)')
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the files that pages name, and those that these name."""
-    for place, name in FROM_ROOT.items():
+    for name, place in FROM_ROOT.items():
         files.append(File.generated(config, place, abs_src_path=str(ROOT / name)))
     pages = list(files.documentation_pages())
     for page in pages:  # grows
@@ -47,5 +47,4 @@ def _target(page: File, link: str) -> Path:
 
 def _place(target: Path) -> str:
     name = target.relative_to(ROOT).as_posix()
-    moved = {source: place for place, source in FROM_ROOT.items()}
-    return moved.get(name, name.removeprefix('docs/'))
+    return FROM_ROOT.get(name, name.removeprefix('docs/'))

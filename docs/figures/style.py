@@ -127,13 +127,13 @@ def label(axes: Axes, text: str, point: tuple[float, float], place: tuple[float,
     axes.annotate(text, point, (x, y), textcoords='offset points', ha=align, **font)
 
 
-def legend(figure: Figure, colors: Mapping[str, str], *, y: float = 0.06) -> None:
+def legend(figure: Figure, colors: Mapping[str, str]) -> None:
     """Put the names of the colours below the figure."""
     handles = [matplotlib.patches.Patch(color=color, label=name) for name, color in colors.items()]
     figure.legend(
         handles=handles,
         loc='center',
-        bbox_to_anchor=(0.5, y),
+        bbox_to_anchor=(0.5, 0.06),
         ncols=len(handles),
         frameon=False,
         fontsize=TEXT_POINTS,

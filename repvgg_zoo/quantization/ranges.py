@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,21 +48,16 @@ def layer_ranges(model: nn.Module, images: Tensor) -> list[LayerRanges]:
         >>> len(ranges), ranges[0].layer
         (12, 'stem.reparam_conv')
     """
-    found: dict[str, LayerRanges] = {}
+    layers = (nn.Conv2d, nn.Linear)
+    names: dict[nn.Module, str] = {m: name for name, m in model.named_modules() if isinstance(m, layers)}
+    found: dict[nn.Module, LayerRanges] = {}
 
-    def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found[name] = LayerRanges(
-                layer=name, inputs=_spread(_of_inputs(layer, inputs[0])), weights=_spread(_of_weights(layer))
-            )
+    def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found[layer] = LayerRanges(
+            layer=names[layer], inputs=_spread(_of_inputs(layer, inputs[0])), weights=_spread(_of_weights(layer))
+        )
 
-        return hook
-
-    handles = [
-        m.register_forward_pre_hook(look(name))
-        for name, m in model.named_modules()
-        if isinstance(m, (nn.Conv2d, nn.Linear))
-    ]
+    handles = [layer.register_forward_pre_hook(look) for layer in names]
     try:
         model(images)
     finally:
