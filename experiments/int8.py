@@ -9,7 +9,6 @@ Ways that have their line in int8.csv beside this file are left alone.
 
 import argparse
 import csv
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import timm
 import torch
 
 from repvgg_zoo import RepVGG
+from repvgg_zoo.quantization.equalize import neighbours, rescale
 from repvgg_zoo.tools.console import progress
 from repvgg_zoo.tools.markdown import markdown_table
 from repvgg_zoo.tools.model_folder import save_model
@@ -85,15 +85,11 @@ def balanced() -> RepVGG:
     return timm.create_model('test_repvgg.cifar10_deploy', pretrained=True).eval()
 
 
-@torch.no_grad()
 def unbalanced() -> RepVGG:
     model, generator = balanced(), torch.Generator().manual_seed(0)
-    blocks = [model.stem, *(block for stage in model.stages for block in stage)]
-    for first, second in pairwise(blocks):
+    for first, second in neighbours(model):
         scale = 10 ** (2 * torch.rand(first.reparam_conv.out_channels, generator=generator) - 1)
-        first.reparam_conv.weight /= scale.view(-1, 1, 1, 1)
-        first.reparam_conv.bias /= scale
-        second.reparam_conv.weight *= scale.view(1, -1, 1, 1)
+        rescale(first.reparam_conv, second.reparam_conv, scale)
     return model
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import pytest
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 import repvgg_zoo
 from repvgg_zoo import VARIANTS
 from repvgg_zoo.blocks.base import ReparamBlock
+from repvgg_zoo.quantization.equalize import neighbours, rescale
 from repvgg_zoo.reparam.evaluation import disable_fast_path
 from repvgg_zoo.reparam.tolerance import rel_diff as rel_diff
 
@@ -198,14 +198,10 @@ def deployed_with_weights() -> torch.nn.Module:
     return timm.create_model('test_repvgg.cifar10_deploy', pretrained=True).eval()
 
 
-@torch.no_grad()
 def unbalanced_ranges(seed: int = 0) -> torch.nn.Module:
     """The same function, with channels whose ranges differ a hundredfold."""
     model, generator = deployed_with_weights(), torch.Generator().manual_seed(seed)
-    blocks = [model.stem, *(block for stage in model.stages for block in stage)]
-    for first, second in pairwise(blocks):
+    for first, second in neighbours(model):
         scale = 10 ** (2 * torch.rand(first.reparam_conv.out_channels, generator=generator) - 1)
-        first.reparam_conv.weight /= scale.view(-1, 1, 1, 1)
-        first.reparam_conv.bias /= scale
-        second.reparam_conv.weight *= scale.view(1, -1, 1, 1)
+        rescale(first.reparam_conv, second.reparam_conv, scale)
     return model

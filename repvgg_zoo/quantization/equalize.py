@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import cast
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..blocks.base import ReparamBlock
 from ..model import RepVGG
 
-__all__ = ['equalize']
+__all__ = ['equalize', 'neighbours', 'rescale']
 
 _DEAD_RANGE = 1e-3
 """Channels whose range is below this fraction of the median are not equalized: their bias would become huge."""
@@ -42,24 +43,50 @@ def equalize(model: RepVGG, *, sweeps: int = 10) -> RepVGG:
         >>> equalize(timm.create_model('test_repvgg.cifar10_deploy')).deploy
         True
     """
+    pairs = list(neighbours(model))
+    for _ in range(sweeps):
+        for block, following in pairs:
+            if isinstance(block.attn, nn.Identity) and type(block.act) is nn.ReLU:
+                first, second = _conv_of(block), _conv_of(following)
+                rescale(first, second, _equal_ranges(first, second))
+    return model
+
+
+def neighbours(model: RepVGG) -> Iterator[tuple[ReparamBlock, ReparamBlock]]:
+    """Return each block of the deploy form with the one that follows.
+
+    Raises:
+        TypeError: The model is no RepVGG of this package.
+        ValueError: The model is in the training form.
+    """
     if not isinstance(model, RepVGG):
         raise TypeError(f'equalisation is for a RepVGG of this package; here is a {type(model).__name__}')
     blocks = [model.stem, *(block for stage in model.stages for block in stage.children())]
     if not all(isinstance(block, ReparamBlock) and block.reparam_conv is not None for block in blocks):
         raise ValueError('equalisation is for the deploy form; call switch_to_deploy() first')
-    for _ in range(sweeps):
-        for block, following in pairwise(cast('list[ReparamBlock]', blocks)):
-            if isinstance(block.attn, nn.Identity) and type(block.act) is nn.ReLU:
-                _equalize_pair(cast('nn.Conv2d', block.reparam_conv), cast('nn.Conv2d', following.reparam_conv))
-    return model
+    return pairwise(cast('list[ReparamBlock]', blocks))
 
 
-def _equalize_pair(first: nn.Conv2d, second: nn.Conv2d) -> None:
-    # (groups, C_out / groups, C_in / groups, k, k)
-    by_input = second.weight.view(second.groups, -1, *second.weight.shape[1:])
-    range_1, range_2 = first.weight.abs().amax((1, 2, 3)), by_input.abs().amax((1, 3, 4)).flatten()
-    dead = (range_1 < _DEAD_RANGE * range_1.median()) | (range_2 < _DEAD_RANGE * range_2.median())
-    scale = torch.where(dead | (range_1 == 0) | (range_2 == 0), 1.0, (range_1 / range_2).sqrt())
+@torch.no_grad()
+def rescale(first: nn.Conv2d, second: nn.Conv2d, scale: Tensor) -> None:
+    """Divide the output channels of a convolution by `scale`, and multiply the input channels of the next one by it."""
     first.weight /= scale.view(-1, 1, 1, 1)
     cast('Tensor', first.bias).div_(scale)
+    by_input = _by_input(second)
     by_input *= scale.view(second.groups, 1, -1, 1, 1)
+
+
+def _conv_of(block: ReparamBlock) -> nn.Conv2d:
+    return cast('nn.Conv2d', block.reparam_conv)
+
+
+def _by_input(conv: nn.Conv2d) -> Tensor:
+    """Return the weights as `(groups, C_out / groups, C_in / groups, k, k)`."""
+    return conv.weight.view(conv.groups, -1, *conv.weight.shape[1:])
+
+
+def _equal_ranges(first: nn.Conv2d, second: nn.Conv2d) -> Tensor:
+    """Return the scale of each channel between two convolutions, for `rescale`."""
+    range_1, range_2 = first.weight.abs().amax((1, 2, 3)), _by_input(second).abs().amax((1, 3, 4)).flatten()
+    dead = (range_1 < _DEAD_RANGE * range_1.median()) | (range_2 < _DEAD_RANGE * range_2.median())
+    return torch.where(dead | (range_1 == 0) | (range_2 == 0), 1.0, (range_1 / range_2).sqrt())

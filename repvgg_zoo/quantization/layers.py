@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from ..blocks.branch_sum import convolve
 from ..reparam.geometry import geometry_of
 from .weights import Codes, codes_of, fake_quantize
 
-__all__ = ['BlockQuantizer', 'InputQuantizer', 'QuantizedLinear']
+__all__ = ['BlockQuantizer', 'InputQuantizer', 'LayerQuantizer', 'QuantizedLinear', 'codes_of_layer', 'quantizer_of']
 
 
 class InputQuantizer(nn.Module):
@@ -63,7 +63,20 @@ class InputQuantizer(nn.Module):
         return int(self.fake.zero_point)
 
 
-class BlockQuantizer(nn.Module):
+class LayerQuantizer(nn.Module):
+    """Rounds what a layer reads: its input and its weights."""
+
+    def __init__(self, *, symmetric: bool, largest_code: int, device: torch.device) -> None:
+        super().__init__()
+        self.input = InputQuantizer(symmetric=symmetric, device=device)
+        self.largest_code = largest_code
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """Round weights `(C_out, …)`."""
+        return fake_quantize(weight, self.largest_code)
+
+
+class BlockQuantizer(LayerQuantizer):
     """Computes the convolution of a RepVGG block with a rounded input and a rounded equivalent kernel.
 
     The kernel is that of the fold: computed in float64 from the branches and their running statistics, and rounded to
@@ -71,28 +84,20 @@ class BlockQuantizer(nn.Module):
     """
 
     def __init__(self, *, symmetric: bool, largest_code: int, moves_statistics: bool, device: torch.device) -> None:
-        super().__init__()
-        self.input = InputQuantizer(symmetric=symmetric, device=device)
-        self.largest_code, self.moves_statistics = largest_code, moves_statistics
+        super().__init__(symmetric=symmetric, largest_code=largest_code, device=device)
+        self.moves_statistics = moves_statistics
 
     def forward(self, x: Tensor, block: ReparamBlock) -> Tensor:
         """Compute the output of the block before attention and activation."""
         x = self.input(x)
         conv = block.reparam_conv
         if conv is not None:
-            return convolve(x, fake_quantize(conv.weight, self.largest_code), conv.bias, geometry_of(conv))
+            return convolve(x, self.weight(conv.weight), conv.bias, geometry_of(conv))
         if self.training and self.moves_statistics:
             with torch.no_grad():
                 block.run_branches(x)
         kernel, bias = block.folded_kernel_bias()
-        return convolve(x, fake_quantize(kernel, self.largest_code), bias, block.geometry())
-
-    @torch.no_grad()
-    def codes(self, block: ReparamBlock) -> Codes:
-        """Return the kernel as integers, in either form."""
-        conv = block.reparam_conv
-        kernel = block.folded_kernel_bias()[0] if conv is None else conv.weight
-        return codes_of(kernel, self.largest_code)
+        return convolve(x, self.weight(kernel), bias, block.geometry())
 
 
 class QuantizedLinear(nn.Linear):
@@ -102,18 +107,12 @@ class QuantizedLinear(nn.Linear):
         super().__init__(1, 1, bias=False, device='meta')
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.input = InputQuantizer(symmetric=symmetric, device=linear.weight.device)
-        self.largest_code = largest_code
+        self.quantizer = LayerQuantizer(symmetric=symmetric, largest_code=largest_code, device=linear.weight.device)
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map a rounded input by rounded weights."""
-        return F.linear(self.input(x), fake_quantize(self.weight, self.largest_code), self.bias)
-
-    @torch.no_grad()
-    def codes(self) -> Codes:
-        """Return the weights as integers."""
-        return codes_of(self.weight, self.largest_code)
+        return F.linear(self.quantizer.input(x), self.quantizer.weight(self.weight), self.bias)
 
     def float_layer(self) -> nn.Linear:
         """Return a plain layer of the same weights."""
@@ -121,3 +120,18 @@ class QuantizedLinear(nn.Linear):
         linear.in_features, linear.out_features = self.in_features, self.out_features
         linear.weight, linear.bias = self.weight, self.bias
         return linear
+
+
+@torch.no_grad()
+def codes_of_layer(layer: ReparamBlock | QuantizedLinear) -> Codes:
+    """Return the weights of a layer as integers: of a block in either form, those of its one kernel."""
+    if isinstance(layer, QuantizedLinear):
+        weight = layer.weight
+    else:
+        weight = layer.folded_kernel_bias()[0] if layer.reparam_conv is None else layer.reparam_conv.weight
+    return codes_of(weight, quantizer_of(layer).largest_code)
+
+
+def quantizer_of(layer: ReparamBlock | QuantizedLinear) -> LayerQuantizer:
+    """Return the quantizer of a prepared block or of a linear layer."""
+    return cast('LayerQuantizer', layer.quantizer)

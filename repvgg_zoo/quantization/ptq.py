@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from torch import Tensor
 
+from .calibration import checked
 from .onnx_export import quiet
 
 __all__ = ['quantize_onnx']
@@ -14,7 +15,7 @@ __all__ = ['quantize_onnx']
 
 def quantize_onnx(
     exact: str | Path,
-    calibration: Sequence[Tensor],
+    calibration: Iterable[Tensor],
     path: str | Path,
     *,
     full_range: bool = False,
@@ -36,7 +37,7 @@ def quantize_onnx(
 
     Raises:
         ModuleNotFoundError: nncf or onnx are not installed; they are in the extra `quantize`.
-        ValueError: There is no such layer in the file, or the calibration has no input or values that are not finite.
+        ValueError: There is no such layer in the file, or the calibration has no batch or values that are not finite.
 
     Example:
         >>> quantize_onnx('float32.onnx', [torch.randn(1, 3, 224, 224)], 'int8.onnx')  # doctest: +SKIP
@@ -44,11 +45,7 @@ def quantize_onnx(
     import nncf
     import onnx
 
-    if not calibration:
-        raise ValueError('the calibration has no inputs; give some of the training set')
-    for index, image in enumerate(calibration):
-        if not bool(image.isfinite().all()):
-            raise ValueError(f'input {index} of the calibration has values that are not finite')
+    images = [{'x': image.numpy()} for image in checked(calibration)]
     model = onnx.load(exact)
     nodes = {node.input[1].removesuffix('.weight'): node.name for node in model.graph.node if len(node.input) > 1}
     if unknown := set(keep_float) - nodes.keys():
@@ -56,8 +53,8 @@ def quantize_onnx(
     with quiet():
         quantized = nncf.quantize(
             model,
-            nncf.Dataset([{'x': image.numpy()} for image in calibration]),
-            subset_size=len(calibration),
+            nncf.Dataset(images),
+            subset_size=len(images),
             ignored_scope=nncf.IgnoredScope(names=[nodes[layer] for layer in keep_float]),
             advanced_parameters=nncf.AdvancedQuantizationParameters(
                 overflow_fix=nncf.OverflowFix.DISABLE if full_range else nncf.OverflowFix.ENABLE

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..blocks.base import ReparamBlock
 from ..reparam.evaluation import evaluating
+from .calibration import checked
 from .layers import BlockQuantizer, InputQuantizer, QuantizedLinear
 from .weights import FULL_RANGE, HALF_RANGE
 
@@ -191,18 +192,14 @@ def _calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Set each range to the mean of the extremes of the batches."""
     quantizers = _input_quantizers(model)
     observers = [quantizer.fake.activation_post_process for quantizer in quantizers]
-    momentum, count = observers[0].averaging_constant, 0
+    momentum = observers[0].averaging_constant
     with evaluating(model):
         for quantizer in quantizers:
             quantizer.fake.enable_observer()
-        for count, batch in enumerate(batches, start=1):
-            if not bool(batch.isfinite().all()):
-                raise ValueError(f'batch {count - 1} of the calibration has values that are not finite')
+        for count, batch in enumerate(checked(batches), start=1):
             for observer in observers:
                 observer.averaging_constant = 1 / count
             model(batch)
-    if not count:
-        raise ValueError('the calibration has no batches; give a few batches of training images')
     for quantizer, observer in zip(quantizers, observers, strict=True):
         observer.averaging_constant = momentum
         quantizer.train(quantizer.training)

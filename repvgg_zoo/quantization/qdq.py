@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks.base import ReparamBlock
-from .layers import InputQuantizer, QuantizedLinear
+from .layers import InputQuantizer, QuantizedLinear, codes_of_layer, quantizer_of
 from .onnx_export import export_onnx
 from .qat import quantized_layers, without_quantizers
 from .weights import Codes
@@ -70,10 +70,8 @@ class _Writer:
         for node in list(self.graph.node):
             if len(node.input) > 1 and node.input[1] in missing:
                 layer = missing.pop(node.input[1])
-                is_block = isinstance(layer, ReparamBlock)
-                quantizer: Any = layer.quantizer if is_block else layer
-                node.input[0] = self._input(node.input[0], quantizer.input)
-                node.input[1] = self._weight(node.input[1], quantizer.codes(layer) if is_block else quantizer.codes())
+                node.input[0] = self._input(node.input[0], quantizer_of(layer).input)
+                node.input[1] = self._weight(node.input[1], codes_of_layer(layer))
             self.nodes.append(node)
         if missing:
             raise ValueError(f'no node of the ONNX graph reads {next(iter(missing))!r}')

@@ -14,7 +14,7 @@ from torch import nn
 from repvgg_zoo import BLOCKS, RepVGGBlock, prepare_qat, switch_to_deploy
 from repvgg_zoo.blocks.base import ReparamBlock
 from repvgg_zoo.quantization.finetune import finetune
-from repvgg_zoo.quantization.layers import InputQuantizer, QuantizedLinear
+from repvgg_zoo.quantization.layers import InputQuantizer, codes_of_layer
 from repvgg_zoo.quantization.qat import fix_ranges, quantized_layers
 
 pytest.importorskip('torchao')
@@ -31,8 +31,7 @@ def batches(count=2, **kwargs):
 
 
 def codes(model):
-    return {path: layer.codes() if isinstance(layer, QuantizedLinear) else layer.quantizer.codes(layer)
-            for path, layer in quantized_layers(model).items()}  # fmt: skip
+    return {path: codes_of_layer(layer) for path, layer in quantized_layers(model).items()}
 
 
 def train(model, steps=2):
@@ -65,7 +64,7 @@ def test_qat_fold_keeps_every_code_and_every_output(block, norms):
 def test_qat_block_computes_what_its_codes_say():
     model = prepare_qat(small(), batches(), full_range=True).eval()
     block, x = model.stem, images(3, 32)
-    values, scale = block.quantizer.codes(block)
+    values, scale = codes_of_layer(block)
     kernel = values.double() * scale.double().view(-1, 1, 1, 1)
     quantizer = block.quantizer.input
     integers = (x.double() / quantizer.scale).round() + quantizer.zero_point

@@ -10,6 +10,7 @@ import torch
 from helpers import create_model, deployed_with_weights, images, rel_diff
 
 from repvgg_zoo import prepare_qat
+from repvgg_zoo.quantization.layers import codes_of_layer
 from repvgg_zoo.quantization.qat import quantized_layers
 from repvgg_zoo.quantization.qdq import export_qdq
 
@@ -35,7 +36,7 @@ def test_qdq_file_holds_the_codes_and_the_ranges(tmp_path, symmetric, full_range
     for path, layer in layers.items():
         [conv] = [node for node in graph.node if node.op_type == 'Conv' and f'{path}.weight' in node.input[1]]
         values, scale, zero = (tensors[name] for name in made_by[conv.input[1]].input)
-        codes = layer.quantizer.codes(layer)
+        codes = codes_of_layer(layer)
         assert np.array_equal(values, codes.values.numpy())
         assert np.array_equal(scale, codes.scale.numpy())
         assert values.dtype == zero.dtype == np.int8
