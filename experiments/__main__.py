@@ -1,62 +1,60 @@
-"""Experiments on CIFAR-10.
+"""Experiments on CIFAR-10, and what they found.
 
-    python -m experiments vgg --data cifar10 --out runs/vgg     # goes on with what it has not trained yet
-    python -m experiments vgg --report experiments/results/vgg        # table of a folder of results
+    python -m experiments depth --data cifar10 --out runs    # goes on with what it has not done yet
+    python -m experiments report                             # tables of the results in experiments/results
 
-`--data` holds the folders `train` and `test`, with a folder of images for each class.
+`--data` holds the folders `train` and `test`, with a folder of images for each class. Each study writes a folder of its
+own in `--out`, which `report --results` reads.
 """
 
 import argparse
-from dataclasses import replace
+import sys
 from pathlib import Path
 
-import torch
+from experiments import depth, forms, lesion, multiplications, skeleton, vgg
+from experiments.errors import StudyError
 
-from experiments import vgg
-from experiments.pool import RESULTS, Images, train_all
-from repvgg_zoo.tools.console import positive
-from repvgg_zoo.tools.devices import add_device_argument
-
-STUDIES = {'vgg': vgg}
+STUDIES = {
+    'depth': depth,
+    'lesion': lesion,
+    'skeleton': skeleton,
+    'multiplications': multiplications,
+    'forms': forms,
+    'vgg': vgg,
+}
+COMMITTED = Path(__file__).parent / 'results'
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog='python -m experiments', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('study', choices=STUDIES)
-    parser.add_argument('--report', type=Path, metavar='FOLDER', help='write the table of these results, train nothing')
-    parser.add_argument('--data', help='folder of the images')
-    parser.add_argument('--val-split', default='test', help='name of the folder of the test images (%(default)s)')
-    parser.add_argument('--out', type=Path, help='folder for the results')
-    parser.add_argument('--at-once', type=positive, help='networks at a time (4 on a GPU, else 1)')
-    parser.add_argument('--minutes', type=float, default=float('inf'), help='begin no network after that')
-    parser.add_argument('--only', metavar='NETWORK', help='this network alone')
-    parser.add_argument('--epochs', type=positive, help="other than the study's")
-    parser.add_argument('--images', type=positive, help='train and test on that many images only')
-    add_device_argument(parser, what='it trains')
+    commands = parser.add_subparsers(required=True, metavar='STUDY')
+    for name, study in STUDIES.items():
+        help_ = study.__doc__.partition('\n')[0]
+        command = commands.add_parser(name, help=help_, description=study.__doc__)
+        command.add_argument('--out', type=Path, required=True, help=f'folder; the results go to its folder {name}')
+        study.add_arguments(command)
+        command.set_defaults(run=study.run, parser=command)
+    command = commands.add_parser('report', help='tables of results')
+    command.add_argument('studies', nargs='*', choices=[[], *STUDIES], metavar='STUDY', help='only these')
+    command.add_argument('--results', type=Path, default=COMMITTED, help='folder (%(default)s)')
+    command.set_defaults(run=report, parser=command)
     args = parser.parse_args()
-    study = STUDIES[args.study]
-    if args.report:
-        if not (args.report / RESULTS).is_file():
-            parser.error(f'argument --report: {str(args.report)!r} has no {RESULTS}')
-        study.report(args.report)
-        return
-    if not (args.data and args.out):
-        parser.error('training needs --data and --out')
-    for split in ('train', args.val_split):
-        if not Path(args.data, split).is_dir():
-            parser.error(f'{args.data!r} has no folder {split!r}')
-    jobs = [job for job in study.jobs() if args.only in (None, job.network)]
-    if not jobs:
-        names = ', '.join(dict.fromkeys(job.network for job in study.jobs()))
-        parser.error(f'argument --only: no network {args.only!r}; there are {names}')
-    torch.backends.cudnn.benchmark = True
-    recipe = replace(study.RECIPE, epochs=args.epochs or study.RECIPE.epochs)
-    images = Images(args.data, args.val_split, args.images, args.device)
-    at_once = args.at_once or (4 if images.device.type == 'cuda' else 1)
-    train_all(jobs, images, recipe, args.out, at_once=at_once, minutes=args.minutes)
+    try:
+        args.run(args)
+    except StudyError as error:
+        args.parser.error(str(error))
+
+
+def report(args: argparse.Namespace) -> None:
+    found = [name for name in args.studies or STUDIES if (args.results / name).is_dir()]
+    if not found:
+        raise StudyError(f'{str(args.results)!r} has no results of {", ".join(args.studies or STUDIES)}')
+    for name in found:
+        print(f'\n{name}\n')
+        STUDIES[name].report(args.results / name)
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

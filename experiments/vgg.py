@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from functools import partial
 from pathlib import Path
@@ -10,14 +11,23 @@ import timm
 from torch import nn
 
 import repvgg_zoo
+from experiments.arguments import add_training_arguments, train
 from experiments.family import mean_and_spread
-from experiments.pool import RESULTS, Job, Recipe, read
+from experiments.pool import RESULTS, read
+from experiments.training import Job, Recipe
 from repvgg_zoo.tools.markdown import markdown_table
 
 RECIPE = Recipe(epochs=15)
 NONE = 'none'
 BLOCKS = (NONE, 'doconv', 'acb', 'dbb')
 SEEDS = (0, 1, 2)
+
+
+add_arguments = add_training_arguments
+
+
+def run(args: argparse.Namespace) -> None:
+    train(args, jobs(), RECIPE, args.out / 'vgg')
 
 
 def jobs() -> list[Job]:

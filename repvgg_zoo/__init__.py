@@ -16,6 +16,7 @@ from .reparam.evaluation import disable_fast_path
 from .reparam.fold import FoldError
 from .reparam.switch import switch_to_deploy
 from .repvgg import RepVGG
+from .training.max_norm import max_norm
 from .training.param_groups import equivalent_kernel_l2, param_groups
 from .training.rep_optimizer import rep_optimizer
 from .variants import VARIANTS, Variant
@@ -34,6 +35,7 @@ __all__ = [
     'equivalent_kernel_l2',
     'load_checkpoint',
     'match_bn_statistics',
+    'max_norm',
     'overparameterize',
     'param_groups',
     'prepare_qat',

@@ -1,7 +1,9 @@
-"""The studies of `python -m experiments`, at toy size."""
+"""The trainings and the command line of `python -m experiments`, at toy size."""
 
 import csv
 import sys
+import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,26 +15,39 @@ from repvgg_zoo.pretrained.manifest import weights_dir
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not (ROOT / 'experiments').is_dir(), reason='a source distribution has no scripts')
+DATA = ('--data', str(weights_dir() / 'cifar10'), '--val-split', 'validation')
+IMAGES = (DATA[1], DATA[3], 64, 'cpu')
 TINY = dict(num_classes=10, depths=(1, 1, 1, 1), width=(0.125, 0.0625, 0.0625, 0.0625))
 
 
-@pytest.fixture
-def pool(monkeypatch):
+@pytest.fixture(autouse=True)
+def repository(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from experiments import pool
-
-    return pool
 
 
 @pytest.fixture
-def run(pool, monkeypatch, capsys):
+def training():
+    from experiments import training
+
+    return training
+
+
+@pytest.fixture
+def pool(training, tmp_path):
+    """Make a pool of 64 images, with a recipe of two epochs and two steps each."""
+    from experiments.pool import Pool
+
+    recipe = training.Recipe(epochs=2, batch_size=32)
+    return partial(Pool, IMAGES, recipe, tmp_path)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
     """Call the program; return what it printed."""
     from experiments import __main__ as program
 
-    data = ['--data', str(weights_dir() / 'cifar10'), '--val-split', 'validation']
-
-    def call(study, *options):
-        monkeypatch.setattr(sys, 'argv', ['experiments', study, *data, *map(str, options)])
+    def call(*options):
+        monkeypatch.setattr(sys, 'argv', ['experiments', *map(str, options)])
         try:
             program.main()
         except SystemExit:
@@ -42,12 +57,14 @@ def run(pool, monkeypatch, capsys):
     return call
 
 
-def images(pool, count):
-    return pool.Images(str(weights_dir() / 'cifar10'), 'validation', count, 'cpu')
+def create(block):
+    return timm.create_model('test_repvgg', block=block, **TINY)
 
 
-def tiny(pool, block, seed=0):
-    return pool.Job(block, seed, partial(timm.create_model, 'test_repvgg', block=block, **TINY), folds=True)
+def job(block, seed=0):
+    from experiments.training import Job
+
+    return Job(block, seed, partial(create, block), folds=True)
 
 
 def rows(path):
@@ -55,14 +72,12 @@ def rows(path):
 
 
 def test_pool_goes_on_with_what_is_missing(pool, tmp_path):
-    data, recipe = images(pool, 64), pool.Recipe(epochs=2, batch_size=32)
-    train = partial(pool.train_all, images=data, recipe=recipe, out=tmp_path, at_once=1)
-    wanted = [tiny(pool, 'plain'), tiny(pool, 'plain', seed=1), tiny(pool, 'repvgg')]
-    train(wanted[:1], minutes=1)
+    wanted = [job('plain'), job('plain', seed=1), job('repvgg')]
+    pool().train(wanted[:1])
     first = (tmp_path / 'results.csv').read_text()
-    train(wanted, minutes=0)
+    pool(end=time.time() - 1).train(wanted)
     assert (tmp_path / 'results.csv').read_text() == first  # no time to begin one
-    train(wanted, minutes=1)
+    pool().train(wanted)
     assert (tmp_path / 'results.csv').read_text().startswith(first)
     found = rows(tmp_path / 'results.csv')
     assert [(row['network'], row['seed']) for row in found] == [('plain', '0'), ('plain', '1'), ('repvgg', '0')]
@@ -70,24 +85,48 @@ def test_pool_goes_on_with_what_is_missing(pool, tmp_path):
     losses = rows(tmp_path / 'losses.csv')
     assert [row['epoch'] for row in losses] == ['0', '1'] * 3
     assert found[2]['train_loss'] == losses[-1]['train_loss']
+    assert not list((tmp_path / 'unfinished').iterdir())
 
 
-def test_pool_several_at_once_train_as_one_does(pool, tmp_path):
-    """Each has its own order of images, and nothing of the others."""
-    data, recipe = images(pool, 64), pool.Recipe(epochs=2, batch_size=32)
-    wanted = [tiny(pool, 'plain'), tiny(pool, 'repvgg')]
+def test_pool_goes_on_after_the_last_epoch(pool, training, tmp_path, monkeypatch):
+    whole = training.Training(job('repvgg'), training.Images(*IMAGES), pool().recipe)
+    while not whole.is_over:
+        whole.step()
+
+    def stop(self):
+        if self.count == 3:
+            raise KeyboardInterrupt
+        step(self)
+
+    step = training.Training.step
+    monkeypatch.setattr(training.Training, 'step', stop)
+    with pytest.raises(KeyboardInterrupt):
+        pool().train([job('repvgg')])
+    steps = []
+    monkeypatch.setattr(training.Training, 'step', lambda self: (steps.append(self.count), step(self)))
+    pool().train([job('repvgg')])
+    assert steps == [2, 3]  # of four: the first epoch was whole
+    assert [row['train_loss'] for row in rows(tmp_path / 'losses.csv')] == [f'{x:.4f}' for x in whole.losses.tolist()]
+
+
+@pytest.mark.slow
+def test_pool_processes_train_as_one_does(pool, tmp_path):
+    wanted = [job('plain'), job('repvgg')]
     for at_once in (1, 2):
-        pool.train_all(wanted, data, recipe, tmp_path / str(at_once), at_once=at_once, minutes=1)
+        replace(pool(at_once=at_once), out=tmp_path / str(at_once)).train(wanted)
     one, two = (sorted(rows(tmp_path / name / 'results.csv'), key=str) for name in '12')
-    assert one == two
+    assert [row['network'] for row in one] == ['plain', 'repvgg']
+    for a, b in zip(one, two, strict=True):  # with other numbers of threads
+        assert float(a['train_loss']) == pytest.approx(float(b['train_loss']), rel=1e-2)
 
 
-def test_pool_trains_as_a_loop_of_pytorch_does(pool):
+def test_training_is_as_a_loop_of_pytorch(training):
     """With the learning rate, the momentum, the decay and the pixels that are told."""
-    data, recipe = images(pool, 96), pool.Recipe(epochs=3, batch_size=32, lr=0.02, weight_decay=0.5)
-    training = pool.Training(tiny(pool, 'plain'), data, recipe)
+    data = training.Images(*IMAGES[:2], 96, 'cpu')
+    recipe = training.Recipe(epochs=3, batch_size=32, lr=0.02, weight_decay=0.5)
+    found = training.Training(job('plain'), data, recipe)
     torch.manual_seed(0)
-    model = tiny(pool, 'plain').create().train()
+    model = create('plain').to(memory_format=torch.channels_last).train()
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1]
     groups = [dict(params=decayed, weight_decay=0.5), dict(params=others, weight_decay=0)]
@@ -103,7 +142,7 @@ def test_pool_trains_as_a_loop_of_pytorch_does(pool):
         2 / 5,
         1 / 5,
     ]  # up for half of them
-    order, top, left, mirrored = (part.long() for part in training.plan)
+    order, top, left, mirrored = (part.long() for part in found.plan)
     total = torch.zeros(3)
     for step, factor in enumerate(factors):
         x = torch.empty(32, 3, 32, 32)
@@ -112,57 +151,72 @@ def test_pool_trains_as_a_loop_of_pytorch_does(pool):
             part = data.padded[order[i], top[i] : top[i] + 32, left[i] : left[i] + 32].float()
             pixels = (part.flip(1) if mirrored[i] else part).permute(2, 0, 1)
             x[index] = (pixels - data.mean[:, None, None]) / data.std[:, None, None]
-        loss = torch.nn.functional.cross_entropy(model(x), data.train_labels[order[list(chosen)]])
+        with torch.autocast('cpu', torch.bfloat16):
+            logits = model(x.to(memory_format=torch.channels_last))
+        loss = torch.nn.functional.cross_entropy(logits.float(), data.train_labels[order[list(chosen)]])
         optimizer.zero_grad()
         loss.backward()
         for group in optimizer.param_groups:
             group['lr'] = 0.02 * factor
         optimizer.step()
         total[step // 3] += loss.detach() / 3
-        training.step()
-    assert training.is_over
-    torch.testing.assert_close(training.losses, total, rtol=1e-3, atol=0)  # nine steps in float32, in another layout
+        found.step()
+    assert found.is_over
+    torch.testing.assert_close(found.losses, total, rtol=1e-3, atol=0)  # nine steps with convolutions in bfloat16
     assert sorted(order[:96].tolist()) == list(range(96))
-    other = pool.Training(tiny(pool, 'plain', seed=1), data, recipe)
-    assert all(not torch.equal(a, b) for a, b in zip(training.plan, other.plan, strict=True))
+    other = training.Training(job('plain', seed=1), data, recipe)
+    assert all(not torch.equal(a, b) for a, b in zip(found.plan, other.plan, strict=True))
 
 
-def test_pool_sees_each_test_image_once(pool):
-    data = images(pool, 100)
+def test_training_limits_norms(training):
+    recipe = training.Recipe(epochs=1, batch_size=32)
+    limited = training.Training(replace(job('plain'), max_norm=0.5), training.Images(*IMAGES), recipe)
+    limited.step()
+    assert limited.model.stem.branches.kxk.conv.weight.flatten(1).norm(dim=1).max() <= 0.5 + 1e-6
+
+
+def test_top1_sees_each_test_image_once(training):
+    data = training.Images(*IMAGES[:2], 100, 'cpu')
     right = data.test_labels.clone()
 
     class Perfect(torch.nn.Module):
         def forward(self, x):
             return torch.nn.functional.one_hot(right, 10).float()
 
-    assert pool.top1_pct(Perfect(), data) == 100
+    assert training.top1_pct(Perfect(), data) == 100
     right[:25] = (right[:25] + 1) % 10
-    assert pool.top1_pct(Perfect(), data) == 75
+    assert training.top1_pct(Perfect(), data) == 75
 
 
 def test_vgg_trains_folds_and_reports(run, monkeypatch, tmp_path):
     from experiments import vgg
 
     monkeypatch.setattr(vgg, 'SEEDS', (3,))
-    out = tmp_path / 'vgg'
-    printed = run('vgg', '--out', out, '--only', 'doconv', '--epochs', 1, '--images', 128)
-    (row,) = rows(out / 'results.csv')
+    printed = run('vgg', '--out', tmp_path, *DATA, '--only', 'doconv', '--epochs', 1, '--images', 128)
+    (row,) = rows(tmp_path / 'vgg' / 'results.csv')
     assert printed.split() == list(row.values())
     assert (row['network'], row['seed'], row['epochs']) == ('doconv', '3', '1')
     assert abs(float(row['top1_pct']) - float(row['folded_top1_pct'])) <= 1  # one image of 128, in the last bits
-    assert '| doconv |' in run('vgg', '--report', out)
+    assert '| doconv |' in run('report', 'vgg', '--results', tmp_path)
 
 
 @pytest.mark.parametrize(
     ('options', 'said'),
     [
-        (['--out', 'out', '--only', 'acbb'], "argument --only: no network 'acbb'; there are none, doconv, acb, dbb"),
-        (['--out', 'out', '--val-split', 'test'], "has no folder 'test'"),
-        (['--report', 'nowhere'], "argument --report: 'nowhere' has no results.csv"),
-        ([], 'training needs --data and --out'),
+        (['vgg', *DATA, '--out', 'out', '--only', 'acbb'], "no network 'acbb'; there are none, doconv, acb, dbb"),
+        (['depth', *DATA[:2], '--out', 'out'], "has no folder 'test'"),
+        (['vgg', *DATA, '--out', 'out', '--images', '100'], '100 images make no batch of 128'),
+        (['report', '--results', 'nowhere'], "'nowhere' has no results of depth, lesion"),
+        (['report', 'width'], "invalid choice: 'width'"),
+        (['depth', '--out', 'out'], 'the following arguments are required: --data'),
     ],
 )
 def test_impossible_argument_is_an_error(run, monkeypatch, tmp_path, options, said):
     monkeypatch.chdir(tmp_path)
-    assert said in run('vgg', *options)
-    assert not list(tmp_path.iterdir())
+    assert said in run(*options)
+    assert not list(tmp_path.rglob('*.csv'))
+
+
+def test_report_reads_what_is_committed(run):
+    printed = run('report')
+    assert '| doconv |' in printed

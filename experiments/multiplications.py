@@ -1,0 +1,156 @@
+"""What predicts latency? Multiplications with and without Winograd's algorithm, beside the time in ncnn.
+
+ncnn computes 3x3 convolutions of stride 1 without groups by Winograd's algorithm, and can be told not to. Both times
+are of one image, in float32, of the folded network, in interleaved rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from functools import partial
+from pathlib import Path
+from statistics import correlation, median
+from typing import NamedTuple
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import repvgg_zoo
+from experiments.pool import RESULTS, append, read
+from repvgg_zoo.tools.benchmark.measure import time_rounds
+from repvgg_zoo.tools.benchmark.runtimes import RUNTIMES
+from repvgg_zoo.tools.console import no_progress, positive
+from repvgg_zoo.tools.markdown import markdown_table
+
+REPVGG = tuple(f'repvgg_{name}' for name in ('a0', 'a1', 'a2', 'b0', 'b1', 'b1g4', 'b2', 'b3'))
+OTHERS = (
+    'resnet18',
+    'resnet34',
+    'resnet50',
+    'resnext50_32x4d',
+    'vgg11_bn',
+    'densenet121',
+    'mobilenetv2_100',
+    'mobileone_s1',
+    'efficientnet_b0',
+    'regnety_016',
+)
+MODELS = (*REPVGG, *OTHERS)
+PX, ROUNDS = 224, 15
+WITH, WITHOUT = 'ncnn_ms', 'ncnn_no_winograd_ms'
+PREDICTORS = {
+    'multiplications': 'gmacs',
+    'Winograd F(2x2, 3x3)': 'winograd2_gmuls',
+    'Winograd F(4x4, 3x3)': 'winograd4_gmuls',
+    'parameters': 'params_m',
+    'outputs of all layers': 'outputs_m',
+    'layers': 'layers',
+}
+COLUMNS = ('model', *PREDICTORS.values(), WITH, WITHOUT)
+
+
+class Counts(NamedTuple):
+    """Of one image, in units; a layer is a convolution or a linear layer."""
+
+    macs: int
+    winograd2: int
+    winograd4: int
+    params: int
+    outputs: int
+    layers: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--models', nargs='+', default=MODELS, metavar='MODEL', help='names in timm')
+    parser.add_argument('--px', type=positive, default=PX, help='side of the image (%(default)s)')
+    parser.add_argument('--rounds', type=positive, default=ROUNDS, help='turns of each timing (%(default)s)')
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write `results.csv`, a line a model."""
+    out = args.out / 'multiplications'
+    out.mkdir(parents=True, exist_ok=True)
+    done = {row['model'] for row in read(out / RESULTS)}
+    for name in args.models:
+        if name in done:
+            continue
+        torch.manual_seed(0)
+        model = folded(name)
+        x = torch.randn(1, 3, args.px, args.px)
+        counts = count(model, x)
+        with torch.no_grad():
+            runs = [RUNTIMES[runtime].prepare(model, x, 'float32') for runtime in ('ncnn', 'ncnn-no-winograd')]
+        turns = [(lambda: None, partial(lambda run, _: run(), run)) for run in runs]
+        times_ms = [1e3 * median(times) for times in time_rounds(turns, rounds=args.rounds, track=no_progress)]
+        macs, winograd2, winograd4, params, outputs, layers = counts
+        giga = (f'{value / 1e9:.4f}' for value in (macs, winograd2, winograd4))
+        line = (name, *giga, f'{params / 1e6:.3f}', f'{outputs / 1e6:.3f}', layers, *(f'{ms:.2f}' for ms in times_ms))
+        append(out / RESULTS, COLUMNS, [line])
+        print(*line, flush=True)
+
+
+def folded(name: str) -> nn.Module:
+    model = timm.create_model(name).eval()
+    if isinstance(model, repvgg_zoo.RepVGG):
+        return model.switch_to_deploy()
+    return repvgg_zoo.switch_to_deploy(model, conv_bn=True, sample=torch.randn(1, 3, PX, PX))
+
+
+@torch.no_grad()
+def count(model: nn.Module, x: Tensor) -> Counts:
+    """Count what one image costs."""
+    totals = [0, 0, 0, sum(p.numel() for p in model.parameters()), 0, 0]
+
+    def add(layer: nn.Module, _: tuple[Tensor, ...], y: Tensor) -> None:
+        fan_in = layer.weight[0].numel()
+        macs = y.numel() * fan_in
+        for index, saved in enumerate((macs, winograd(layer, y, 2), winograd(layer, y, 4))):
+            totals[index] += saved if saved is not None else macs
+        totals[4] += y.numel()
+        totals[5] += 1
+
+    handles = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    try:
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Counts(*totals)
+
+
+def winograd(layer: nn.Module, y: Tensor, tile: int) -> int | None:
+    """Count the multiplications of F(tile x tile, 3x3), or return None where the algorithm does not apply.
+
+    Each tile of tile² outputs takes (tile + 2)² multiplications for each pair of channels (Lavin and Gray, arXiv
+    1509.09308, section 4.1). Tiles at the border are whole ones. The transforms do not count.
+    """
+    if not isinstance(layer, nn.Conv2d):
+        return None
+    applies = layer.kernel_size == (3, 3) and layer.stride == layer.dilation == (1, 1) and layer.groups == 1
+    if not applies:
+        return None
+    tiles = math.prod(math.ceil(size / tile) for size in y.shape[2:])
+    return len(y) * layer.out_channels * layer.in_channels * tiles * (tile + 2) ** 2
+
+
+def report(folder: Path) -> None:
+    """Print the counts and times, and the rank correlation of each count with each time."""
+    rows = read(folder / RESULTS)
+    print(markdown_table([tuple(row.values()) for row in rows], COLUMNS, text_columns=('model',)))
+    print()
+    table = [(name, *(f'{rank_correlation(rows, column, time):.2f}' for time in (WITH, WITHOUT)))
+             for name, column in PREDICTORS.items()]  # fmt: skip
+    header = ('rank correlation with time', 'with Winograd', 'without')
+    print(markdown_table(table, header, text_columns=header[:1]))
+
+
+def rank_correlation(rows: list[dict[str, str]], column: str, time: str) -> float:
+    """Spearman's."""
+    return correlation(*(ranks([float(row[key]) for row in rows]) for key in (column, time)))
+
+
+def ranks(values: list[float]) -> list[float]:
+    """Return the place of each value; equal ones share the mean of theirs."""
+    return [sum(other < value for other in values) + (values.count(value) + 1) / 2 for value in values]

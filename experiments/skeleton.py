@@ -1,0 +1,74 @@
+"""Does the skeleton of the kernel grow? Mean magnitude of the nine taps of the equivalent kernels, by stage.
+
+ACNet (arXiv 1908.03930, section 4.4) finds that the middle row and column of a kernel matter most. The networks are
+those of the study `depth`, seed 0; what is not trained yet is trained first.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_model
+from torch import Tensor, nn
+
+from experiments import depth
+from experiments.arguments import add_training_arguments, train
+from experiments.pool import RESULTS, WEIGHTS, append, read
+from repvgg_zoo.blocks.base import ReparamBlock
+from repvgg_zoo.tools.markdown import markdown_table
+
+BLOCKS = ('plain', 'acb', 'repvgg', 'dbb')
+TAPS = [(row, column) for row in range(3) for column in range(3)]
+
+add_arguments = add_training_arguments
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write `results.csv`, a line for each tap of each stage."""
+    jobs = [depth.job(block, depth.SKELETON_STEP, 0) for block in BLOCKS]
+    train(args, jobs, depth.RECIPE, args.out / 'depth')
+    out = args.out / 'skeleton'
+    out.mkdir(exist_ok=True)
+    done = {row['network'] for row in read(out / RESULTS)}
+    for job in jobs:
+        if job.network not in done:
+            network = job.create()
+            load_model(network, str(args.out / 'depth' / WEIGHTS / f'{job.network}-{job.seed}.safetensors'))
+            lines = [
+                (job.network, stage, row, column, f'{taps[row, column]:.4f}')
+                for stage, taps in enumerate(magnitudes(network.eval()))
+                for row, column in TAPS
+            ]
+            append(out / RESULTS, ('network', 'stage', 'row', 'column', 'magnitude'), lines)
+
+
+@torch.no_grad()
+def magnitudes(network: nn.Module) -> list[Tensor]:
+    """Return the mean absolute tap `(3, 3)` of each stage, relative to the mean of all nine.
+
+    Every layer of a stage counts the same, whatever the size of its weights.
+    """
+    stages = []
+    for stage in network.stages:
+        blocks = [block for block in stage.children() if isinstance(block, ReparamBlock)]
+        taps = [block.equivalent_kernel_bias()[0].abs().mean((0, 1)) for block in blocks]
+        stages.append(torch.stack([tap / tap.mean() for tap in taps]).mean(0))
+    return stages
+
+
+def report(folder: Path) -> None:
+    """Print the magnitudes of centre, edges and corners."""
+    rows = read(folder / RESULTS)
+    table = []
+    for name, stage in dict.fromkeys((row['network'], row['stage']) for row in rows):
+        taps = torch.zeros(3, 3)
+        for row in rows:
+            if (row['network'], row['stage']) == (name, stage):
+                taps[int(row['row']), int(row['column'])] = float(row['magnitude'])
+        corners = taps[::2, ::2].mean().item()
+        edges = ((taps[1].sum() + taps[:, 1].sum() - 2 * taps[1, 1]) / 4).item()
+        table.append((name, str(int(stage) + 1), *(f'{value:.2f}' for value in (taps[1, 1].item(), edges, corners))))
+    header = ('network', 'stage', 'centre', 'edges', 'corners')
+    print(markdown_table(table, header, text_columns=('network',)))

@@ -1,0 +1,201 @@
+"""The studies of `python -m experiments`, at toy size."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from helpers import images, randomise
+from torch import nn
+
+from repvgg_zoo import VARIANTS
+from repvgg_zoo.pretrained.manifest import weights_dir
+from repvgg_zoo.tools.tables import count_gmacs
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(not (ROOT / 'experiments').is_dir(), reason='a source distribution has no scripts')
+DATA = ('--data', str(weights_dir() / 'cifar10'), '--val-split', 'validation', '--images', '60', '--epochs', '1')
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Only the shallowest networks."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from experiments import depth, lesion
+
+    for name, value in dict(STEPS=(1,), DEEPEST=2, SKELETON_STEP=1, SEEDS=(0, 1, 2)).items():
+        monkeypatch.setattr(depth, name, value)
+    monkeypatch.setattr(lesion, 'STEPS', (1,))
+    monkeypatch.setattr(depth, 'RECIPE', depth.Recipe(epochs=1, batch_size=30))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the program; return what it printed."""
+    from experiments import __main__ as program
+
+    def call(*options):
+        monkeypatch.setattr(sys, 'argv', ['experiments', *map(str, options)])
+        program.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def rows(path):
+    return list(csv.DictReader(path.open()))
+
+
+def test_depth_trains_each_network_once(run, tmp_path):
+    from experiments import depth
+
+    run('depth', *DATA, '--out', tmp_path, '--only', 'leaky-8')
+    run('depth', *DATA, '--out', tmp_path, '--only', 'residual-8')
+    found = rows(tmp_path / 'depth' / 'results.csv')
+    assert [(row['network'], row['seed']) for row in found] == [
+        (name, seed) for name in ('leaky-8', 'residual-8') for seed in '012'
+    ]
+    assert sorted(path.name for path in (tmp_path / 'depth' / 'weights').iterdir()) == [
+        'leaky-8-0.safetensors',
+        'residual-8-0.safetensors',
+    ]
+    printed = run('report', 'depth', '--results', tmp_path)
+    mean = sum(float(row['top1_pct']) for row in found[:3]) / 3
+    assert f'| leaky | {mean:.2f} ±' in printed
+    assert depth.job('leaky', 1, 0).max_norm == 1
+
+
+@pytest.mark.parametrize('n', [1, 2])
+def test_depth_networks_differ_in_nothing_but_branches(n):
+    from experiments import depth
+
+    for network in depth.NETWORKS:
+        convs = []
+        model = depth.create(network, n).eval()
+        if network != depth.RESIDUAL:
+            model.switch_to_deploy()
+        for layer in model.modules():
+            if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
+                layer.register_forward_hook(lambda _, x, y, convs=convs: convs.append(y.shape[1:]))
+        model(images(1, 32))
+        widths = [16] * (2 * n) + [32] * (2 * n) + [64] * (2 * n)
+        assert convs == [(16, 16, 16)] + [(w, 256 // w, 256 // w) for w in widths]
+    slopes = {m.negative_slope for m in depth.create('leaky', n).modules() if isinstance(m, nn.LeakyReLU)}
+    assert slopes == {0.1}
+
+
+def test_lesion_removes_branches(run, tmp_path):
+    from experiments import lesion
+
+    run('lesion', *DATA, '--out', tmp_path)
+    single = rows(tmp_path / 'lesion' / 'single.csv')
+    kinds = ['3x3'] * 7 + ['1x1'] * 7 + ['identity'] * 4
+    assert [row['kind'] for row in single] == kinds + ['residual'] * 3
+    found = rows(tmp_path / 'lesion' / 'results.csv')
+    trained = {row['network']: row['top1_pct'] for row in rows(tmp_path / 'depth' / 'results.csv')}
+    assert len([row for row in found if row['removed'] == '0']) == 5
+    assert all(float(row['top1_pct']) == float(trained[row['network']]) for row in found if row['removed'] == '0')
+    assert {row['removed'] for row in found if row['kind'] == 'any'} == {'0', '1', '2', '4', '8', '16'}
+    assert {row['of'] for row in found if row['kind'] == 'any'} == {'18'}
+    before = [(path, path.read_text()) for path in (tmp_path / 'lesion').iterdir()]
+    run('lesion', *DATA, '--out', tmp_path)
+    assert all(path.read_text() == text for path, text in before)
+    assert '| repvgg-8 | any |' in run('report', 'lesion', '--results', tmp_path)
+    assert lesion.COUNTS[0] == 1
+
+
+def test_lesion_leaves_what_the_other_branches_compute():
+    from experiments import depth, lesion
+
+    model = randomise(depth.create('repvgg', 1), px=32)
+    kinds = lesion.branches(model)
+    block, x = model.stages[0][0], torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = block.conv_kxk(x).relu()
+    before = block(x)
+    with lesion.without([*kinds['1x1'].values(), *kinds['identity'].values()]):
+        torch.testing.assert_close(block(x), expected)
+    assert torch.equal(block(x), before)
+    assert not torch.allclose(before, expected)
+    norms = list(kinds['3x3'].values())
+    assert lesion.drawn(norms, 3, 0) != lesion.drawn(norms, 3, 1)
+    assert len(set(lesion.drawn(norms, 3, 0))) == 3
+
+
+def test_skeleton_is_of_every_stage(run, tmp_path):
+    run('skeleton', *DATA, '--out', tmp_path)
+    found = rows(tmp_path / 'skeleton' / 'results.csv')
+    assert len(found) == 4 * 4 * 9
+    assert '| dbb-8 | 4 |' in run('report', 'skeleton', '--results', tmp_path)
+
+
+def test_skeleton_of_known_kernels():
+    from experiments import depth, skeleton
+
+    model = depth.create('plain', 1)
+    with torch.no_grad():
+        for stage in model.stages:
+            for index, block in enumerate(stage):
+                weight = block.branches.kxk.conv.weight.zero_()
+                weight[:, :, 1, 1] = -1000.0 if index else 2.0
+                weight[:, :, 0, 1] = 1000.0 if index else 2.0
+    for taps in skeleton.magnitudes(model.eval()):
+        assert taps.tolist() == [[0, 4.5, 0], [0, 4.5, 0], [0, 0, 0]]
+
+
+def test_multiplications_are_counted_and_timed(run, tmp_path):
+    pytest.importorskip('ncnn')
+    options = ('--models', 'test_repvgg', '--px', 32, '--rounds', 1)
+    run('multiplications', '--out', tmp_path, *options)
+    run('multiplications', '--out', tmp_path, *options)
+    (row,) = rows(tmp_path / 'multiplications' / 'results.csv')
+    assert float(row['gmacs']) == pytest.approx(count_gmacs(VARIANTS['test_repvgg'], input_px=32), abs=1e-4)
+    assert float(row['ncnn_ms']) > 0
+    assert float(row['ncnn_no_winograd_ms']) > 0
+
+
+def test_multiplications_of_known_layers():
+    from experiments.multiplications import count
+
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),  # F(2x2) and F(4x4): 4 x 4 and 2 x 2 tiles, for 7 pixels
+        nn.Conv2d(8, 8, 3, padding=1, stride=2),  # neither
+        nn.Conv2d(8, 8, 3, padding=1, groups=2),  # neither
+        nn.Conv2d(8, 4, 1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
+    others = 8 * 8 * 9 * 16 + 8 * 4 * 9 * 16 + 8 * 4 * 16 + 640
+    found = count(model, torch.randn(1, 3, 7, 7))
+    assert found.macs == 3 * 8 * 9 * 49 + others
+    assert found.winograd2 == 3 * 8 * 16 * 16 + others
+    assert found.winograd4 == 3 * 8 * 4 * 36 + others
+    assert found.outputs == 8 * 49 + 2 * 8 * 16 + 64 + 10
+    assert found.layers == 5
+    assert found.params == sum(p.numel() for p in model.parameters())
+
+
+def test_multiplications_of_resnet18_are_the_published_ones():
+    from experiments.multiplications import count
+
+    assert count(timm.create_model('resnet18').eval(), torch.randn(1, 3, 224, 224)).macs / 1e9 == pytest.approx(
+        1.82, abs=0.01
+    )
+
+
+def test_rank_correlation_takes_equal_values():
+    from experiments.multiplications import rank_correlation, ranks
+
+    assert ranks([3.0, 1.0, 3.0, 7.0]) == [2.5, 1.0, 2.5, 4.0]
+    table = [{'a': str(a), 'b': str(b)} for a, b in ((1, 10), (2, 1000), (3, 100))]
+    assert rank_correlation(table, 'a', 'b') == pytest.approx(0.5)
+
+
+def test_forms_are_timed_over_depth(run, tmp_path):
+    run('forms', '--out', tmp_path, '--rounds', 1)
+    training, deploy, *_ = rows(tmp_path / 'forms' / 'results.csv')
+    assert (training['form'], deploy['form']) == ('training', 'deploy')
+    assert float(training['params_k']) > float(deploy['params_k'])
+    assert float(training['kept_kb']) > float(deploy['kept_kb'])
+    assert '| 8 |' in run('report', 'forms', '--results', tmp_path)
