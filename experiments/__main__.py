@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from experiments import depth, forms, lesion, multiplications, skeleton, vgg
+from experiments import depth, forms, int8, lesion, multiplications, skeleton, vgg
 from experiments.errors import StudyError
 
 STUDIES = {
@@ -21,6 +21,7 @@ STUDIES = {
     'multiplications': multiplications,
     'forms': forms,
     'vgg': vgg,
+    'int8': int8,
 }
 COMMITTED = Path(__file__).parent / 'results'
 

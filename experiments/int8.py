@@ -1,28 +1,34 @@
-"""What INT8 costs a network whose channels differ much in range, and what brings it back.
+"""What does INT8 cost networks whose channels differ in range, and what brings it back?
 
-    python -m experiments.int8 --data cifar10 --out runs/int8
-
-The network is the bundled model, as it is (`balanced`) and with channels scaled at random by 0.1 to 10 (`unbalanced`),
-which leaves its function as it is. `--data` holds the folders `train` and `test`, with a folder of images for a class.
-Ways that have their line in int8.csv beside this file are left alone.
+`balanced` is the bundled model. `unbalanced` is the same with channels scaled at random by 0.1 to 10, which leaves its
+function as it is. The others are trained first, 26 layers deep as in the study `depth`: with the weight decay of this
+package, with weight decay on every parameter as the early official code had it, and as `qarepvgg`, made for INT8.
 """
 
+from __future__ import annotations
+
 import argparse
-import csv
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors.torch import load_model
 
+from experiments import depth
+from experiments.arguments import add_training_arguments, image_arguments, train
+from experiments.pool import WEIGHTS, append, read
+from experiments.training import MEAN, STD, Job
 from repvgg_zoo import RepVGG
 from repvgg_zoo.quantization.equalize import neighbours, rescale
-from repvgg_zoo.tools.console import progress
+from repvgg_zoo.tools.console import positive, progress
 from repvgg_zoo.tools.markdown import markdown_table
 from repvgg_zoo.tools.model_folder import save_model
 from repvgg_zoo.tools.quantize.quantize import quantize
 
-RESULTS = Path(__file__).with_suffix('.csv')
+STEP = 4
+RESULTS_OF_WAYS = 'ways.csv'
 WAYS: dict[str, dict[str, Any]] = {
     '7 bits': dict(),
     '8 bits': dict(full_range=True),
@@ -34,51 +40,66 @@ WAYS: dict[str, dict[str, Any]] = {
 COLUMNS = ('network', 'way', 'epochs', 'float32_top1_pct', 'int8_top1_pct', 'same_top_class_pct')
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data', type=Path, required=True, help='folder of the images')
-    parser.add_argument('--out', type=Path, required=True, help='folder for the models')
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_training_arguments(parser)
     parser.add_argument('--ways', nargs='+', choices=WAYS, default=WAYS, metavar='WAY', help='only these')
-    parser.add_argument('--epochs', type=int, default=3, help='of each training (%(default)s)')
-    args = parser.parse_args()
-    rows = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
-    for network, make in {'balanced': balanced, 'unbalanced': unbalanced}.items():
-        source = args.out / network
+    parser.add_argument('--qat-epochs', type=positive, default=3, help='of each training in INT8 (%(default)s)')
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write `ways.csv`, a line for each way of each network, and train what is missing."""
+    out = args.out / 'int8'
+    makers = {'balanced': balanced, 'unbalanced': unbalanced}
+    if args.only not in makers:
+        train(args, jobs(), depth.RECIPE, out)
+        makers |= {job.network: partial(trained, job, out / WEIGHTS) for job in jobs()}
+    data, split, *_ = image_arguments(args, 'cpu')
+    for network, make in makers.items():
+        if args.only not in (None, network):
+            continue
+        source = out / 'models' / network
         if not source.exists():
             source.mkdir(parents=True)
             save_model(make(), source)
+        done = {row['way'] for row in read(out / RESULTS_OF_WAYS) if row['network'] == network}
         for way in args.ways:
-            options = WAYS[way]
-            if network == 'balanced' and 'finetune_on' in options:
-                continue  # there is nothing to win back
-            if (network, way) in {(row['network'], row['way']) for row in rows}:
+            if way in done or (network, way) == ('balanced', '8 bits, trained'):  # there is nothing to win back
                 continue
-            rows.append(measure(network, way, options, source, args))
-            with RESULTS.open('w', newline='') as file:
-                writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
-                writer.writeheader()
-                writer.writerows(rows)
-    cells = [tuple(row[column] for column in COLUMNS) for row in rows]
-    print(markdown_table(cells, COLUMNS, text_columns=COLUMNS[:2]))
+            options = dict(WAYS[way])
+            if 'finetune_on' in options:
+                options |= dict(finetune_on=Path(data, 'train'), epochs=args.qat_epochs)
+            torch.manual_seed(0)
+            with progress() as track:
+                report_ = quantize(
+                    source,
+                    out / 'models' / f'{network}, {way}',
+                    images=Path(data, split),
+                    calibration=Path(data, 'train'),
+                    overwrite=True,
+                    track=track,
+                    **options,
+                )
+            exact, last = report_.precisions[0], report_.precisions[-1]
+            figures = (exact.top1_pct, last.top1_pct, last.same_top_class_pct)
+            line = (network, way, report_.epochs, *(f'{value:.2f}' for value in figures))
+            append(out / RESULTS_OF_WAYS, COLUMNS, [line])
+            print(*line, flush=True)
 
 
-def measure(network: str, way: str, options: dict[str, Any], source: Path, args: argparse.Namespace) -> dict[str, str]:
-    if 'finetune_on' in options:
-        options = options | dict(finetune_on=args.data / 'train', epochs=args.epochs)
-    torch.manual_seed(0)
-    with progress() as track:
-        report = quantize(
-            source,
-            args.out / f'{network}, {way}',
-            images=args.data / 'test',
-            calibration=args.data / 'train',
-            overwrite=True,
-            track=track,
-            **options,
-        )
-    exact, last = report.precisions[0], report.precisions[-1]
-    figures = (exact.top1_pct, last.top1_pct, last.same_top_class_pct)
-    return dict(zip(COLUMNS, (network, way, str(report.epochs), *(f'{value:.2f}' for value in figures)), strict=True))
+def jobs() -> list[Job]:
+    create = partial(depth.create, n=STEP)
+    return [
+        Job('repvgg', 0, partial(create, 'repvgg'), folds=True, keeps=True),
+        Job('repvgg, all decayed', 0, partial(create, 'repvgg'), folds=True, keeps=True, decays_all=True),
+        Job('qarepvgg', 0, partial(create, 'qarepvgg'), folds=True, keeps=True),
+    ]
+
+
+def trained(job: Job, weights: Path) -> RepVGG:
+    model = job.create()
+    load_model(model, str(weights / f'{job.network}-{job.seed}.safetensors'))
+    model.pretrained_cfg.update(mean=tuple(m / 255 for m in MEAN), std=tuple(s / 255 for s in STD))
+    return model.eval()
 
 
 def balanced() -> RepVGG:
@@ -93,5 +114,14 @@ def unbalanced() -> RepVGG:
     return model
 
 
-if __name__ == '__main__':
-    main()
+def report(folder: Path) -> None:
+    """Print top-1 of each network, by the way to INT8."""
+    rows = read(folder / RESULTS_OF_WAYS)
+    networks = list(dict.fromkeys(row['network'] for row in rows))
+    found = {(row['network'], row['way']): row for row in rows}
+    exact = {row['network']: row['float32_top1_pct'] for row in rows}
+    table = [('float32', *(exact[network] for network in networks))]
+    for way in WAYS:
+        cells = (found.get((network, way), {}).get('int8_top1_pct', '') for network in networks)
+        table.append((way, *cells))
+    print(markdown_table(table, ('way', *networks), text_columns=('way',)))

@@ -47,6 +47,8 @@ class Job:
     """Whether its weights are written."""
     max_norm: float | None = None
     """Largest norm of the weights of an output channel."""
+    decays_all: bool = False
+    """Whether norms and biases decay too."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Training:
         self.losses = torch.zeros(recipe.epochs, device=device)
         self.lr = torch.zeros((), device=device)
         groups = param_groups_weight_decay(self.model, recipe.weight_decay)
+        if job.decays_all:
+            groups = [dict(params=list(self.model.parameters()), weight_decay=recipe.weight_decay)]
         self.optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=0.9, nesterov=True, fused=True)
         for group in self.optimizer.param_groups:
             group['lr'] = self.lr  # this tensor, not a copy

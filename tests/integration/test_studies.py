@@ -192,6 +192,31 @@ def test_rank_correlation_takes_equal_values():
     assert rank_correlation(table, 'a', 'b') == pytest.approx(0.5)
 
 
+@pytest.mark.slow
+def test_int8_quantizes_what_it_trained(run, monkeypatch, tmp_path):
+    pytest.importorskip('nncf')
+    from experiments import int8
+
+    monkeypatch.setattr(int8, 'STEP', 1)
+    options = (*DATA[:4], '--epochs', 1, '--out', tmp_path, '--only', 'qarepvgg', '--ways', '8 bits')
+    run('int8', *options)
+    run('int8', *options)
+    (trained,) = rows(tmp_path / 'int8' / 'results.csv')
+    (way,) = rows(tmp_path / 'int8' / 'ways.csv')
+    assert float(way['float32_top1_pct']) == pytest.approx(float(trained['folded_top1_pct']), abs=0.21)  # one image
+    assert f'| 8 bits | {way["int8_top1_pct"]} |' in run('report', 'int8', '--results', tmp_path)
+
+
+def test_int8_decays_what_it_says(monkeypatch):
+    from experiments import int8, training
+
+    data = training.Images(DATA[1], DATA[3], 30, 'cpu')
+    for job in int8.jobs():
+        groups = training.Training(job, data, training.Recipe(epochs=1, batch_size=30)).optimizer.param_groups
+        decayed = [p for group in groups for p in group['params'] if group['weight_decay']]
+        assert any(p.ndim == 1 for p in decayed) == (job.network == 'repvgg, all decayed')
+
+
 def test_forms_are_timed_over_depth(run, tmp_path):
     run('forms', '--out', tmp_path, '--rounds', 1)
     training, deploy, *_ = rows(tmp_path / 'forms' / 'results.csv')
