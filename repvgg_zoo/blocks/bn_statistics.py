@@ -28,9 +28,10 @@ def match_bn_statistics(module: nn.Module, batches: Iterable[Any]) -> None:
 
     Raises:
         TypeError: `batches` holds something else than tensors.
-        ValueError: One of four cases, each of which leaves the module as it was:
+        ValueError: One of five cases, each of which leaves the module as it was:
 
             - the module has no block of the training form,
+            - it has a block that `prepare_qat` prepared,
             - `batches` holds no images, or tensors that are not `(N, C, H, W)`,
             - a normalisation layer sees fewer than two pixels,
             - the statistics are not finite.
@@ -45,6 +46,8 @@ def match_bn_statistics(module: nn.Module, batches: Iterable[Any]) -> None:
     blocks = [m for m in module.modules() if isinstance(m, BranchSum) and not m.is_deploy()]
     if not blocks:
         raise ValueError(f'no block of the training form in {type(module).__name__}')
+    if any(getattr(block, 'quantizer', None) is not None for block in blocks):
+        raise ValueError('the blocks are of prepare_qat and run no branches; match the statistics before prepare_qat')
     norms = [
         norm
         for block in blocks

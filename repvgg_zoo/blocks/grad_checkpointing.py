@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-from ..reparam.fold import BATCH_NORMS, BatchNorm
 
 __all__ = ['checkpointed']
 
@@ -26,26 +24,32 @@ def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
         return checkpoint(module, x, use_reentrant=False)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        norms = {m for m in module.modules() if isinstance(m, BATCH_NORMS) and m.training}
-        statistics: _Statistics = {norm: {} for norm in norms if norm.running_mean is not None}
+        statistics: _Statistics = {m: {} for m in module.modules() if m.training and _running(m)}
         return _record_stats(statistics), _RestoreStats(statistics)
 
     return checkpoint(module, x, use_reentrant=False, context_fn=contexts)
 
 
-_Statistics: TypeAlias = dict[BatchNorm, dict[str, Tensor]]
-"""Buffers of each normalisation layer by name."""
+_Statistics: TypeAlias = dict[Any, dict[str, Tensor]]
+"""Buffers of each module that averages over batches, by name."""
+
+
+def _running(module: nn.Module) -> dict[str, Tensor]:
+    """Return what a module averages over batches with its `momentum`: norms do, and quantizers of inputs."""
+    if not hasattr(module, 'momentum'):
+        return {}
+    return {name: buffer for name, buffer in module.named_buffers(recurse=False) if name.startswith('running_')}
 
 
 @contextmanager
 def _record_stats(statistics: _Statistics) -> Iterator[None]:
     """Record the statistics that a forward pass leaves."""
     yield
-    for norm, buffers in statistics.items():
-        buffers.update({name: norm.get_buffer(name).clone() for name in ('running_mean', 'running_var')})
-        if norm.num_batches_tracked is not None:
+    for module, buffers in statistics.items():
+        buffers.update({name: buffer.clone() for name, buffer in _running(module).items()})
+        if (count := getattr(module, 'num_batches_tracked', None)) is not None:
             # momentum=None averages over num_batches_tracked; a huge count makes the update a no-op
-            buffers['num_batches_tracked'] = torch.full_like(norm.num_batches_tracked, 2**62)
+            buffers['num_batches_tracked'] = torch.full_like(count, 2**62)
 
 
 class _RestoreStats(AbstractContextManager[None]):

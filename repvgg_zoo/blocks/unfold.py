@@ -21,7 +21,7 @@ from .bn_statistics import images_of, match_bn_statistics
 from .factory import block_type
 from .set_kernel import set_equivalent_kernel_bias
 
-__all__ = ['unfold', 'unfold_state_dict']
+__all__ = ['replace_modules', 'unfold', 'unfold_state_dict']
 
 
 @torch.inference_mode(False)  # parameters that are made in inference mode can never be trained
@@ -54,9 +54,10 @@ def unfold(
         The module, or the new block if the module is a bare block.
 
     Raises:
-        ValueError: One of six cases, each of which leaves the module as it was:
+        ValueError: One of seven cases, each of which leaves the module as it was:
 
             - the module has no block of this package,
+            - it has a block that `prepare_qat` prepared,
             - it has a block of the training form,
             - it has a block that was compiled by itself, or whose convolution was changed by hand,
             - `block` is unknown,
@@ -78,6 +79,8 @@ def unfold(
         raise ValueError(f'no block of this package in {type(module).__name__}')
     if training := [path or 'the module' for path, m in found.items() if m.reparam_conv is None]:
         raise ValueError(f'{training[0]} is of the training form; switch_to_deploy() comes first')
+    if prepared := [path or 'the module' for path, m in found.items() if m.quantizer is not None]:
+        raise ValueError(f'{prepared[0]} is of prepare_qat; unfold first, then prepare the model')
     if compiled := [path for path in found if path.rpartition('.')[2] == '_orig_mod']:
         raise ValueError(
             f'{compiled[0].rpartition(".")[0] or "the module"} is a block that was compiled by itself, and its '
@@ -89,12 +92,12 @@ def unfold(
         folded: _training_form(folded, conv, make, make_norm, generator) for folded, conv in convs.items()
     }
     whole = unfolded.get(module, module)
-    _replace(module, unfolded)
+    replace_modules(module, unfolded)
     if images is not None:
         try:
             match_bn_statistics(whole, images)
         except BaseException:
-            _replace(module, {made: folded for folded, made in unfolded.items()})
+            replace_modules(module, {made: folded for folded, made in unfolded.items()})
             raise
     remember_replaced(parameter for conv in convs.values() for parameter in conv.parameters())
     for submodule in whole.modules():
@@ -103,7 +106,7 @@ def unfold(
     return whole
 
 
-def _replace(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+def replace_modules(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Replace modules inside a module, wherever they stand."""
     for path, old in list(module.named_modules(remove_duplicate=False)):
         if old in replacements and path:

@@ -36,19 +36,23 @@ def equalize(model: RepVGG, *, sweeps: int = 10) -> RepVGG:
 
     Raises:
         TypeError: The model is no RepVGG of this package.
-        ValueError: The model is in the training form.
+        ValueError: The model is in the training form, or no block lets a scale through.
 
     Example:
         >>> import timm
         >>> equalize(timm.create_model('test_repvgg.cifar10_deploy')).deploy
         True
     """
-    pairs = list(neighbours(model))
+    pairs = [
+        (_conv_of(block), _conv_of(following))
+        for block, following in neighbours(model)
+        if isinstance(block.attn, nn.Identity) and type(block.act) is nn.ReLU
+    ]
+    if not pairs:
+        raise ValueError('nothing to equalise: every block has squeeze-excite or another activation than ReLU')
     for _ in range(sweeps):
-        for block, following in pairs:
-            if isinstance(block.attn, nn.Identity) and type(block.act) is nn.ReLU:
-                first, second = _conv_of(block), _conv_of(following)
-                rescale(first, second, _equal_ranges(first, second))
+        for first, second in pairs:
+            rescale(first, second, _equal_ranges(first, second))
     return model
 
 

@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .qat import fix_ranges
+from .rescaling import ChannelScales, folded_layers, rounding_noise
 
 __all__ = ['Batches', 'finetune']
 
 _FIXED_PART = 0.2
 """The last part of the steps, in which ranges stay."""
+_EQUALISING_PART, _NOISE_WEIGHT, _SCALE_LR = 0.6, 0.05, 0.02
+"""The first part of the steps, in which noise counts, its weight in the loss, and the first step of the scales."""
 
 
 class Batches(Sized, Protocol):
@@ -38,16 +41,20 @@ def finetune(
     depend on how a network spreads its ranges over its layers; the learning rate falls to 0 with a cosine. Over the
     last fifth of the steps, ranges stay as they are.
 
+    In the deploy form, the training also makes the ranges of the channels more equal, whatever lies between the layers.
+    The scale of each channel is trained by `ChannelScales`, and over the first part of the steps `rounding_noise` is
+    part of the loss.
+
     Args:
         model: A classifier of `prepare_qat`, in either form. It is in eval mode afterwards.
-        teacher: The float model.
+        teacher: The float model. It is in eval mode afterwards.
         batches: A loader of `(images, labels)`, with the augmentation of a training.
         epochs: Passes over the loader.
         lr: The first learning rate.
         track: Shows the progress, see `repvgg_zoo.tools.console`.
 
     Raises:
-        ValueError: The loader is empty, or the loss is not finite.
+        ValueError: The model has no quantizers, the loader is empty, or the loss is not finite.
 
     Example:
         >>> finetune(model, teacher, loader, epochs=2)  # doctest: +SKIP
@@ -55,26 +62,33 @@ def finetune(
     steps = epochs * len(batches)
     if not steps:
         raise ValueError('there are no batches to train on')
+    fix_ranges(model, are_fixed=False)
     device = next(model.parameters()).device
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    layers = folded_layers(model)
+    scales = ChannelScales(layers, lr=_SCALE_LR, steps=steps) if layers else None
     teacher.eval()
     model.train()
     done = 0
-    for epoch in range(epochs):
-        for images, _ in track(batches, description=f'epoch {epoch + 1} of {epochs}'):
-            fix_ranges(model, are_fixed=done >= (1 - _FIXED_PART) * steps)
-            try:
+    with rounding_noise(layers) as noises:
+        for epoch in range(epochs):
+            for images, _ in track(batches, description=f'epoch {epoch + 1} of {epochs}'):
+                fix_ranges(model, are_fixed=done >= (1 - _FIXED_PART) * steps)
+                noises.clear()
                 loss = _divergence(model, teacher, images.to(device))
-            except AssertionError:  # torchao refuses ranges that are not finite
-                loss = torch.tensor(torch.nan)
-            if not bool(loss.isfinite()):
-                raise ValueError(f'the loss is not finite after {done} steps; take a lower lr than {lr}')
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            done += 1
+                if not bool(loss.isfinite()):
+                    remedy = f'take a lower lr than {lr}' if done else 'look for NaN in the images and in the weights'
+                    raise ValueError(f'the loss is not finite after {done} steps; {remedy}')
+                if done < _EQUALISING_PART * steps:
+                    loss = loss + _NOISE_WEIGHT * sum(noises)
+                optimizer.zero_grad()
+                loss.backward()
+                if scales:
+                    scales.step()
+                optimizer.step()
+                schedule.step()
+                done += 1
     model.eval()
 
 

@@ -8,59 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._compat import copy_hooks
 from ..blocks.base import ReparamBlock
 from ..blocks.branch_sum import convolve
 from ..reparam.geometry import geometry_of
+from .inputs import InputQuantizer
 from .weights import Codes, codes_of, fake_quantize
 
-__all__ = ['BlockQuantizer', 'InputQuantizer', 'LayerQuantizer', 'QuantizedLinear', 'codes_of_layer', 'quantizer_of']
-
-
-class InputQuantizer(nn.Module):
-    """Rounds an input to 8 bits between its usual extremes.
-
-    In train mode the extremes are a moving average of those of the batches. In eval mode, and once `is_fixed`, they
-    stay.
-    """
-
-    is_fixed = False
-
-    def __init__(self, *, symmetric: bool, device: torch.device) -> None:
-        """Make it without extremes.
-
-        Args:
-            symmetric: Put the range about 0, with codes from -127 to 127 and no zero point. Otherwise codes go from 0
-                to 255.
-            device: Where it stands.
-        """
-        super().__init__()
-        from torchao.quantization.pt2e import FakeQuantize, MovingAverageMinMaxObserver
-
-        kind: dict[str, Any] = dict(quant_min=0, quant_max=255, dtype=torch.uint8, qscheme=torch.per_tensor_affine)
-        if symmetric:
-            kind = dict(quant_min=-127, quant_max=127, dtype=torch.int8, qscheme=torch.per_tensor_symmetric)
-        self.fake = FakeQuantize(observer=MovingAverageMinMaxObserver, **kind).to(device)
-
-    def train(self, mode: bool = True) -> InputQuantizer:
-        """Move the extremes in train mode only."""
-        super().train(mode)
-        self.fake.enable_observer(mode and not self.is_fixed)
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Round an input."""
-        y: Tensor = self.fake(x.float())
-        return y.to(x.dtype)
-
-    @property
-    def scale(self) -> float:
-        """Distance of two codes."""
-        return float(self.fake.scale)
-
-    @property
-    def zero_point(self) -> int:
-        """Code of 0."""
-        return int(self.fake.zero_point)
+__all__ = ['BlockQuantizer', 'LayerQuantizer', 'QuantizedLinear', 'codes_of_layer', 'quantizer_of']
 
 
 class LayerQuantizer(nn.Module):
@@ -70,10 +25,24 @@ class LayerQuantizer(nn.Module):
         super().__init__()
         self.input = InputQuantizer(symmetric=symmetric, device=device)
         self.largest_code = largest_code
+        codes = torch.tensor([*self.input.code_range, largest_code], dtype=torch.int16, device=device)
+        self.register_buffer('codes', codes)  # so that a checkpoint tells what it was trained with
+        self.register_load_state_dict_pre_hook(_refuse_other_codes)
 
     def weight(self, weight: Tensor) -> Tensor:
         """Round weights `(C_out, …)`."""
         return fake_quantize(weight, self.largest_code)
+
+
+def _refuse_other_codes(quantizer: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+    errors: list[str] = others[-1]
+    found, expected = state_dict.get(f'{prefix}codes'), quantizer.get_buffer('codes')
+    if found is not None and found.tolist() != expected.tolist():
+        errors.append(
+            f'{prefix}codes are {found.tolist()} (smallest and largest of the input, largest of the weights), and the '
+            f'model has {expected.tolist()}; give prepare_qat the symmetric and full_range that the weights were '
+            'trained with'
+        )
 
 
 class BlockQuantizer(LayerQuantizer):
@@ -109,6 +78,7 @@ class QuantizedLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.quantizer = LayerQuantizer(symmetric=symmetric, largest_code=largest_code, device=linear.weight.device)
         self.train(linear.training)
+        copy_hooks(linear, self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map a rounded input by rounded weights."""
@@ -119,6 +89,7 @@ class QuantizedLinear(nn.Linear):
         linear = nn.Linear(1, 1, device='meta')
         linear.in_features, linear.out_features = self.in_features, self.out_features
         linear.weight, linear.bias = self.weight, self.bias
+        copy_hooks(self, linear)
         return linear
 
 

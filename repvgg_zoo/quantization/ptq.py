@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
-
-from .calibration import checked
+from .calibration import calibration_images
 from .onnx_export import quiet
 
 __all__ = ['quantize_onnx']
@@ -15,7 +14,7 @@ __all__ = ['quantize_onnx']
 
 def quantize_onnx(
     exact: str | Path,
-    calibration: Iterable[Tensor],
+    calibration: Iterable[Any],
     path: str | Path,
     *,
     full_range: bool = False,
@@ -28,7 +27,7 @@ def quantize_onnx(
 
     Args:
         exact: File of `export_onnx`.
-        calibration: Inputs of one image each, `(1, C, H, W)`.
+        calibration: Inputs of one image each, `(1, C, H, W)`, or tuples that begin with one.
         path: File to write.
         full_range: Let weights use all 8 bits. By default they use 7, because without VNNI or AMX, x86 processors add
             two products of 8 bits in 16 bits, and ONNX Runtime lets that saturate. The machine that runs the file
@@ -45,7 +44,7 @@ def quantize_onnx(
     import nncf
     import onnx
 
-    images = [{'x': image.numpy()} for image in checked(calibration)]
+    images = [{'x': image.detach().cpu().numpy()} for image in calibration_images(calibration)]
     model = onnx.load(exact)
     nodes = {node.input[1].removesuffix('.weight'): node.name for node in model.graph.node if len(node.input) > 1}
     if unknown := set(keep_float) - nodes.keys():

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Collection, Iterable, Iterator
-from typing import Any, Literal, TypeVar
+from collections.abc import Collection, Iterable
+from typing import Any, Literal, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..blocks.base import ReparamBlock
+from ..blocks.unfold import replace_modules
 from ..reparam.evaluation import evaluating
-from .calibration import checked
-from .layers import BlockQuantizer, InputQuantizer, QuantizedLinear
+from .calibration import calibration_images
+from .inputs import InputQuantizer
+from .layers import BlockQuantizer, LayerQuantizer, QuantizedLinear
 from .weights import FULL_RANGE, HALF_RANGE
 
-__all__ = ['fix_ranges', 'prepare_qat', 'quantized_layers', 'require_torchao', 'without_quantizers']
+__all__ = ['fix_ranges', 'prepare_qat', 'quantized_layers', 'without_quantizers']
 
 ModuleT = TypeVar('ModuleT', bound=nn.Module)
 
 
 def prepare_qat(
     model: ModuleT,
-    calibration: Iterable[Tensor],
+    calibration: Iterable[Any],
     *,
     norms: Literal['fixed', 'moving'] = 'fixed',
     symmetric: bool = False,
@@ -43,8 +44,8 @@ def prepare_qat(
 
     Args:
         model: A RepVGG, or any model with RepVGG blocks inside. Load its weights first.
-        calibration: A few batches `(N, C, H, W)` of training images, as the model takes them. Their extremes are the
-            first ranges.
+        calibration: A few batches `(N, C, H, W)` of training images, as the model takes them, or tuples that begin with
+            one. Their extremes are the first ranges.
         norms: `fixed` trains with the running statistics as they are. `moving` runs the branches of each block beside,
             which moves their statistics, and trains with the moved ones. It costs as much again.
         symmetric: Round inputs about 0 too, without zero points, as TensorRT wants it. Behind a ReLU half of the codes
@@ -56,10 +57,10 @@ def prepare_qat(
         The model.
 
     Raises:
-        ModuleNotFoundError: torchao is not installed; it is in the extra `quantize`.
-        ValueError: There is no RepVGG block, or no layer to keep at a path, a block is not in float32 or drops branches
-            in training, the model is prepared already, or the calibration has no batch or values that are not finite.
-            The model is as it was then.
+        TypeError: A batch of the calibration is neither a tensor nor a tuple that begins with one.
+        ValueError: There is no RepVGG block, no layer to keep at a path, or nothing else than what is kept; a layer is
+            not in float32, has weights that are not finite, or drops branches in training; the model is prepared
+            already; or the calibration has no images, or some that are not finite. The model is as it was then.
 
     Example:
         >>> import timm, torch, repvgg_zoo
@@ -68,31 +69,29 @@ def prepare_qat(
         >>> model.train()(torch.randn(8, 3, 32, 32)).sum().backward()
         >>> model = repvgg_zoo.switch_to_deploy(model.eval())
     """
-    require_torchao()
     if norms not in ('fixed', 'moving'):
         raise ValueError(f"norms is {norms!r}; it takes 'fixed' or 'moving'")
-    blocks = {path: m for path, m in model.named_modules() if isinstance(m, ReparamBlock)}
-    _refuse(model, blocks)
-    linears = {path: m for path, m in model.named_modules() if type(m) is nn.Linear}
-    for path in keep_float:
-        if blocks.pop(path.removesuffix(f'.{ReparamBlock.conv_name}'), None) is None and not linears.pop(path, None):
-            raise ValueError(f'keep_float names {path!r}, which is no RepVGG block and no linear layer')
+    _refuse_prepared(model)
+    layers = _chosen(model, keep_float)
     largest_code = FULL_RANGE if full_range else HALF_RANGE
-    places = [place for place in _children(model) if place[2] in linears.values()]
+    linears: dict[nn.Module, nn.Module] = {
+        layer: QuantizedLinear(layer, symmetric=symmetric, largest_code=largest_code)
+        for layer in layers
+        if isinstance(layer, nn.Linear)
+    }
+    blocks = [layer for layer in layers if isinstance(layer, ReparamBlock)]
     try:
-        for block in blocks.values():
+        for block in blocks:
             device = next(block.parameters()).device
             block.quantizer = BlockQuantizer(
                 symmetric=symmetric, largest_code=largest_code, moves_statistics=norms == 'moving', device=device
             ).train(block.training)
-        for parent, name, linear in places:
-            setattr(parent, name, QuantizedLinear(linear, symmetric=symmetric, largest_code=largest_code))
+        replace_modules(model, linears)
         _calibrate(model, calibration)
     except BaseException:
-        for block in blocks.values():
+        for block in blocks:
             block.quantizer = None
-        for parent, name, linear in places:
-            setattr(parent, name, linear)
+        replace_modules(model, {quantized: linear for linear, quantized in linears.items()})
         raise
     return model
 
@@ -100,18 +99,25 @@ def prepare_qat(
 def fix_ranges(model: nn.Module, *, are_fixed: bool = True) -> None:
     """Keep the ranges of inputs from now on, in train mode too, as is usual for the last epochs.
 
+    A checkpoint does not keep this. Call it again after a resume.
+
     Args:
         model: A model of `prepare_qat`.
         are_fixed: False lets the ranges move again.
+
+    Raises:
+        ValueError: The model has no quantizers.
 
     Example:
         >>> import timm, torch, repvgg_zoo
         >>> model = repvgg_zoo.prepare_qat(timm.create_model('test_repvgg'), [torch.randn(8, 3, 32, 32)])
         >>> fix_ranges(model)
     """
-    for quantizer in _input_quantizers(model):
+    quantizers = _input_quantizers(model)
+    if not quantizers:
+        raise ValueError(f'{type(model).__name__} has no quantizers; prepare_qat() makes them')
+    for quantizer in quantizers:
         quantizer.is_fixed = are_fixed
-        quantizer.train(quantizer.training)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, ReparamBlock | QuantizedLinear]:
@@ -149,57 +155,61 @@ def without_quantizers(model: ModuleT) -> ModuleT:
     return plain
 
 
-def require_torchao() -> None:
-    """Raise `ModuleNotFoundError`, which names the extra, if torchao is not installed."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # of deprecations between torch and torchao
-    try:
-        import torchao.quantization.pt2e  # noqa: F401
-    except ImportError as error:
-        raise ModuleNotFoundError(f"{error}; `pip install 'repvgg-zoo[quantize]'` brings torchao") from error
-    finally:
-        logging.disable(level)
+def _refuse_prepared(model: nn.Module) -> None:
+    if prepared := [path for path, module in model.named_modules() if isinstance(module, LayerQuantizer)]:
+        raise ValueError(f'{prepared[0]!r} is of prepare_qat already; prepare a model once')
 
 
-def _refuse(model: nn.Module, blocks: dict[str, ReparamBlock]) -> None:
-    if not blocks:
+def _chosen(model: nn.Module, keep_float: Collection[str]) -> list[ReparamBlock | nn.Linear]:
+    """Return the layers to round, and refuse what cannot be rounded."""
+    if isinstance(keep_float, str):
+        raise ValueError(f'keep_float is {keep_float!r}; it takes a collection of paths')
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, ReparamBlock) or type(m) is nn.Linear}
+    if not any(isinstance(layer, ReparamBlock) for layer in layers.values()):
         raise ValueError(
             f'no RepVGG block in {type(model).__name__}; prepare_qat is for RepVGG and networks built on it'
         )
-    for path, block in blocks.items():
-        if block.quantizer is not None:
-            raise ValueError(f'block {path!r} is prepared already; prepare a model once')
-        if {p.dtype for p in block.parameters()} != {torch.float32}:
-            raise ValueError(f'block {path!r} is not in float32; call float(), and train in autocast for speed')
-        if block.reparam_conv is None and not all(isinstance(drop, nn.Identity) for drop in block.drops()):
+    kept = {path.removesuffix(ReparamBlock.conv_name).removesuffix('.') for path in keep_float}
+    if unknown := kept - layers.keys():
+        raise ValueError(
+            f'keep_float names {min(unknown)!r}, which is no RepVGG block and no linear layer; there are '
+            f'{", ".join(layers)}'
+        )
+    chosen = {path: layer for path, layer in layers.items() if path not in kept}
+    if not chosen:
+        raise ValueError(f'keep_float names all {len(layers)} layers; leave some to quantize')
+    for path, layer in chosen.items():
+        what = f'{"block" if isinstance(layer, ReparamBlock) else "linear layer"} {path!r}'
+        if {p.dtype for p in layer.parameters()} != {torch.float32}:
+            raise ValueError(f'{what} is not in float32; call float(), and train in autocast for speed')
+        if not all(bool(p.isfinite().all()) for p in layer.parameters()):
+            raise ValueError(f'{what} has weights that are not finite')
+        has_branches = isinstance(layer, ReparamBlock) and layer.reparam_conv is None
+        if has_branches and not all(isinstance(drop, nn.Identity) for drop in cast('ReparamBlock', layer).drops()):
             raise ValueError(
-                f'block {path!r} has stochastic depth or DropBlock, and one convolution has no branches to drop; '
+                f'{what} has stochastic depth or DropBlock, and one convolution has no branches to drop; '
                 'create the model with drop_path_rate=0'
             )
-
-
-def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            yield parent, name, child
+    return list(chosen.values())
 
 
 def _input_quantizers(model: nn.Module) -> list[InputQuantizer]:
     return [module for module in model.modules() if isinstance(module, InputQuantizer)]
 
 
-def _calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def _calibrate(model: nn.Module, calibration: Iterable[Any]) -> None:
     """Set each range to the mean of the extremes of the batches."""
     quantizers = _input_quantizers(model)
-    observers = [quantizer.fake.activation_post_process for quantizer in quantizers]
-    momentum = observers[0].averaging_constant
+    device = next(model.parameters()).device
+    momentum = quantizers[0].momentum
     with evaluating(model):
         for quantizer in quantizers:
-            quantizer.fake.enable_observer()
-        for count, batch in enumerate(checked(batches), start=1):
-            for observer in observers:
-                observer.averaging_constant = 1 / count
-            model(batch)
-    for quantizer, observer in zip(quantizers, observers, strict=True):
-        observer.averaging_constant = momentum
-        quantizer.train(quantizer.training)
+            quantizer.train()
+        for count, images in enumerate(calibration_images(calibration), start=1):
+            for quantizer in quantizers:
+                quantizer.momentum = 1 / count
+            model(images.to(device))
+    for quantizer in quantizers:
+        quantizer.momentum = momentum
+        if not bool((quantizer.running_low + quantizer.running_high).isfinite()):
+            raise ValueError('activations of the calibration are not finite; look for weights that are too large')

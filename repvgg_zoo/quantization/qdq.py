@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks.base import ReparamBlock
-from .layers import InputQuantizer, QuantizedLinear, codes_of_layer, quantizer_of
+from .inputs import InputQuantizer
+from .layers import QuantizedLinear, codes_of_layer, quantizer_of
 from .onnx_export import export_onnx
 from .qat import quantized_layers, without_quantizers
 from .weights import Codes
@@ -43,8 +45,9 @@ def export_qdq(model: nn.Module, path: str | Path, sample: Tensor) -> None:
         raise ValueError(f'{type(model).__name__} has no quantizers; prepare_qat() makes them')
     if branched := [p for p, layer in layers.items() if isinstance(layer, ReparamBlock) and layer.reparam_conv is None]:
         raise ValueError(f'block {branched[0]!r} has branches; call switch_to_deploy() first')
-    export_onnx(without_quantizers(model), sample, path)
-    written = onnx.load(path)
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(without_quantizers(model), sample, file := Path(folder, 'float32.onnx'))
+        written = onnx.load(file)
     _Writer(written.graph).quantize({_weight_name(path, layer): layer for path, layer in layers.items()})
     onnx.checker.check_model(written)
     onnx.save(written, path)
@@ -66,20 +69,24 @@ class _Writer:
         """Tensors that are quantized already, by their names and ranges."""
 
     def quantize(self, layers: dict[str, ReparamBlock | QuantizedLinear]) -> None:
-        missing = dict(layers)
+        rounded: dict[str, str] = {}
         for node in list(self.graph.node):
-            if len(node.input) > 1 and node.input[1] in missing:
-                layer = missing.pop(node.input[1])
-                node.input[0] = self._input(node.input[0], quantizer_of(layer).input)
-                node.input[1] = self._weight(node.input[1], codes_of_layer(layer))
+            if len(node.input) > 1 and (name := node.input[1]) in layers:
+                node.input[0] = self._input(node.input[0], quantizer_of(layers[name]).input)
+                if name not in rounded:
+                    rounded[name] = self._weight(name, codes_of_layer(layers[name]))
+                node.input[1] = rounded[name]
             self.nodes.append(node)
-        if missing:
-            raise ValueError(f'no node of the ONNX graph reads {next(iter(missing))!r}')
+        if missing := layers.keys() - rounded.keys():
+            raise ValueError(
+                f'no convolution and no linear layer of the ONNX graph reads {min(missing)!r}: the model does not use '
+                'it, or the exporter wrote it in another way; name it in keep_float of prepare_qat'
+            )
         del self.graph.node[:]
         self.graph.node.extend(self.nodes)
 
     def _input(self, name: str, quantizer: InputQuantizer) -> str:
-        kind = torch.int8 if quantizer.fake.dtype == torch.int8 else torch.uint8
+        kind = torch.int8 if quantizer.code_range[0] < 0 else torch.uint8
         key = (name, quantizer.scale, quantizer.zero_point)
         if key not in self.inputs:
             prefix = f'{name}.range{len(self.inputs)}'

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..reparam.evaluation import tensors_in
 from .weights import FULL_RANGE, fake_quantize
 
 __all__ = ['LayerError', 'layer_errors']
@@ -33,12 +34,15 @@ def layer_errors(
     its extremes.
 
     Args:
-        model: In the deploy form and eval mode. It returns one tensor.
+        model: In the deploy form and eval mode. Of several outputs, all count.
         images: `(N, C, H, W)`.
         track: Shows the progress, see `repvgg_zoo.tools.console`.
 
     Returns:
         One error for each layer, the largest first.
+
+    Raises:
+        ValueError: The output is 0 everywhere, or not finite.
 
     Example:
         >>> import timm
@@ -47,19 +51,26 @@ def layer_errors(
         12
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-    reference = model(images)
+    reference = _output(model, images)
+    size = reference.square().mean().sqrt()
+    if not 0 < size < torch.inf:
+        raise ValueError('the output of the model is 0 everywhere or not finite, so no error is relative to it')
     errors = []
     for name, layer in track(list(layers.items()), description='sensitivity'):
         handle = layer.register_forward_pre_hook(lambda _, inputs: (_fake_quantized_input(inputs[0]),))
         weight = layer.weight.clone()
         try:
             layer.weight.copy_(fake_quantize(weight, FULL_RANGE))
-            error = (model(images) - reference).square().mean().sqrt() / reference.square().mean().sqrt()
+            error = (_output(model, images) - reference).square().mean().sqrt() / size
         finally:
             layer.weight.copy_(weight)
             handle.remove()
         errors.append(LayerError(layer=name, rel_error=error.item()))
     return sorted(errors, key=lambda error: -error.rel_error)
+
+
+def _output(model: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([output.flatten() for output in tensors_in(model(images))])
 
 
 def _fake_quantized_input(x: Tensor) -> Tensor:

@@ -13,6 +13,10 @@ FULL_RANGE, HALF_RANGE = 127, 63
 """The largest code of 8 and of 7 bits."""
 
 
+_SMALLEST = 1e-30
+"""Channels of smaller weights are all zeros: their scale would not be a normal number."""
+
+
 class Codes(NamedTuple):
     """Weights as integers. A weight is its code times the scale of its output channel."""
 
@@ -41,4 +45,4 @@ def codes_of(weight: Tensor, largest_code: int) -> Codes:
 
 def _scale(weight: Tensor, largest_code: int) -> Tensor:
     largest = weight.detach().flatten(1).abs().amax(1)
-    return torch.where(largest > 0, largest / largest_code, 1.0)
+    return torch.where(largest < _SMALLEST, 1.0, largest / largest_code)  # NaN stays

@@ -21,21 +21,28 @@ def test_equalize_computes_same_with_equal_ranges():
     assert ((ranges > 0.5) & (ranges < 2)).all()  # the sweeps come near it
 
 
-def test_equalize_groups_and_other_activations_computes_same():
+def test_equalize_groups_computes_same():
     torch.manual_seed(0)
-    for name, kwargs in (('repvgg_b1g4', {}), ('repvgg_d2se', {}), ('repvgg_a0', dict(act_layer='silu'))):
-        model = timm.create_model(name, deploy=True, num_classes=2, **kwargs).double().eval()
-        model.stages = model.stages[:1]
-        x = images(1, 32, dtype=torch.float64)
-        with torch.no_grad():
-            for block in (model.stem, *model.stages[0]):
-                block.reparam_conv.weight *= torch.rand(block.reparam_conv.out_channels, dtype=x.dtype).view(
-                    -1, 1, 1, 1
-                )
-            expected, before = model.forward_features(x), model.stem.reparam_conv.weight.clone()
-            equalize(model)
-            assert rel_diff(model.forward_features(x), expected) < 1e-9
-        assert torch.equal(before, model.stem.reparam_conv.weight) == (name != 'repvgg_b1g4')
+    model = timm.create_model('repvgg_b1g4', deploy=True, num_classes=2).double().eval()
+    model.stages = model.stages[:1]
+    x = images(1, 32, dtype=torch.float64)
+    with torch.no_grad():
+        for block in (model.stem, *model.stages[0]):
+            scale = torch.rand(block.reparam_conv.out_channels, dtype=x.dtype)
+            block.reparam_conv.weight *= scale.view(-1, 1, 1, 1)
+        expected, before = model.forward_features(x), model.stem.reparam_conv.weight.clone()
+        equalize(model)
+        assert rel_diff(model.forward_features(x), expected) < 1e-9
+    assert not torch.equal(before, model.stem.reparam_conv.weight)
+
+
+@pytest.mark.parametrize(('name', 'options'), [('repvgg_d2se', {}), ('repvgg_a0', dict(act_layer='silu'))])
+def test_equalize_without_a_pair_raises(name, options):
+    model = timm.create_model(name, deploy=True, depths=(1, 1, 1, 1), width=(0.25, 0.25, 0.25, 0.25), **options)
+    before = model.stem.reparam_conv.weight.clone()
+    with pytest.raises(ValueError, match='nothing to equalise'):
+        equalize(model)
+    assert torch.equal(before, model.stem.reparam_conv.weight)
     with pytest.raises(ValueError, match='is for the deploy form'):
         equalize(timm.create_model('test_repvgg'))
 

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import copy
-import sys
 
 import pytest
 import timm
 import torch
 from helpers import block_params, create_model, deployed_with_weights, images, randomise, rel_diff, unbalanced_ranges
+from timm.utils import ModelEmaV3
 from torch import nn
 
-from repvgg_zoo import BLOCKS, RepVGGBlock, prepare_qat, switch_to_deploy
+from repvgg_zoo import BLOCKS, RepVGGBlock, match_bn_statistics, prepare_qat, switch_to_deploy, unfold
 from repvgg_zoo.blocks.base import ReparamBlock
 from repvgg_zoo.quantization.finetune import finetune
-from repvgg_zoo.quantization.layers import InputQuantizer, codes_of_layer
-from repvgg_zoo.quantization.qat import fix_ranges, quantized_layers
+from repvgg_zoo.quantization.inputs import InputQuantizer
+from repvgg_zoo.quantization.layers import QuantizedLinear, codes_of_layer
+from repvgg_zoo.quantization.qat import fix_ranges, quantized_layers, without_quantizers
 
-pytest.importorskip('torchao')
 SMALL = dict(depths=(1, 2, 1, 1), width=(0.25, 0.25, 0.25, 0.125), num_classes=5)
 
 
@@ -70,9 +70,7 @@ def test_qat_block_computes_what_its_codes_say():
     integers = (x.double() / quantizer.scale).round() + quantizer.zero_point
     rounded = (integers.clamp(0, 255) - quantizer.zero_point) * quantizer.scale
     bias = block.equivalent_kernel_bias(torch.float64)[1]
-    expected = nn.functional.conv2d(
-        rounded, kernel, bias, padding=1, stride=block.stride if hasattr(block, 'stride') else 1
-    )
+    expected = nn.functional.conv2d(rounded, kernel, bias, padding=1)
     assert rel_diff(block(x).double(), expected.relu()) < 1e-5  # float32
     assert values.abs().max() == 127
     assert len(integers.unique()) > 100
@@ -129,9 +127,8 @@ def test_qat_leaves_every_module_in_its_mode():
     before = {path: module.training for path, module in model.named_modules()}
     prepare_qat(model, batches())
     assert {path: module.training for path, module in model.named_modules() if path in before} == before
-    assert model.stem.quantizer.input.fake.observer_enabled
     prepared = prepare_qat(small().eval(), batches())
-    assert not any(q.training or q.fake.observer_enabled for q in prepared.modules() if isinstance(q, InputQuantizer))
+    assert not any(q.training for q in prepared.modules() if isinstance(q, InputQuantizer))
 
 
 def test_qat_takes_deploy_form_and_larger_networks():
@@ -181,18 +178,43 @@ def prepared_twice():
     return prepare_qat(small(), batches())
 
 
+def every_layer():
+    return [path for path, m in small().named_modules() if isinstance(m, (ReparamBlock, nn.Linear))]
+
+
+def with_a_nan():
+    model = small()
+    with torch.no_grad():
+        model.stages[0][0].conv_1x1.conv.weight[0] = torch.nan
+    return model
+
+
 @pytest.mark.parametrize(
     ('make', 'options', 'said'),
     [
         (lambda: nn.Linear(2, 2), {}, 'no RepVGG block in Linear'),
         (lambda: timm.create_model('test_resnet'), {}, 'no RepVGG block in ResNet'),
-        (prepared_twice, {}, "block 'stem' is prepared already"),
+        (prepared_twice, {}, "'stem.quantizer' is of prepare_qat already"),
         (lambda: small().bfloat16(), {}, "block 'stem' is not in float32; call float"),
         (lambda: small(drop_path_rate=0.1), {}, 'has stochastic depth or DropBlock'),
         (small, dict(norms='frozen'), "norms is 'frozen'; it takes 'fixed' or 'moving'"),
-        (small, dict(keep_float=['stages.9']), "keep_float names 'stages.9', which is no RepVGG block"),
+        (
+            small,
+            dict(keep_float=['stages.9']),
+            "keep_float names 'stages.9', which is no .* there are stem",
+        ),
+        (small, dict(keep_float='head.fc'), "keep_float is 'head.fc'; it takes a collection"),
+        (small, dict(keep_float=every_layer()), 'keep_float names all 7 layers'),
         (small, dict(calibration=[]), 'the calibration has no batches'),
         (small, dict(calibration=[torch.full((1, 3, 32, 32), torch.nan)]), 'batch 0 of the calibration has values'),
+        (
+            small,
+            dict(calibration=[*batches(), torch.empty(0, 3, 32, 32)]),
+            'batch 2 of the calibration has no images',
+        ),
+        (small, dict(calibration=[torch.ones(1, 3, 32, 32).byte()]), 'batch 0 of the calibration is of torch.uint8'),
+        (small, dict(calibration=[torch.full((1, 3, 32, 32), 1e38)]), 'activations of the calibration are not finite'),
+        (with_a_nan, {}, "block 'stages.0.0' has weights that are not finite"),
     ],
 )
 def test_qat_impossible_request_raises_and_changes_nothing(make, options, said):
@@ -204,10 +226,73 @@ def test_qat_impossible_request_raises_and_changes_nothing(make, options, said):
     assert model.training is mode
 
 
-def test_qat_without_torchao_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'torchao.quantization.pt2e', None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'repvgg-zoo\[quantize\]'"):
-        prepare_qat(small(), batches())
+@pytest.mark.parametrize('calibration', [images(1, 32), [dict(x=1)], ['cat']])
+def test_qat_calibration_of_other_types_raises(calibration):
+    with pytest.raises(TypeError, match='the calibration is a'):
+        prepare_qat(small(), calibration)
+
+
+def test_qat_takes_the_batches_of_a_loader():
+    loader = [(batch, torch.zeros(len(batch))) for batch in batches()]
+    assert torch.equal(prepare_qat(small(), loader)(batches()[0]), prepare_qat(small(), batches())(batches()[0]))
+
+
+def test_qat_ranges_stay_in_eval_mode_with_the_weights_of_a_training():
+    training, evaluated = prepare_qat(small().train(), batches()), prepare_qat(small().eval(), batches())
+    average = ModelEmaV3(training)
+    training(batches()[0])
+    average.update(training)
+    evaluated.load_state_dict(training.state_dict())
+    for model in (evaluated, average.module):
+        before = copy.deepcopy(model.state_dict())
+        model(5 * batches()[0])
+        assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_qat_checkpointed_training_is_the_same():
+    models = [prepare_qat(small(), batches()).train() for _ in range(2)]
+    models[1].set_grad_checkpointing()
+    for model in models:
+        for x in batches():  # beyond the ranges of the calibration
+            model(3 * x).square().mean().backward()
+    for (name, expected), found in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-5, atol=1e-8, msg=name)
+    for (name, expected), found in zip(models[0].named_buffers(), models[1].buffers(), strict=True):
+        assert torch.equal(found, expected), name
+
+
+@pytest.mark.parametrize('options', [dict(symmetric=True), dict(full_range=True)])
+def test_qat_weights_of_other_options_are_refused(options):
+    weights = prepare_qat(small(), batches()).state_dict()
+    with pytest.raises(RuntimeError, match='give prepare_qat the symmetric and full_range that'):
+        prepare_qat(small(), batches(), **options).load_state_dict(weights)
+
+
+def test_qat_keeps_the_hooks_of_linear_layers():
+    model, calls = small(), []
+    model.head.fc.register_forward_hook(lambda *_: calls.append('forward'))
+    prepare_qat(model, batches())
+    calls.clear()
+    model(batches()[0])
+    without_quantizers(model)(batches()[0])
+    assert calls == ['forward'] * 2
+
+
+def test_qat_shared_linear_layer_is_one():
+    shared = nn.Linear(5, 5)
+    model = prepare_qat(nn.Sequential(small(), shared, nn.ReLU(), shared), batches())
+    assert model[1] is model[3]
+    assert isinstance(model[1], QuantizedLinear)
+
+
+def test_prepared_model_is_exported_and_is_refused_by_what_moves_branches():
+    model = prepare_qat(small().eval(), batches())
+    x = batches()[0]
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match='match the statistics before prepare_qat'):
+        match_bn_statistics(model, batches())
+    with pytest.raises(ValueError, match='unfold first, then prepare the model'):
+        unfold(switch_to_deploy(model))
 
 
 def test_prepared_block_without_quantizer_is_as_before():
@@ -231,8 +316,15 @@ def test_finetune_brings_answers_nearer():
     assert all(quantizer.is_fixed for quantizer in model.modules() if isinstance(quantizer, InputQuantizer))
 
 
-def test_finetune_without_batches_or_with_a_wild_rate_raises():
-    model, teacher = prepare_qat(small(), batches()), small()
+@pytest.mark.parametrize('deploy', [False, True])
+def test_finetune_impossible_request_raises(deploy):
+    teacher = small(deploy=deploy)
+    model = prepare_qat(copy.deepcopy(teacher), batches())
+    with pytest.raises(ValueError, match='RepVGG has no quantizers'):
+        finetune(teacher, teacher, [(x, None) for x in batches()], epochs=1)
+    with pytest.raises(ValueError, match='not finite after 0 steps; look for NaN in the images'):
+        finetune(model, teacher, [(x * torch.nan, None) for x in batches()], epochs=1)
+    model = prepare_qat(copy.deepcopy(teacher), batches())
     with pytest.raises(ValueError, match='there are no batches'):
         finetune(model, teacher, [], epochs=1)
     with pytest.raises(ValueError, match='take a lower lr than 1e'):

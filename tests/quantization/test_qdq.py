@@ -9,13 +9,12 @@ import pytest
 import torch
 from helpers import create_model, deployed_with_weights, images, rel_diff
 
-from repvgg_zoo import prepare_qat
+from repvgg_zoo import RepVGGBlock, prepare_qat
 from repvgg_zoo.quantization.layers import codes_of_layer
 from repvgg_zoo.quantization.qat import quantized_layers
 from repvgg_zoo.quantization.qdq import export_qdq
 
 onnx = pytest.importorskip('onnx')
-pytest.importorskip('torchao')
 pytest.importorskip('onnxscript')
 
 
@@ -89,3 +88,33 @@ def test_qdq_impossible_model_raises(tmp_path):
     with pytest.raises(ValueError, match="block 'stem' has branches; call switch_to_deploy"):
         export_qdq(prepare_qat(create_model('test_repvgg'), [x]), path, x)
     assert not path.exists()
+
+
+def test_qdq_block_and_linear_layer_that_are_used_twice(tmp_path):
+    pytest.importorskip('onnxruntime')
+    import onnxruntime
+
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.fc = RepVGGBlock(3, 3, deploy=True), torch.nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.fc(self.fc(self.block(self.block(x)).mean((2, 3))))
+
+    torch.manual_seed(0)
+    x = images(4, 8)
+    model = prepare_qat(Twice().eval(), [x])
+    export_qdq(model, tmp_path / 'int8.onnx', x[:1])
+    found = onnxruntime.InferenceSession(tmp_path / 'int8.onnx').run(None, {'x': x.numpy()})[0]
+    assert rel_diff(torch.from_numpy(found), model(x)) < 0.02  # of 8 bits
+
+
+def test_qdq_layer_that_is_not_in_the_graph_raises_and_writes_nothing(tmp_path):
+    model = torch.nn.Sequential(RepVGGBlock(3, 3, deploy=True), torch.nn.Linear(8, 3)).eval()
+    prepare_qat(model, [images(2, 8)])
+    (tmp_path / 'int8.onnx').write_text('before')
+    with pytest.raises(ValueError, match=r"reads '1.weight'.* name it in keep_float of prepare_qat"):
+        export_qdq(model, tmp_path / 'int8.onnx', images(1, 8))
+    assert (tmp_path / 'int8.onnx').read_text() == 'before'
+    assert len(list(tmp_path.iterdir())) == 1

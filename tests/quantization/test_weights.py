@@ -30,3 +30,14 @@ def test_codes_are_what_fake_quantize_rounds_to(largest):
     torch.testing.assert_close(values * scale.view(-1, 1, 1, 1), rounded, rtol=1e-6, atol=0)  # one product in float32
     rounded.square().sum().backward()
     torch.testing.assert_close(weight.grad, 2 * rounded)  # straight through
+
+
+def test_fake_quantize_does_not_hide_nan():
+    weight = torch.tensor([[1.0, torch.nan], [1.0, 2.0]])
+    assert fake_quantize(weight, FULL_RANGE).isnan().any(1).tolist() == [True, False]
+
+
+def test_fake_quantize_of_tiny_weights_is_zero():
+    weight = torch.full((1, 4), 1e-44)
+    assert not fake_quantize(weight, FULL_RANGE).any()
+    assert codes_of(weight, FULL_RANGE).scale.item() == 1

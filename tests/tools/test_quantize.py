@@ -16,6 +16,7 @@ from timm.data import create_dataset, create_transform, resolve_model_data_confi
 
 from repvgg_zoo import VARIANTS
 from repvgg_zoo.pretrained.manifest import weights_dir
+from repvgg_zoo.quantization.sensitivity import layer_errors
 from repvgg_zoo.tools.console import no_progress
 from repvgg_zoo.tools.model_folder import save_model
 from repvgg_zoo.tools.quantize.images import evenly_spaced, image_folder
@@ -263,7 +264,55 @@ def test_quantize_finetune_trains_an_unbalanced_network(tmp_path):
     assert float32.same_top_class_pct == 100
     assert (tmp_path / 'out' / 'model.onnx').stat().st_size == trained.bytes
     assert sorted(path.name for path in (tmp_path / 'out').glob('[!.]*')) == FILES
-    assert 'Trained for 3 epochs.' in (tmp_path / 'out' / 'report.md').read_text()
+    assert 'Epochs of training: 3.' in (tmp_path / 'out' / 'report.md').read_text()
+
+
+def test_quantize_ruinous_training_keeps_the_better_file(tmp_path):
+    report = quantize(
+        'test_repvgg',
+        tmp_path / 'out',
+        images=VALIDATION,
+        subset=20,
+        finetune_on=TRAIN,
+        epochs=1,
+        lr=0.1,
+        track=no_progress,
+    )
+    assert [precision.name for precision in report.precisions] == ['float32', 'int8 trained', 'int8']
+    assert report.trained_is_worse
+    assert (tmp_path / 'out' / 'model.onnx').stat().st_size == report.precisions[-1].bytes
+    assert 'the training made the model worse' in (tmp_path / 'out' / 'report.md').read_text()
+
+
+@pytest.fixture
+def excited(tmp_path):
+    """A folder of a small network with squeeze-excite."""
+    torch.manual_seed(0)
+    sizes = dict(depths=(1, 1, 1, 1), width=(0.125, 0.0625, 0.0625, 0.03125))
+    model = timm.create_model('repvgg_d2se', num_classes=10, **sizes)
+    model.pretrained_cfg.update(input_size=(3, 32, 32), crop_pct=1.0)
+    (tmp_path / 'excited').mkdir()
+    save_model(model, tmp_path / 'excited')
+    return tmp_path / 'excited'
+
+
+def test_quantize_keeps_layers_that_no_training_rounds(excited, tmp_path, monkeypatch):
+    def least_first(*args, **options):
+        return layer_errors(*args, **options)[::-1]  # squeeze-excite suffers least here
+
+    monkeypatch.setattr('repvgg_zoo.tools.quantize.quantize.layer_errors', least_first)
+    report = quantize(
+        excited, tmp_path / 'out', images=VALIDATION, subset=4, keep_float=9, finetune_on=TRAIN, epochs=1,
+        full_range=True, track=no_progress,
+    )  # fmt: skip
+    assert any('.attn.' in layer for layer in report.kept_float)
+    assert any('.attn.' not in layer for layer in report.kept_float)
+    assert {precision.name for precision in report.precisions} == {'float32', 'int8', 'int8 trained'}
+
+
+def test_quantize_equalizes_nothing_behind_squeeze_excite(excited, tmp_path):
+    with pytest.raises(ValueError, match='nothing to equalise'):
+        quantize(excited, tmp_path / 'out', images=VALIDATION, subset=4, equalize_layers=True, track=no_progress)
 
 
 def test_quantize_failure_leaves_nothing(tmp_path, monkeypatch):
@@ -284,13 +333,6 @@ def test_quantize_missing_package_names_extra(tmp_path, monkeypatch):
         quantize('test_repvgg', tmp_path / 'out', images=VALIDATION, track=no_progress)
 
 
-def test_quantize_finetune_misses_torchao_before_it_starts(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'torchao.quantization.pt2e', None)
-    monkeypatch.setattr('repvgg_zoo.tools.quantize.quantize.open_model', lambda *_, **__: 1 / 0)
-    with pytest.raises(ModuleNotFoundError, match='brings torchao'):
-        quantize('test_repvgg', tmp_path / 'out', images=VALIDATION, finetune_on=TRAIN, track=no_progress)
-
-
 def test_main_quantize_prints_both_precisions(tmp_path):
     command = [sys.executable, '-m', 'repvgg_zoo', 'quantize', 'test_repvgg', tmp_path / 'out', '--images', VALIDATION]
     done = subprocess.run([*command, '--subset', '20', '--equalize'], capture_output=True, text=True, check=True)
@@ -302,7 +344,15 @@ def test_main_quantize_prints_both_precisions(tmp_path):
     assert 'Traceback' not in done.stderr
 
 
-def testevenly_spaced_covers_folder():
+def test_main_quantize_options_of_a_training_need_one(tmp_path):
+    command = [sys.executable, '-m', 'repvgg_zoo', 'quantize', 'test_repvgg', tmp_path / 'out', '--images', VALIDATION]
+    done = subprocess.run([*command, '--epochs', '2', '--lr', '1e-3'], capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert '--epochs and --lr are of a training; give its images by --finetune' in done.stderr
+    assert 'Traceback' not in done.stderr
+
+
+def test_evenly_spaced_covers_folder():
     assert evenly_spaced(10, 3) == [0, 3, 6]
     assert evenly_spaced(3, 10) == [0, 1, 2]
     assert np.bincount([index // 50 for index in evenly_spaced(500, 300)]).tolist() == [30] * 10
@@ -311,6 +361,8 @@ def testevenly_spaced_covers_folder():
 def test_quantize_impossible_request_raises(tmp_path):
     for options, said in (
         (dict(subset=0), 'subset is 0; it takes a number from 1 on'),
+        (dict(lr=0), 'lr is 0; it takes a number above 0'),
+        (dict(lr=float('nan')), 'lr is nan; it takes a number above 0'),
         (dict(epochs=0), 'epochs is 0; it takes a number from 1 on'),
         (dict(keep_float=-1), 'keep_float is -1; it takes a number from 0 on'),
         (dict(keep_float=12, subset=2), 'keep_float is 12 of 12 layers'),

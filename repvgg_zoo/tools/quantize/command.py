@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--finetune', metavar='FOLDER', help='train in INT8 on these images, to answer as the float model does'
     )
-    parser.add_argument('--epochs', type=positive, metavar='N', default=3, help='of --finetune (%(default)s)')
-    parser.add_argument('--lr', type=float, default=1e-4, help='learning rate of --finetune (%(default)s)')
+    parser.add_argument('--epochs', type=positive, metavar='N', help='of --finetune (3)')
+    parser.add_argument('--lr', type=float, metavar='N', help='learning rate of --finetune (1e-4)')
     parser.add_argument(
         '--overwrite',
         action='store_true',
@@ -51,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run `repvgg-zoo quantize`."""
+    training = {name: value for name in ('epochs', 'lr') if (value := getattr(args, name)) is not None}
+    if training and args.finetune is None:
+        raise ValueError(f'--{" and --".join(training)} are of a training; give its images by --finetune')
     with progress() as track:
         report = quantize(
             args.src,
@@ -62,15 +65,16 @@ def main(args: argparse.Namespace) -> int:
             full_range=args.full_range,
             keep_float=args.keep_float,
             finetune_on=args.finetune,
-            epochs=args.epochs,
-            lr=args.lr,
             overwrite=args.overwrite,
             device=args.device,
             track=track,
+            **training,
             **model_options(args),
         )
     print_table(HEADER, report.rows())
     print(report.summary)
+    if report.advice:
+        print(report.advice)
     if report.no_top1:
         print(f'no top-1: {report.no_top1}')
     if report.kept_float:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ...blocks.base import ReparamBlock
 from ...model import RepVGG
 from ...quantization.equalize import equalize
 from ...quantization.finetune import finetune
 from ...quantization.onnx_export import export_onnx
 from ...quantization.ptq import quantize_onnx
-from ...quantization.qat import prepare_qat, require_torchao, without_quantizers
+from ...quantization.qat import prepare_qat, without_quantizers
 from ...quantization.qdq import export_qdq
 from ...quantization.ranges import layer_ranges
 from ...quantization.sensitivity import layer_errors
@@ -28,7 +31,7 @@ from ..model_arguments import ModelOptions
 from .images import evenly_spaced, image_folder, why_no_top1
 from .measure import measure
 from .plots import save_ranges_plot
-from .report import QuantizationReport
+from .report import Precision, QuantizationReport
 
 __all__ = ['FILES', 'quantize']
 
@@ -63,7 +66,7 @@ def quantize(
     The folder holds `model.onnx`, `report.json`, `report.md` and `ranges.png`. The model has 8-bit weights, quantized
     per channel, quantizers of the activations (QDQ), and a free batch size. NNCF calibrates on real images, prepared as
     the model expects them, and corrects the biases for the shift of each layer's mean. With `finetune_on`, a training
-    comes after that, and the file is of the trained model.
+    comes after that, and the file is of the trained model unless that agrees less often with float32.
 
     Args:
         source: Checkpoint file, model folder or timm model name, in either form.
@@ -92,17 +95,20 @@ def quantize(
     Raises:
         ModuleNotFoundError: A package of the extra `quantize` is not installed.
         FileNotFoundError: There is no such folder of images, or it is empty.
-        ValueError: `subset` or `epochs` is less than 1, `keep_float` is negative or leaves nothing to quantize, the
-            model does not take 3 channels or gives values that are not finite, or there is no classifier to train.
+        ValueError: `subset` or `epochs` is less than 1, `lr` is not above 0, `keep_float` is negative or leaves nothing
+            to quantize, the model does not take 3 channels or gives values that are not finite, or there is nothing to
+            equalise or no classifier to train.
         FileExistsError: The target exists, and `overwrite` is off or it holds other files.
 
     Example:
         >>> report = quantize('test_repvgg', 'int8', images='cifar10', track=no_progress)  # doctest: +SKIP
     """
-    _require(trains=finetune_on is not None)
+    _require()
     for name, value, least in (('subset', subset, 1), ('epochs', epochs, 1), ('keep_float', keep_float, 0)):
         if value < least:
             raise ValueError(f'{name} is {value}; it takes a number from {least} on')
+    if not 0 < lr < math.inf:
+        raise ValueError(f'lr is {lr}; it takes a number above 0')
     evaluated, calibrated = image_folder(images), image_folder(calibration or images)
     trained_on = None if finetune_on is None else image_folder(finetune_on)
     with new_folder(target, overwrite=overwrite) as folder:
@@ -116,21 +122,24 @@ def quantize(
         chosen = [calibrated[index][0] for index in evenly_spaced(len(calibrated), subset)]
         sample = torch.stack(chosen)
         few = sample[:_ANALYSED_IMAGES]
-        if not bool(model(few).isfinite().all()):
+        with torch.no_grad():
+            answers = model(few)
+        if not bool(answers.isfinite().all()):
             raise ValueError(f'{source} gives values that are not finite on the images of the calibration')
         ranges = {'before': layer_ranges(model, few)}
         if equalize_layers:
             equalize(model)
         sensitivity = layer_errors(model.to(device), few.to(device), track=track)
         kept = tuple(error.layer for error in sensitivity[:keep_float])
-        if len(kept) == len(sensitivity):
+        rounded = {error.layer for error in sensitivity} if trained_on is None else _rounded_in_training(model)
+        if rounded <= set(kept):
             raise ValueError(f'keep_float is {keep_float} of {len(sensitivity)} layers; leave some to quantize')
         files = {name: folder / f'{name}.onnx' for name in ('float32', 'int8')}
         export_onnx(model.cpu(), sample[:2], files['float32'])
         quantize_onnx(files['float32'], sample.split(1), files['int8'], full_range=full_range, keep_float=kept)
         if trained_on is not None:
             trained_on.transform = create_transform(**data_config, is_training=True, **_AUGMENTATION)
-            trained = _train(model, sample, trained_on, kept, full_range, epochs, lr, device, track)
+            trained = _train(model, sample, trained_on, rounded & set(kept), full_range, epochs, lr, device, track)
             files['int8 trained'] = folder / 'trained.onnx'
             export_qdq(trained, files['int8 trained'], sample[:2])
             model = without_quantizers(trained)
@@ -140,6 +149,9 @@ def quantize(
         precisions = measure(
             files, evaluated, sample[:1], num_classes=model.num_classes, has_top1=no_top1 is None, track=track
         )
+        trained_is_worse = trained_on is not None and _agreement(precisions[-1]) < _agreement(precisions[-2])
+        if trained_is_worse:
+            precisions[-2:] = reversed(precisions[-2:])
         report = QuantizationReport(
             variant=model.variant.name,
             images=len(evaluated),
@@ -148,6 +160,7 @@ def quantize(
             full_range=full_range,
             kept_float=kept,
             epochs=0 if trained_on is None else epochs,
+            trained_is_worse=trained_is_worse,
             threads=torch.get_num_threads(),
             no_top1=no_top1,
             precisions=tuple(precisions),
@@ -155,16 +168,27 @@ def quantize(
             sensitivity=tuple(sensitivity),
             ranges=ranges,
         )
-        *others, last = files.values()
-        last.replace(folder / FILES[0])
-        for file in others:
-            file.unlink()
+        files[report.precisions[-1].name].replace(folder / FILES[0])
+        for file in files.values():
+            file.unlink(missing_ok=True)
         save_ranges_plot(ranges, folder / FILES[3])
         report.write(folder)
     return report
 
 
-def _require(*, trains: bool) -> None:
+def _rounded_in_training(model: RepVGG) -> set[str]:
+    """Return the layers that `prepare_qat` rounds: not those of squeeze-excite."""
+    names = {m: name for name, m in model.named_modules()}
+    convs = [block.reparam_conv for block in model.modules() if isinstance(block, ReparamBlock)]
+    return {names[m] for m in model.modules() if m in convs or isinstance(m, nn.Linear)}
+
+
+def _agreement(precision: Precision) -> float:
+    share = precision.same_top_class_pct
+    return 0.0 if share is None else share
+
+
+def _require() -> None:
     try:
         import matplotlib  # noqa: F401
         import nncf
@@ -176,8 +200,6 @@ def _require(*, trains: bool) -> None:
         raise ModuleNotFoundError(
             f"{error}; `pip install 'repvgg-zoo[quantize]'` brings what quantizing needs"
         ) from error
-    if trains:
-        require_torchao()
     nncf.set_log_level(logging.ERROR)
 
 
@@ -185,7 +207,7 @@ def _train(
     model: RepVGG,
     sample: Tensor,
     dataset: ImageDataset,
-    kept: tuple[str, ...],
+    kept: Collection[str],
     full_range: bool,
     epochs: int,
     lr: float,

@@ -50,6 +50,8 @@ class QuantizationReport:
     """Layers that stayed in float32."""
     epochs: int
     """Of quantization-aware training; 0 for none."""
+    trained_is_worse: bool
+    """Whether the training made the model agree less often with float32. The file is not of the training then."""
     threads: int
     no_top1: str | None
     """Reason why top-1 is None."""
@@ -74,6 +76,13 @@ class QuantizationReport:
         return summary if same is None else f'{summary}; the same top class on {same:.2f} % of the images'
 
     @property
+    def advice(self) -> str:
+        """What to do about a training that made the model worse; empty if there was none."""
+        if not self.trained_is_worse:
+            return ''
+        return 'the training made the model worse, so the file is not of it; take a lower lr, or more epochs'
+
+    @property
     def place(self) -> str:
         """The device of the sensitivity, for the end of a sentence. The CPU goes unsaid."""
         return '' if self.sensitivity_device == 'cpu' else f' on {self.sensitivity_device}'
@@ -89,7 +98,10 @@ class QuantizationReport:
             f'{self.images} images, calibrated on {self.calibration_images}; one image a time in OpenVINO with '
             f'{self.threads} threads: {self.summary}.',
             f'No top-1: {self.no_top1}.' if self.no_top1 else '',
-            f'Trained for {self.epochs} epochs.' if self.epochs else '',
+            'Equalised.' if self.equalized else '',
+            f'Weights of {8 if self.full_range else 7} bits.',
+            f'Epochs of training: {self.epochs}.' if self.epochs else '',
+            f'{self.advice}.' if self.advice else '',
             f'In float32: {", ".join(self.kept_float)}.' if self.kept_float else '',
         ]
         return '\n'.join(
