@@ -48,8 +48,8 @@ def prepare_qat(
             one. Their extremes are the first ranges.
         norms: `fixed` trains with the running statistics as they are. `moving` runs the branches of each block beside,
             which moves their statistics, and trains with the moved ones. It costs as much again.
-        symmetric: Round inputs about 0 too, without zero points, as TensorRT wants it. Behind a ReLU half of the codes
-            are lost then.
+        symmetric: Round inputs about 0 too, without zero points, as TensorRT wants it, which also takes `full_range`.
+            Behind a ReLU half of the codes are lost then.
         full_range: Let weights use all 8 bits instead of 7, for processors with VNNI or AMX, ARM and GPUs.
         keep_float: Paths of blocks, or of their convolutions, and of linear layers that stay as they are.
 

@@ -306,7 +306,6 @@ def test_quantize_keeps_layers_that_no_training_rounds(excited, tmp_path, monkey
         full_range=True, track=no_progress,
     )  # fmt: skip
     assert any('.attn.' in layer for layer in report.kept_float)
-    assert any('.attn.' not in layer for layer in report.kept_float)
     assert {precision.name for precision in report.precisions} == {'float32', 'int8', 'int8 trained'}
 
 
