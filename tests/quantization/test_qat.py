@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import timm
@@ -92,6 +93,25 @@ def test_qat_norms_move_if_asked(norms, move):
     assert torch.equal(before.running_mean, after.running_mean) is not move
     assert torch.equal(before.running_var, after.running_var) is not move
     assert int(after.num_batches_tracked - before.num_batches_tracked) == move
+
+
+def test_qat_moving_norms_see_the_rounded_input():
+    model, plain = prepare_qat(small(), batches(), norms='moving').train(), small().train()
+    x = batches()[0]
+    model.stem(x)
+    plain.stem.run_branches(model.stem.quantizer.eval().input(x))
+    for name in ('running_mean', 'running_var'):
+        found, expected = (getattr(m.stem.conv_1x1.bn, name) for m in (model, plain))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_qat_ranges_move_by_a_hundredth_and_dtypes_stay():
+    model = prepare_qat(small(), batches()).train()
+    quantizer = model.stem.quantizer.input
+    before = quantizer.running_high.clone()
+    x = 50 * images(1, 32)
+    assert quantizer(x.bfloat16()).dtype == torch.bfloat16
+    torch.testing.assert_close(quantizer.running_high, 0.99 * before + 0.01 * x.bfloat16().max().float())
 
 
 def test_qat_ranges_move_in_train_mode_until_they_are_fixed():
@@ -314,6 +334,27 @@ def test_finetune_brings_answers_nearer():
     assert not model.training
     assert rel_diff(after, expected) < 0.7 * rel_diff(before, expected)
     assert all(quantizer.is_fixed for quantizer in model.modules() if isinstance(quantizer, InputQuantizer))
+
+
+def test_finetune_is_as_a_loop_of_pytorch():
+    """With Adam, a cosine, a teacher in eval mode, and the divergence from the teacher's answers."""
+    teacher, loader = small().train(), [(x, None) for x in batches(5)]
+    model = prepare_qat(small().eval(), batches())
+    expected = copy.deepcopy(model).train()
+    finetune(model, teacher, loader, epochs=1, lr=1e-3)
+    assert not teacher.training
+    optimizer = torch.optim.Adam(expected.parameters(), lr=1e-3)
+    for index, (x, _) in enumerate(loader):
+        for group in optimizer.param_groups:
+            group['lr'] = 1e-3 * (1 + math.cos(math.pi * index / 5)) / 2
+        fix_ranges(expected, are_fixed=index == 4)
+        with torch.no_grad():
+            answers = small().eval()(x).softmax(1)
+        optimizer.zero_grad()
+        (answers * (answers.log() - expected(x).log_softmax(1))).sum(1).mean().backward()
+        optimizer.step()
+    for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        assert (found - wanted).abs().mean() < 1e-6  # Adam's steps are 1e-3, in signs that rounding can turn
 
 
 @pytest.mark.parametrize('deploy', [False, True])

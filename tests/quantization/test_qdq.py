@@ -110,6 +110,30 @@ def test_qdq_block_and_linear_layer_that_are_used_twice(tmp_path):
     assert rel_diff(torch.from_numpy(found), model(x)) < 0.02  # of 8 bits
 
 
+@pytest.mark.parametrize('factor', [1, 3])
+def test_qdq_layers_share_an_input_of_one_range(tmp_path, factor):
+    pytest.importorskip('onnxruntime')
+    import onnxruntime
+
+    class Parallel(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (RepVGGBlock(3, 3, deploy=True) for _ in range(2))
+
+        def forward(self, x):
+            return self.first(x) + self.second(x)
+
+    torch.manual_seed(0)
+    x = images(4, 8)
+    model = prepare_qat(Parallel().eval(), [x])
+    model.second.quantizer.input.running_high *= factor
+    export_qdq(model, tmp_path / 'int8.onnx', x[:1])
+    count = Counter(node.op_type for node in onnx.load(tmp_path / 'int8.onnx').graph.node)
+    assert count['QuantizeLinear'] == (1 if factor == 1 else 2)
+    found = onnxruntime.InferenceSession(tmp_path / 'int8.onnx').run(None, {'x': x.numpy()})[0]
+    assert rel_diff(torch.from_numpy(found), model(x)) < 1e-5  # the same codes, other sums
+
+
 def test_qdq_layer_that_is_not_in_the_graph_raises_and_writes_nothing(tmp_path):
     model = torch.nn.Sequential(RepVGGBlock(3, 3, deploy=True), torch.nn.Linear(8, 3)).eval()
     prepare_qat(model, [images(2, 8)])

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -294,6 +295,26 @@ def excited(tmp_path):
     (tmp_path / 'excited').mkdir()
     save_model(model, tmp_path / 'excited')
     return tmp_path / 'excited'
+
+
+def test_quantize_trains_with_the_options_it_got(tmp_path, monkeypatch):
+    from repvgg_zoo.tools.quantize import quantize as module
+
+    seen = {}
+
+    def recorded(function, *args, **options):
+        seen.update(options)
+        return function(*args, **options)
+
+    for name in ('prepare_qat', 'finetune'):
+        monkeypatch.setattr(module, name, partial(recorded, getattr(module, name)))
+    report = quantize(
+        'test_repvgg', tmp_path / 'out', images=VALIDATION, subset=4, keep_float=2, full_range=True,
+        finetune_on=TRAIN, epochs=1, lr=2e-5, track=no_progress,
+    )  # fmt: skip
+    assert seen['full_range'] is True
+    assert (seen['epochs'], seen['lr']) == (1, 2e-5)
+    assert set(seen['keep_float']) == set(report.kept_float)
 
 
 def test_quantize_keeps_layers_that_no_training_rounds(excited, tmp_path, monkeypatch):
