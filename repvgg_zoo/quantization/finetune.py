@@ -16,8 +16,8 @@ __all__ = ['Batches', 'finetune']
 
 _FIXED_PART = 0.2
 """The last part of the steps, in which ranges stay."""
-_EQUALISING_PART, _NOISE_WEIGHT, _SCALE_LR = 0.6, 0.05, 0.02
-"""The first part of the steps, in which noise counts, its weight in the loss, and the first step of the scales."""
+_SCALE_LR, _NOISE_WEIGHT, _NOISY_PART = 0.01, 0.05, 0.7
+"""The first step of the scales, and the weight of the noise in the loss, which falls to 0 over that part of the steps."""
 
 
 class Batches(Sized, Protocol):
@@ -42,8 +42,7 @@ def finetune(
     last fifth of the steps, ranges stay as they are.
 
     In the deploy form, the training also makes the ranges of the channels more equal, whatever lies between the layers.
-    The scale of each channel is trained by `ChannelScales`, and over the first part of the steps `rounding_noise` is
-    part of the loss.
+    The scale of each channel is trained by `ChannelScales`, and `rounding_noise` is part of the loss at first.
 
     Args:
         model: A classifier of `prepare_qat`, in either form. It is in eval mode afterwards.
@@ -80,8 +79,7 @@ def finetune(
                 if not bool(loss.isfinite()):
                     remedy = f'take a lower lr than {lr}' if done else 'look for NaN in the images and in the weights'
                     raise ValueError(f'the loss is not finite after {done} steps; {remedy}')
-                if done < _EQUALISING_PART * steps:
-                    loss = loss + _NOISE_WEIGHT * sum(noises)
+                loss = loss + _NOISE_WEIGHT * max(0.0, 1 - done / (_NOISY_PART * steps)) * sum(noises)
                 optimizer.zero_grad()
                 loss.backward()
                 if scales:
