@@ -17,7 +17,7 @@ __all__ = ['Batches', 'finetune']
 _FIXED_PART = 0.2
 """The last part of the steps, in which ranges stay."""
 _SCALE_LR, _NOISE_WEIGHT, _NOISY_PART = 0.01, 0.05, 0.7
-"""The first step of the scales, and the weight of the noise in the loss, which falls to 0 over that part of the steps."""
+"""The first step of the scales; the weight of the noise in the loss, and in which part of the steps it falls to 0."""
 
 
 class Batches(Sized, Protocol):
