@@ -11,8 +11,8 @@ at the end.
 
 import argparse
 import csv
-import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,12 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from PIL.Image import Image
 from safetensors.torch import save_model
 from timm.data import create_dataset
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, ParseKwargs
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
 import repvgg_zoo  # noqa: F401  registers its models
 from repvgg_zoo.tools.console import positive
@@ -151,14 +150,10 @@ def load(root: str, split: str, count: int | None, device: str) -> tuple[Tensor,
     samples = create_dataset('', root=str(Path(root) / split))
     if count is not None:
         samples = Subset(samples, torch.linspace(0, len(samples) - 1, count).long().tolist())
-    batches = list(DataLoader(samples, batch_size=500, num_workers=os.cpu_count() or 1, collate_fn=stack))
-    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    return images.to(device), labels.to(device)
-
-
-def stack(samples: list[tuple[Image, int]]) -> tuple[Tensor, Tensor]:
-    images, labels = zip(*samples, strict=True)
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])), torch.tensor(labels)
+    with ThreadPoolExecutor() as threads:  # no processes: a fork is not safe where a runtime has threads of its own
+        images, labels = zip(*threads.map(samples.__getitem__, range(len(samples))), strict=True)
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return pixels.to(device), torch.tensor(labels, device=device)
 
 
 def pad(images: Tensor) -> Tensor:
