@@ -58,8 +58,12 @@ def job(network: str, n: int, seed: int) -> Job:
     )
 
 
+def layers(n: int) -> int:
+    return 6 * n + 2
+
+
 def name(network: str, n: int) -> str:
-    return f'{network}-{6 * n + 2}'
+    return f'{network}-{layers(n)}'
 
 
 def create(network: str, n: int) -> nn.Module:
@@ -102,9 +106,9 @@ def residual(n: int) -> nn.Module:
 def report(folder: Path) -> None:
     """Print top-1 of each network at each depth, with the loss of the last epoch of the training."""
     rows = read(folder / RESULTS)
-    depths = [6 * n + 2 for n in (*STEPS, DEEPEST)]
-    table = [(network, *(cell(rows, f'{network}-{depth}') for depth in depths)) for network in NETWORKS]
-    print(markdown_table(table, ('network', *map(str, depths)), text_columns=('network',)))
+    steps = (*STEPS, DEEPEST)
+    table = [(network, *(cell(rows, name(network, n)) for n in steps)) for network in NETWORKS]
+    print(markdown_table(table, ('network', *(str(layers(n)) for n in steps)), text_columns=('network',)))
 
 
 def cell(rows: list[dict[str, str]], network: str) -> str:

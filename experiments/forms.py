@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     done = {row['depth'] for row in read(out / RESULTS)}
     for n in (*depth.STEPS, depth.DEEPEST):
-        layers = 6 * n + 2
+        layers = depth.layers(n)
         if str(layers) not in done:
             append(out / RESULTS, COLUMNS, measure(n, layers, args.rounds))
             print(f'{layers} layers', flush=True)

@@ -14,11 +14,10 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_model
 
 from experiments import depth
 from experiments.arguments import add_training_arguments, image_arguments, train
-from experiments.pool import WEIGHTS, append, read
+from experiments.pool import append, read, trained
 from experiments.training import MEAN, STD, Job
 from repvgg_zoo import RepVGG
 from repvgg_zoo.quantization.equalize import neighbours, rescale
@@ -52,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     makers = {'balanced': balanced, 'unbalanced': unbalanced}
     if args.only not in makers:
         train(args, jobs(), depth.RECIPE, out)
-        makers |= {job.network: partial(trained, job, out / WEIGHTS) for job in jobs()}
+        makers |= {job.network: partial(normalised, job, out) for job in jobs()}
     data, split, *_ = image_arguments(args, 'cpu')
     for network, make in makers.items():
         if args.only not in (None, network):
@@ -95,11 +94,11 @@ def jobs() -> list[Job]:
     ]
 
 
-def trained(job: Job, weights: Path) -> RepVGG:
-    model = job.create()
-    load_model(model, str(weights / f'{job.network}-{job.seed}.safetensors'))
+def normalised(job: Job, out: Path) -> RepVGG:
+    """Return a trained network that tells how its images are prepared."""
+    model: Any = trained(job, out)
     model.pretrained_cfg.update(mean=tuple(m / 255 for m in MEAN), std=tuple(s / 255 for s in STD))
-    return model.eval()
+    return model
 
 
 def balanced() -> RepVGG:

@@ -14,14 +14,13 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from safetensors.torch import load_model
 from timm.models.resnet import BasicBlock
 from torch import nn
 
 import repvgg_zoo
 from experiments import depth
 from experiments.arguments import add_training_arguments, image_arguments, train
-from experiments.pool import RESULTS, WEIGHTS, append, read
+from experiments.pool import RESULTS, append, read, trained
 from experiments.training import Images, top1_pct
 from repvgg_zoo.tools.markdown import markdown_table
 
@@ -45,9 +44,7 @@ def run(args: argparse.Namespace) -> None:
     out = args.out / 'lesion'
     out.mkdir(exist_ok=True)
     for job in jobs:
-        network = job.create()
-        load_model(network, str(args.out / 'depth' / WEIGHTS / f'{job.network}-{job.seed}.safetensors'))
-        cut(job.network, network.eval(), images, out)
+        cut(job.network, trained(job, args.out / 'depth'), images, out)
 
 
 def cut(name: str, network: nn.Module, images: Images, out: Path) -> None:

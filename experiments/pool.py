@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_model
+from safetensors.torch import load_model, save_model
+from torch import nn
 
 import repvgg_zoo
 from experiments.cifar10 import save_state
@@ -108,7 +109,7 @@ def record(training: Training, out: Path) -> None:
     top1 = folded_top1 = top1_pct(model, training.images)
     if job.keeps:
         (out / WEIGHTS).mkdir(exist_ok=True)
-        save_model(model, str(out / WEIGHTS / f'{job.network}-{job.seed}.safetensors'))
+        save_model(model, str(weights_file(job, out)))
     if job.folds:
         folded_top1 = top1_pct(repvgg_zoo.switch_to_deploy(copy.deepcopy(model)), training.images)
     epochs = [(job.network, job.seed, epoch, f'{loss:.4f}') for epoch, loss in enumerate(losses)]
@@ -116,6 +117,17 @@ def record(training: Training, out: Path) -> None:
     line = (job.network, job.seed, len(losses), f'{losses[-1]:.4f}', f'{top1:.2f}', f'{folded_top1:.2f}')
     append(out / RESULTS, COLUMNS, [line])
     print(*line, flush=True)
+
+
+def weights_file(job: Job, out: Path) -> Path:
+    return out / WEIGHTS / f'{job.network}-{job.seed}.safetensors'
+
+
+def trained(job: Job, out: Path) -> nn.Module:
+    """Return the network of a job that kept its weights, in eval mode."""
+    network = job.create()
+    load_model(network, str(weights_file(job, out)))
+    return network.eval()
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -10,12 +10,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from experiments import depth
 from experiments.arguments import add_training_arguments, train
-from experiments.pool import RESULTS, WEIGHTS, append, read
+from experiments.pool import RESULTS, append, read, trained
 from repvgg_zoo.blocks.base import ReparamBlock
 from repvgg_zoo.tools.markdown import markdown_table
 
@@ -34,11 +33,9 @@ def run(args: argparse.Namespace) -> None:
     done = {row['network'] for row in read(out / RESULTS)}
     for job in jobs:
         if job.network not in done:
-            network = job.create()
-            load_model(network, str(args.out / 'depth' / WEIGHTS / f'{job.network}-{job.seed}.safetensors'))
             lines = [
                 (job.network, stage, row, column, f'{taps[row, column]:.4f}')
-                for stage, taps in enumerate(magnitudes(network.eval()))
+                for stage, taps in enumerate(magnitudes(trained(job, args.out / 'depth')))
                 for row, column in TAPS
             ]
             append(out / RESULTS, ('network', 'stage', 'row', 'column', 'magnitude'), lines)

@@ -70,23 +70,23 @@ def finetune(
     teacher.eval()
     model.train()
     done = 0
-    with rounding_noise(layers) as noises:
-        for epoch in range(epochs):
-            for images, _ in track(batches, description=f'epoch {epoch + 1} of {epochs}'):
-                fix_ranges(model, are_fixed=done >= (1 - _FIXED_PART) * steps)
-                noises.clear()
+    for epoch in range(epochs):
+        for images, _ in track(batches, description=f'epoch {epoch + 1} of {epochs}'):
+            fix_ranges(model, are_fixed=done >= (1 - _FIXED_PART) * steps)
+            noise_weight = _NOISE_WEIGHT * max(0.0, 1 - done / (_NOISY_PART * steps))
+            with rounding_noise(layers if noise_weight else {}) as noises:
                 loss = _divergence(model, teacher, images.to(device))
-                if not bool(loss.isfinite()):
-                    remedy = f'take a lower lr than {lr}' if done else 'look for NaN in the images and in the weights'
-                    raise ValueError(f'the loss is not finite after {done} steps; {remedy}')
-                loss = loss + _NOISE_WEIGHT * max(0.0, 1 - done / (_NOISY_PART * steps)) * sum(noises)
-                optimizer.zero_grad()
-                loss.backward()
-                if scales:
-                    scales.step()
-                optimizer.step()
-                schedule.step()
-                done += 1
+            if not bool(loss.isfinite()):
+                remedy = f'take a lower lr than {lr}' if done else 'look for NaN in the images and in the weights'
+                raise ValueError(f'the loss is not finite after {done} steps; {remedy}')
+            loss = loss + noise_weight * sum(noises)
+            optimizer.zero_grad()
+            loss.backward()
+            if scales:
+                scales.step()
+            optimizer.step()
+            schedule.step()
+            done += 1
     model.eval()
 
 

@@ -17,7 +17,7 @@ from .inputs import InputQuantizer
 from .layers import BlockQuantizer, LayerQuantizer, QuantizedLinear
 from .weights import FULL_RANGE, HALF_RANGE
 
-__all__ = ['fix_ranges', 'prepare_qat', 'quantized_layers', 'without_quantizers']
+__all__ = ['fix_ranges', 'prepare_qat', 'quantized_layers', 'roundable_layers', 'without_quantizers']
 
 ModuleT = TypeVar('ModuleT', bound=nn.Module)
 
@@ -120,6 +120,17 @@ def fix_ranges(model: nn.Module, *, are_fixed: bool = True) -> None:
         quantizer.is_fixed = are_fixed
 
 
+def roundable_layers(model: nn.Module) -> dict[str, ReparamBlock | nn.Linear]:
+    """Return the blocks and linear layers that `prepare_qat` would round, by path.
+
+    Example:
+        >>> import timm, repvgg_zoo
+        >>> list(roundable_layers(timm.create_model('test_repvgg')))[-1]
+        'head.fc'
+    """
+    return {path: m for path, m in model.named_modules() if isinstance(m, ReparamBlock) or type(m) is nn.Linear}
+
+
 def quantized_layers(model: nn.Module) -> dict[str, ReparamBlock | QuantizedLinear]:
     """Return the blocks and linear layers that `prepare_qat` rounds, by path.
 
@@ -164,7 +175,7 @@ def _chosen(model: nn.Module, keep_float: Collection[str]) -> list[ReparamBlock 
     """Return the layers to round, and refuse what cannot be rounded."""
     if isinstance(keep_float, str):
         raise ValueError(f'keep_float is {keep_float!r}; it takes a collection of paths')
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, ReparamBlock) or type(m) is nn.Linear}
+    layers = roundable_layers(model)
     if not any(isinstance(layer, ReparamBlock) for layer in layers.values()):
         raise ValueError(
             f'no RepVGG block in {type(model).__name__}; prepare_qat is for RepVGG and networks built on it'

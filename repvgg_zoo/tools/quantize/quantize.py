@@ -11,7 +11,7 @@ from typing import Any, Unpack
 
 import torch
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ...blocks.base import ReparamBlock
@@ -20,7 +20,7 @@ from ...quantization.equalize import equalize
 from ...quantization.finetune import finetune
 from ...quantization.onnx_export import export_onnx
 from ...quantization.ptq import quantize_onnx
-from ...quantization.qat import prepare_qat, without_quantizers
+from ...quantization.qat import prepare_qat, roundable_layers, without_quantizers
 from ...quantization.qdq import export_qdq
 from ...quantization.ranges import layer_ranges
 from ...quantization.sensitivity import layer_errors
@@ -177,10 +177,9 @@ def quantize(
 
 
 def _rounded_in_training(model: RepVGG) -> set[str]:
-    """Return the layers that `prepare_qat` rounds: not those of squeeze-excite."""
-    names = {m: name for name, m in model.named_modules()}
-    convs = [block.reparam_conv for block in model.modules() if isinstance(block, ReparamBlock)]
-    return {names[m] for m in model.modules() if m in convs or isinstance(m, nn.Linear)}
+    """Return the convolutions and linear layers that `prepare_qat` rounds: not those of squeeze-excite."""
+    layers = roundable_layers(model).items()
+    return {f'{path}.{m.conv_name}' if isinstance(m, ReparamBlock) else path for path, m in layers}
 
 
 def _agreement(precision: Precision) -> float:
