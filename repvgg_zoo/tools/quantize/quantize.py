@@ -218,6 +218,7 @@ def _train(
     batches = sample.to(device).split(_CALIBRATION_BATCH)
     prepare_qat(trained, batches, full_range=full_range, keep_float=kept)
     size = min(_TRAINING_BATCH, len(dataset))
-    loader = DataLoader(dataset, batch_size=size, shuffle=True, drop_last=True, num_workers=2)
+    # no workers: a fork is not safe beside the threads of the runtimes that have run
+    loader = DataLoader(dataset, batch_size=size, shuffle=True, drop_last=True)
     finetune(trained, teacher, loader, epochs=epochs, lr=lr, track=track)
     return trained.cpu()
