@@ -89,7 +89,8 @@ def test_pool_goes_on_with_what_is_missing(pool, tmp_path):
 
 
 def test_pool_goes_on_after_the_last_epoch(pool, training, tmp_path, monkeypatch):
-    whole = training.Training(job('repvgg'), training.Images(*IMAGES), pool().recipe)
+    three = replace(pool(), recipe=training.Recipe(epochs=3, batch_size=32))  # the learning rate still rises
+    whole = training.Training(job('repvgg'), training.Images(*IMAGES), three.recipe)
     while not whole.is_over:
         whole.step()
 
@@ -101,11 +102,11 @@ def test_pool_goes_on_after_the_last_epoch(pool, training, tmp_path, monkeypatch
     step = training.Training.step
     monkeypatch.setattr(training.Training, 'step', stop)
     with pytest.raises(KeyboardInterrupt):
-        pool().train([job('repvgg')])
+        three.train([job('repvgg')])
     steps = []
     monkeypatch.setattr(training.Training, 'step', lambda self: (steps.append(self.count), step(self)))
-    pool().train([job('repvgg')])
-    assert steps == [2, 3]  # of four: the first epoch was whole
+    three.train([job('repvgg')])
+    assert steps == [2, 3, 4, 5]  # the first epoch was whole
     assert [row['train_loss'] for row in rows(tmp_path / 'losses.csv')] == [f'{x:.4f}' for x in whole.losses.tolist()]
 
 

@@ -58,6 +58,7 @@ def test_scale_steps_have_the_gradients_of_scales(groups):
     """One step of Adam is as large as the learning rate, against the sign of the gradient."""
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(4, 6, 3, groups=groups)
+    torch.nn.init.normal_(conv.bias, std=5)  # so that it counts
     a, b = torch.zeros(6, requires_grad=True), torch.zeros(4, requires_grad=True)
     x, target = torch.randn(2, 4, 5, 5), torch.randn(2, 6, 3, 3)
     # scaling inputs is scaling the weights that read them
