@@ -30,7 +30,6 @@ def load(path, monkeypatch):
 def train(monkeypatch, capsys):
     """Call `experiments/cifar10.py` with few images. Its module is in `train.script`."""
     script = load(ROOT / 'experiments' / 'cifar10.py', monkeypatch)
-    monkeypatch.setattr(script.os, 'cpu_count', lambda: None)
 
     def call(out, *options):
         few = ['--val-split', 'validation', '--images', '64', '--batch-size', '32', '--eager']
