@@ -20,12 +20,11 @@ from experiments.pool import RESULTS, read
 from experiments.training import Job, Recipe
 from repvgg_zoo.tools.markdown import markdown_table
 
-RECIPE = Recipe(epochs=15)
+RECIPE = Recipe(epochs=10)
 WIDTHS = (16, 32, 64)
 STEPS, DEEPEST = (1, 4, 9), 16
-BLOCKS = ('plain', 'plain_delta', 'dirac', 'repvgg')
 LEAKY, RESIDUAL = 'leaky', 'residual'
-NETWORKS = (*BLOCKS, LEAKY, RESIDUAL)
+NETWORKS = ('plain', RESIDUAL, 'repvgg', 'plain_delta', 'dirac', LEAKY)
 LEAKY_SLOPE, MAX_NORM = 0.1, 1.0
 OF_SKELETONS = ('acb', 'dbb')
 SKELETON_STEP = 4

@@ -1,13 +1,14 @@
 """What does INT8 cost networks whose channels differ in range, and what brings it back?
 
 `balanced` is the bundled model. `unbalanced` is the same with channels scaled at random by 0.1 to 10, which leaves its
-function as it is. The others are trained first, 26 layers deep as in the study `depth`: with the weight decay of this
+function as it is. The others are trained as the study `depth` does, in its folder: with the weight decay of this
 package, with weight decay on every parameter as the early official code had it, and as `qarepvgg`, made for INT8.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,8 @@ def run(args: argparse.Namespace) -> None:
     out = args.out / 'int8'
     makers = {'balanced': balanced, 'unbalanced': unbalanced}
     if args.only not in makers:
-        train(args, jobs(), depth.RECIPE, out)
-        makers |= {job.network: partial(normalised, job, out) for job in jobs()}
+        train(args, jobs(), depth.RECIPE, args.out / 'depth')
+        makers |= {job.network: partial(normalised, job, args.out / 'depth') for job in jobs()}
     data, split, *_ = image_arguments(args, 'cpu')
     for network, make in makers.items():
         if args.only not in (None, network):
@@ -86,12 +87,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def jobs() -> list[Job]:
-    create = partial(depth.create, n=STEP)
-    return [
-        Job('repvgg', 0, partial(create, 'repvgg'), folds=True, keeps=True),
-        Job('repvgg, all decayed', 0, partial(create, 'repvgg'), folds=True, keeps=True, decays_all=True),
-        Job('qarepvgg', 0, partial(create, 'qarepvgg'), folds=True, keeps=True),
-    ]
+    repvgg = depth.job('repvgg', STEP, 0)
+    all_decayed = replace(repvgg, network=f'{repvgg.network}-all-decayed', decays_all=True)
+    return [repvgg, all_decayed, depth.job('qarepvgg', STEP, 0)]
 
 
 def normalised(job: Job, out: Path) -> RepVGG:

@@ -198,10 +198,10 @@ def test_int8_quantizes_what_it_trained(run, monkeypatch, tmp_path):
     from experiments import int8
 
     monkeypatch.setattr(int8, 'STEP', 1)
-    options = (*DATA[:4], '--epochs', 1, '--out', tmp_path, '--only', 'qarepvgg', '--ways', '8 bits')
+    options = (*DATA[:4], '--epochs', 1, '--out', tmp_path, '--only', 'qarepvgg-8', '--ways', '8 bits')
     run('int8', *options)
     run('int8', *options)
-    (trained,) = rows(tmp_path / 'int8' / 'results.csv')
+    (trained,) = rows(tmp_path / 'depth' / 'results.csv')
     (way,) = rows(tmp_path / 'int8' / 'ways.csv')
     assert float(way['float32_top1_pct']) == pytest.approx(float(trained['folded_top1_pct']), abs=0.21)  # one image
     assert f'| 8 bits | {way["int8_top1_pct"]} |' in run('report', 'int8', '--results', tmp_path)
@@ -214,7 +214,7 @@ def test_int8_decays_what_it_says(monkeypatch):
     for job in int8.jobs():
         groups = training.Training(job, data, training.Recipe(epochs=1, batch_size=30)).optimizer.param_groups
         decayed = [p for group in groups for p in group['params'] if group['weight_decay']]
-        assert any(p.ndim == 1 for p in decayed) == (job.network == 'repvgg, all decayed')
+        assert any(p.ndim == 1 for p in decayed) == (job.network.endswith('all-decayed'))
 
 
 def test_forms_are_timed_over_depth(run, tmp_path):
