@@ -68,7 +68,6 @@ def run(args: argparse.Namespace) -> None:
             options = dict(WAYS[way])
             if 'finetune_on' in options:
                 options |= dict(finetune_on=Path(data, 'train'), epochs=args.qat_epochs)
-            torch.manual_seed(0)
             with progress() as track:
                 report_ = quantize(
                     source,

@@ -1,4 +1,4 @@
-"""How much each layer suffers from 8 bits."""
+"""How much each layer suffers from rounding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..reparam.evaluation import tensors_in
-from .weights import FULL_RANGE, fake_quantize
+from .weights import FULL_RANGE, HALF_RANGE, fake_quantize
 
 __all__ = ['LayerError', 'layer_errors']
 
@@ -26,16 +26,21 @@ class LayerError:
 
 @torch.no_grad()
 def layer_errors(
-    model: nn.Module, images: Tensor, *, track: Callable[..., Iterable[Any]] = lambda items, **_: items
+    model: nn.Module,
+    images: Tensor,
+    *,
+    full_range: bool = False,
+    track: Callable[..., Iterable[Any]] = lambda items, **_: items,
 ) -> list[LayerError]:
     """Measure the error of the output if only one convolution, or only one linear layer, is quantized.
 
-    Weights are rounded to 8 bits for each output channel, symmetric about 0, and the layer's input to 8 bits between
-    its extremes.
+    Weights are rounded for each output channel, symmetric about 0, and the layer's input to 8 bits between its
+    extremes.
 
     Args:
         model: In the deploy form and eval mode. Of several outputs, all count.
         images: `(N, C, H, W)`.
+        full_range: Let weights use all 8 bits instead of 7, see `prepare_qat`.
         track: Shows the progress, see `repvgg_zoo.tools.console`.
 
     Returns:
@@ -55,12 +60,12 @@ def layer_errors(
     size = reference.square().mean().sqrt()
     if not 0 < size < torch.inf:
         raise ValueError('the output of the model is 0 everywhere or not finite, so no error is relative to it')
-    errors = []
+    errors, largest_code = [], FULL_RANGE if full_range else HALF_RANGE
     for name, layer in track(list(layers.items()), description='sensitivity'):
         handle = layer.register_forward_pre_hook(lambda _, inputs: (_fake_quantized_input(inputs[0]),))
         weight = layer.weight.clone()
         try:
-            layer.weight.copy_(fake_quantize(weight, FULL_RANGE))
+            layer.weight.copy_(fake_quantize(weight, largest_code))
             error = (_output(model, images) - reference).square().mean().sqrt() / size
         finally:
             layer.weight.copy_(weight)

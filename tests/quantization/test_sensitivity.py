@@ -22,6 +22,16 @@ def test_layer_errors_quantize_one_layer_at_a_time():
     assert layer_errors(model, x)[0].layer == 'stages.1.3.reparam_conv'
 
 
+def test_layer_errors_of_eight_bits_are_smaller_than_those_of_seven():
+    model, x = deployed_with_weights(), images(8, 32)
+    seven, eight = (
+        {error.layer: error.rel_error for error in layer_errors(model, x, full_range=full_range)}
+        for full_range in (False, True)
+    )
+    assert all(eight[layer] < error for layer, error in seven.items())  # the input has 8 bits in both
+    assert sum(eight.values()) < 0.8 * sum(seven.values())
+
+
 def test_fake_quantized_input_has_eight_bits():
     x = torch.linspace(-1, 3, 1001)
     assert len(_fake_quantized_input(x).unique()) == 256

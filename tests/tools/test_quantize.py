@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -302,19 +303,38 @@ def test_quantize_trains_with_the_options_it_got(tmp_path, monkeypatch):
 
     seen = {}
 
-    def recorded(function, *args, **options):
-        seen.update(options)
+    def recorded(name, function, *args, **options):
+        seen.update({(name, option): value for option, value in options.items()})
         return function(*args, **options)
 
-    for name in ('prepare_qat', 'finetune'):
-        monkeypatch.setattr(module, name, partial(recorded, getattr(module, name)))
+    for name in ('layer_errors', 'quantize_onnx', 'prepare_qat', 'finetune'):
+        monkeypatch.setattr(module, name, partial(recorded, name, getattr(module, name)))
     report = quantize(
         'test_repvgg', tmp_path / 'out', images=VALIDATION, subset=4, keep_float=2, full_range=True,
         finetune_on=TRAIN, epochs=1, lr=2e-5, track=no_progress,
     )  # fmt: skip
-    assert seen['full_range'] is True
-    assert (seen['epochs'], seen['lr']) == (1, 2e-5)
-    assert set(seen['keep_float']) == set(report.kept_float)
+    assert all(seen[name, 'full_range'] is True for name in ('layer_errors', 'quantize_onnx', 'prepare_qat'))
+    assert (seen['finetune', 'epochs'], seen['finetune', 'lr']) == (1, 2e-5)
+    assert set(seen['prepare_qat', 'keep_float']) == set(report.kept_float)
+
+
+def test_quantize_trains_to_the_same_weights_each_time(tmp_path, monkeypatch):
+    from repvgg_zoo.tools.quantize import quantize as module
+
+    trained = []
+
+    def recorded(model, *args, **options):
+        finetune(model, *args, **options)
+        trained.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+
+    finetune = module.finetune
+    monkeypatch.setattr(module, 'finetune', recorded)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        options = dict(images=VALIDATION, subset=4, finetune_on=TRAIN, epochs=1, track=no_progress)
+        quantize('test_repvgg', tmp_path / str(seed), **options)
+    assert torch.equal(*trained)
 
 
 def test_quantize_keeps_layers_that_no_training_rounds(excited, tmp_path, monkeypatch):

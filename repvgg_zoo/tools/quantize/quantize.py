@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Collection
+import random
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -76,12 +78,10 @@ def quantize(
         calibration: Folder of images to calibrate on, best of the training set; `images` by default.
         subset: Number of images to calibrate on, spread evenly over the folder.
         equalize_layers: Apply `equalize` first.
-        full_range: Let weights use all 8 bits. By default they use 7, because without VNNI or AMX, x86 processors add
-            two products of 8 bits in 16 bits, and ONNX Runtime lets that saturate. The machine that runs the file
-            decides, not the one that writes it.
-        keep_float: Number of layers that stay in float32: those that suffer most from 8 bits.
+        full_range: Let weights use all 8 bits instead of 7, see `quantize_onnx`.
+        keep_float: Number of layers that stay in float32: those that suffer most from rounding.
         finetune_on: Folder of training images for quantization-aware training, see `quantization.finetune`. Labels are
-            not read.
+            not read. The draws of the training are the same each time.
         epochs: Passes over these images.
         lr: Learning rate of the training.
         overwrite: Replace the target if it is such a folder.
@@ -129,7 +129,7 @@ def quantize(
         ranges = {'before': layer_ranges(model, few)}
         if equalize_layers:
             equalize(model)
-        sensitivity = layer_errors(model.to(device), few.to(device), track=track)
+        sensitivity = layer_errors(model.to(device), few.to(device), full_range=full_range, track=track)
         kept = tuple(error.layer for error in sensitivity[:keep_float])
         rounded = {error.layer for error in sensitivity} if trained_on is None else _rounded_in_training(model)
         if rounded <= set(kept):
@@ -220,5 +220,19 @@ def _train(
     size = min(_TRAINING_BATCH, len(dataset))
     # no workers: a fork is not safe beside the threads of the runtimes that have run
     loader = DataLoader(dataset, batch_size=size, shuffle=True, drop_last=True)
-    finetune(trained, teacher, loader, epochs=epochs, lr=lr, track=track)
+    with _seeded():
+        finetune(trained, teacher, loader, epochs=epochs, lr=lr, track=track)
     return trained.cpu()
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Draw the same random numbers each time, and leave the generators as they were."""
+    state = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        random.seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(state)
