@@ -22,12 +22,13 @@ from repvgg_zoo.tools.benchmark.measure import time_rounds
 from repvgg_zoo.tools.console import no_progress, positive
 from repvgg_zoo.tools.markdown import markdown_table
 
-PX, ROUNDS = 32, 20
+PX, ROUNDS = 32, 40
 BATCH_SIZES = (1, 32)
 COLUMNS = ('depth', 'form', 'params_k', 'batch_1_ms', 'batch_32_ms', 'step_32_ms', 'kept_kb')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--data', help='not read; taken so that one command line runs all studies')
     parser.add_argument('--rounds', type=positive, default=ROUNDS, help='turns of each timing (%(default)s)')
 
 

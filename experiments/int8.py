@@ -78,8 +78,9 @@ def run(args: argparse.Namespace) -> None:
                     track=track,
                     **options,
                 )
-            exact, last = report_.precisions[0], report_.precisions[-1]
-            figures = (exact.top1_pct, last.top1_pct, last.same_top_class_pct)
+            by_name = {precision.name: precision for precision in report_.precisions}
+            exact, int8 = by_name['float32'], by_name['int8 trained' if 'finetune_on' in options else 'int8']
+            figures = (exact.top1_pct, int8.top1_pct, int8.same_top_class_pct)
             line = (network, way, report_.epochs, *(f'{value:.2f}' for value in figures))
             append(out / RESULTS_OF_WAYS, COLUMNS, [line])
             print(*line, flush=True)

@@ -1,4 +1,7 @@
-"""What predicts latency? Multiplications with and without Winograd's algorithm, beside the time in ncnn.
+"""What predicts latency? Multiplications, memory access and other counts, beside the time in ncnn.
+
+Multiplications are counted with and without Winograd's algorithm. The others follow the guidelines of ShuffleNetV2
+(arXiv 1807.11164, section 2): values that layers read and write, number of layers, outputs of all other operators.
 
 ncnn computes 3x3 convolutions of stride 1 without groups by Winograd's algorithm, and can be told not to. Both times
 are of one image, in float32, of the folded network, in interleaved rounds.
@@ -8,14 +11,16 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from statistics import correlation, median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import repvgg_zoo
 from experiments.pool import RESULTS, append, read
@@ -45,7 +50,8 @@ PREDICTORS = {
     'Winograd F(2x2, 3x3)': 'winograd2_gmuls',
     'Winograd F(4x4, 3x3)': 'winograd4_gmuls',
     'parameters': 'params_m',
-    'outputs of all layers': 'outputs_m',
+    'values read and written': 'accessed_m',
+    'outputs of non-layers': 'others_m',
     'layers': 'layers',
 }
 COLUMNS = ('model', *PREDICTORS.values(), WITH, WITHOUT)
@@ -58,11 +64,15 @@ class Counts(NamedTuple):
     winograd2: int
     winograd4: int
     params: int
-    outputs: int
+    accessed: int
+    """Inputs, outputs and parameters of all layers."""
+    others: int
+    """Outputs of the operators that are no layers: activations, sums, pooling. Views do not count."""
     layers: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--data', help='not read; taken so that one command line runs all studies')
     parser.add_argument('--models', nargs='+', default=MODELS, metavar='MODEL', help='names in timm')
     parser.add_argument('--px', type=positive, default=PX, help='side of the image (%(default)s)')
     parser.add_argument('--rounds', type=positive, default=ROUNDS, help='turns of each timing (%(default)s)')
@@ -84,9 +94,10 @@ def run(args: argparse.Namespace) -> None:
             runs = [RUNTIMES[runtime].prepare(model, x, 'float32') for runtime in ('ncnn', 'ncnn-no-winograd')]
         turns = [(lambda: None, partial(lambda run, _: run(), run)) for run in runs]
         times_ms = [1e3 * median(times) for times in time_rounds(turns, rounds=args.rounds, track=no_progress)]
-        macs, winograd2, winograd4, params, outputs, layers = counts
+        macs, winograd2, winograd4, params, accessed, others, layers = counts
         giga = (f'{value / 1e9:.4f}' for value in (macs, winograd2, winograd4))
-        line = (name, *giga, f'{params / 1e6:.3f}', f'{outputs / 1e6:.3f}', layers, *(f'{ms:.2f}' for ms in times_ms))
+        mega = (f'{value / 1e6:.3f}' for value in (params, accessed, others))
+        line = (name, *giga, *mega, layers, *(f'{ms:.2f}' for ms in times_ms))
         append(out / RESULTS, COLUMNS, [line])
         print(*line, flush=True)
 
@@ -101,23 +112,37 @@ def folded(name: str) -> nn.Module:
 @torch.no_grad()
 def count(model: nn.Module, x: Tensor) -> Counts:
     """Count what one image costs."""
-    totals = [0, 0, 0, sum(p.numel() for p in model.parameters()), 0, 0]
+    found: Counter[str] = Counter(params=sum(p.numel() for p in model.parameters()))
 
-    def add(layer: nn.Module, _: tuple[Tensor, ...], y: Tensor) -> None:
-        fan_in = layer.weight[0].numel()
-        macs = y.numel() * fan_in
-        for index, saved in enumerate((macs, winograd(layer, y, 2), winograd(layer, y, 4))):
-            totals[index] += saved if saved is not None else macs
-        totals[4] += y.numel()
-        totals[5] += 1
+    def add(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        macs = y.numel() * layer.weight[0].numel()
+        saved2, saved4 = (winograd(layer, y, tile) for tile in (2, 4))
+        params = sum(p.numel() for p in layer.parameters())
+        found.update(macs=macs, winograd2=saved2 or macs, winograd4=saved4 or macs, layers=1)
+        found.update(accessed=inputs[0].numel() + y.numel() + params, others=-y.numel())
 
     handles = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     try:
-        model(x)
+        with _Outputs() as outputs:
+            model(x)
     finally:
         for handle in handles:
             handle.remove()
-    return Counts(*totals)
+    found['others'] += outputs.values
+    return Counts(**found)
+
+
+class _Outputs(TorchDispatchMode):
+    """Counts the values that operators write, in place or not."""
+
+    values = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        written = output[0] if isinstance(output, tuple) else output  # of a norm, without its statistics
+        if not func.is_view:
+            self.values += written.numel()
+        return output
 
 
 def winograd(layer: nn.Module, y: Tensor, tile: int) -> int | None:

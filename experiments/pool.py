@@ -23,6 +23,7 @@ from torch import nn
 
 import repvgg_zoo
 from experiments.cifar10 import save_state
+from experiments.errors import StudyError
 from experiments.training import Images, Job, Recipe, Training, top1_pct
 
 RESULTS, LOSSES, WEIGHTS, UNFINISHED = 'results.csv', 'losses.csv', 'weights', 'unfinished'
@@ -124,9 +125,16 @@ def weights_file(job: Job, out: Path) -> Path:
 
 
 def trained(job: Job, out: Path) -> nn.Module:
-    """Return the network of a job that kept its weights, in eval mode."""
+    """Return the network of a job that kept its weights, in eval mode.
+
+    Raises:
+        StudyError: The folder has its line of results and no weights, as committed results have none.
+    """
+    file = weights_file(job, out)
+    if not file.exists():
+        raise StudyError(f'{str(out)!r} has a result of {job.network} and not {file.name}; train in another --out')
     network = job.create()
-    load_model(network, str(weights_file(job, out)))
+    load_model(network, str(file))
     return network.eval()
 
 

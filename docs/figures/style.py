@@ -111,7 +111,7 @@ def bars(
         for position, (color, value) in enumerate(group):
             place = index + (position - (len(group) - 1) / 2) * height
             axes.barh(place, value, height * 0.9, color=color)
-            axes.text(value + 0.015 * largest, place, numbers.format(value), va='center', fontsize=SMALL_POINTS)
+            axes.text(max(value, 0) + 0.015 * largest, place, numbers.format(value), va='center', fontsize=SMALL_POINTS)
     axes.set_yticks(range(len(groups)), groups)
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlim(0, 1.16 * largest)

@@ -3,6 +3,7 @@
 import csv
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ from torch import nn
 
 from repvgg_zoo import VARIANTS
 from repvgg_zoo.pretrained.manifest import weights_dir
+from repvgg_zoo.tools.quantize.report import Precision
 from repvgg_zoo.tools.tables import count_gmacs
 
 ROOT = Path(__file__).parents[2]
@@ -106,6 +108,17 @@ def test_lesion_removes_branches(run, tmp_path):
     assert lesion.COUNTS[0] == 1
 
 
+def test_lesion_of_results_without_weights_is_an_error(run, tmp_path, capsys):
+    from experiments import depth, pool
+
+    lines = [(depth.name(network, 1), 0, 1, 0.5, 50, 50) for network in ('repvgg', 'residual')]
+    (tmp_path / 'depth').mkdir()
+    pool.append(tmp_path / 'depth' / 'results.csv', pool.COLUMNS, lines)
+    with pytest.raises(SystemExit):
+        run('lesion', *DATA, '--out', tmp_path)
+    assert 'has a result of repvgg-8 and not repvgg-8-0.safetensors' in capsys.readouterr().err
+
+
 def test_lesion_leaves_what_the_other_branches_compute():
     from experiments import depth, lesion
 
@@ -126,8 +139,29 @@ def test_lesion_leaves_what_the_other_branches_compute():
 def test_skeleton_is_of_every_stage(run, tmp_path):
     run('skeleton', *DATA, '--out', tmp_path)
     found = rows(tmp_path / 'skeleton' / 'results.csv')
-    assert len(found) == 4 * 4 * 9
-    assert '| dbb-8 | 4 |' in run('report', 'skeleton', '--results', tmp_path)
+    assert len(found) == 4 * 2 * 4 * 9
+    assert '| dbb-8 | after | 4 |' in run('report', 'skeleton', '--results', tmp_path)
+
+
+def test_report_draws_the_results_that_it_is_given(run, tmp_path):
+    pytest.importorskip('matplotlib')
+    from experiments import __main__ as program
+
+    (tmp_path / 'forms').mkdir()
+    lines = [f'{layers},{form},1.0,1.00,1.00,1.00,1' for layers in (8, 26) for form in ('training', 'deploy')]
+    text = '\n'.join(('depth,form,params_k,batch_1_ms,batch_32_ms,step_32_ms,kept_kb', *lines))
+    (tmp_path / 'forms' / 'results.csv').write_text(text)
+    run('report', '--results', tmp_path, '--figures', tmp_path / 'figures')
+    drawn = {path.name: path.read_text('utf-8') for path in (tmp_path / 'figures').iterdir()}
+    assert set(drawn) == {'study_forms.svg', 'study_forms.dark.svg'}
+    assert drawn['study_forms.svg'] != (program.DRAW / 'study_forms.svg').read_text('utf-8')
+
+
+def test_report_without_figures_is_an_error(run, tmp_path):
+    from experiments import __main__ as program
+
+    with pytest.raises(program.StudyError, match='none of these results, only of depth, '):
+        program.draw([], tmp_path, tmp_path)
 
 
 def test_skeleton_of_known_kernels():
@@ -146,7 +180,7 @@ def test_skeleton_of_known_kernels():
 
 def test_multiplications_are_counted_and_timed(run, tmp_path):
     pytest.importorskip('ncnn')
-    options = ('--models', 'test_repvgg', '--px', 32, '--rounds', 1)
+    options = ('--data', 'not read', '--models', 'test_repvgg', '--px', 32, '--rounds', 1)
     run('multiplications', '--out', tmp_path, *options)
     run('multiplications', '--out', tmp_path, *options)
     (row,) = rows(tmp_path / 'multiplications' / 'results.csv')
@@ -160,18 +194,22 @@ def test_multiplications_of_known_layers():
 
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),  # F(2x2) and F(4x4): 4 x 4 and 2 x 2 tiles, for 7 pixels
+        nn.ReLU(inplace=True),
+        nn.BatchNorm2d(8),
         nn.Conv2d(8, 8, 3, padding=1, stride=2),  # neither
         nn.Conv2d(8, 8, 3, padding=1, groups=2),  # neither
         nn.Conv2d(8, 4, 1),
         nn.Flatten(),
         nn.Linear(64, 10),
-    )
+        nn.Sigmoid(),
+    ).eval()
     others = 8 * 8 * 9 * 16 + 8 * 4 * 9 * 16 + 8 * 4 * 16 + 640
     found = count(model, torch.randn(1, 3, 7, 7))
     assert found.macs == 3 * 8 * 9 * 49 + others
     assert found.winograd2 == 3 * 8 * 16 * 16 + others
     assert found.winograd4 == 3 * 8 * 4 * 36 + others
-    assert found.outputs == 8 * 49 + 2 * 8 * 16 + 64 + 10
+    assert found.accessed == (3 + 8) * 49 + 8 * (49 + 16) + 2 * 8 * 16 + (8 + 4) * 16 + 64 + 10 + found.params - 2 * 8
+    assert found.others == 2 * 8 * 49 + 10
     assert found.layers == 5
     assert found.params == sum(p.numel() for p in model.parameters())
 
@@ -205,6 +243,18 @@ def test_int8_quantizes_what_it_trained(run, monkeypatch, tmp_path):
     (way,) = rows(tmp_path / 'int8' / 'ways.csv')
     assert float(way['float32_top1_pct']) == pytest.approx(float(trained['folded_top1_pct']), abs=0.21)  # one image
     assert f'| 8 bits | {way["int8_top1_pct"]} |' in run('report', 'int8', '--results', tmp_path)
+
+
+def test_int8_tells_of_the_trained_network_even_if_it_is_worse(run, monkeypatch, tmp_path):
+    from experiments import int8
+
+    kept_last = [
+        Precision(name=name, top1_pct=top1, same_top_class_pct=top1, latency_ms=1.0, bytes=1)
+        for name, top1 in (('float32', 90.0), ('int8 trained', 50.0), ('int8', 80.0))
+    ]
+    monkeypatch.setattr(int8, 'quantize', lambda *_, **__: SimpleNamespace(epochs=3, precisions=kept_last))
+    run('int8', *DATA[:4], '--out', tmp_path, '--only', 'unbalanced', '--ways', '8 bits', '8 bits, trained')
+    assert [row['int8_top1_pct'] for row in rows(tmp_path / 'int8' / 'ways.csv')] == ['80.00', '50.00']
 
 
 def test_int8_decays_what_it_says(monkeypatch):
