@@ -44,8 +44,11 @@ def image_arguments(args: argparse.Namespace, device: str) -> tuple[str, str, in
     return args.data, args.val_split, args.images, device
 
 
-def train(args: argparse.Namespace, jobs: Sequence[Job], recipe: Recipe, out: Path) -> None:
+def train(args: argparse.Namespace, jobs: Sequence[Job], recipe: Recipe, out: Path) -> list[Job]:
     """Train what is missing of a study.
+
+    Returns:
+        The jobs that are done: without those that `--only` and `--minutes` left out.
 
     Raises:
         StudyError: No job has the name of `--only`, or a folder of images is missing.
@@ -63,3 +66,4 @@ def train(args: argparse.Namespace, jobs: Sequence[Job], recipe: Recipe, out: Pa
         end=time.time() + 60 * args.minutes,
     )
     pool.train(chosen)
+    return pool.done(chosen)

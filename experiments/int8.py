@@ -51,16 +51,17 @@ def run(args: argparse.Namespace) -> None:
     out = args.out / 'int8'
     makers = {'balanced': balanced, 'unbalanced': unbalanced}
     if args.only not in makers:
-        train(args, jobs(), depth.RECIPE, args.out / 'depth')
-        makers |= {job.network: partial(normalised, job, args.out / 'depth') for job in jobs()}
+        trained_jobs = train(args, jobs(), depth.RECIPE, args.out / 'depth')
+        makers |= {job.network: partial(normalised, job, args.out / 'depth') for job in trained_jobs}
     data, split, *_ = image_arguments(args, 'cpu')
     for network, make in makers.items():
         if args.only not in (None, network):
             continue
         source = out / 'models' / network
         if not source.exists():
+            model = make()
             source.mkdir(parents=True)
-            save_model(make(), source)
+            save_model(model, source)
         done = {row['way'] for row in read(out / RESULTS_OF_WAYS) if row['network'] == network}
         for way in args.ways:
             if way in done or (network, way) == ('balanced', '8 bits, trained'):  # there is nothing to win back

@@ -1,6 +1,7 @@
 """Is a network with branches an ensemble of paths? Top-1 after some branches are removed, as Veit et al. (2016) did.
 
-A branch is removed by a scale and a shift of 0 in the norm at its end. Nothing is trained afterwards, and no running
+A branch is removed by a scale and a shift of 0 in the norm at its end; a shortcut without a norm gets one that changes
+nothing. Nothing is trained afterwards, and no running
 statistic moves. The networks are those of the study `depth`, seed 0; what is not trained yet is trained first.
 """
 
@@ -11,7 +12,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import mean
+from statistics import median
 
 import torch
 from timm.models.resnet import BasicBlock
@@ -38,7 +39,7 @@ add_arguments = add_training_arguments
 def run(args: argparse.Namespace) -> None:
     """Write `results.csv`, a line for each draw of branches, and `single.csv`, a line for each branch."""
     jobs = [depth.job(network, n, 0) for n in STEPS for network in NETWORKS]
-    train(args, jobs, depth.RECIPE, args.out / 'depth')
+    jobs = train(args, jobs, depth.RECIPE, args.out / 'depth')
     data, split, count, _ = image_arguments(args, 'cpu')
     images = Images(data, split, count or IMAGES, 'cpu')
     out = args.out / 'lesion'
@@ -70,12 +71,17 @@ def cut(name: str, network: nn.Module, images: Images, out: Path) -> None:
 
 
 def branches(network: nn.Module) -> dict[str, dict[int, nn.BatchNorm2d]]:
-    """Return the norm at the end of each branch, by kind and by the number of its block."""
+    """Return the norm at the end of each branch, by kind and by the number of its block.
+
+    A shortcut of the residual network that has none gets one.
+    """
     found: dict[str, dict[int, nn.BatchNorm2d]] = {}
     blocks = [m for m in network.modules() if isinstance(m, (repvgg_zoo.RepVGGBlock, BasicBlock))]
     for index, block in enumerate(blocks):
         if isinstance(block, BasicBlock):
-            ends = {'residual': block.bn2}
+            if block.downsample is None:
+                block.downsample = nn.Sequential(nn.BatchNorm2d(block.bn2.num_features, eps=0).eval())
+            ends = {'residual': block.bn2, 'shortcut': block.downsample[-1]}
         else:
             ends = {'3x3': block.conv_kxk.bn, '1x1': block.conv_1x1.bn, 'identity': block.identity}
         for kind, norm in ends.items():
@@ -113,18 +119,26 @@ def without(norms: Sequence[nn.BatchNorm2d]) -> Iterator[None]:
 
 
 def report(folder: Path) -> None:
-    """Print mean top-1 by the number of branches removed, and the three branches that matter most of each kind."""
+    """Print the median top-1 by the number of branches removed, and the three that matter most of each kind."""
     rows, single = read(folder / RESULTS), read(folder / SINGLE)
-    names = list(dict.fromkeys((row['network'], row['kind']) for row in rows))
     table = []
-    for name, kind in names:
-        chosen = [row for row in rows if (row['network'], row['kind']) == (name, kind)]
-        by_count = {n: [float(r['top1_pct']) for r in chosen if r['removed'] == str(n)] for n in (0, *COUNTS)}
-        cells = (f'{mean(top1):.1f}' if top1 else '' for top1 in by_count.values())
-        alone = sorted(
-            (float(r['top1_pct']), int(r['block'])) for r in single if (r['network'], r['kind']) == (name, kind)
-        )
+    for network, kind in dict.fromkeys((row['network'], row['kind']) for row in rows):
+        wanted = dict(network=network, kind=kind)
+        tops = (without_some(rows, single, wanted, n) for n in (0, *COUNTS))
+        alone = sorted((float(r['top1_pct']), int(r['block'])) for r in single if wanted.items() <= r.items())
         worst = ', '.join(f'{block} ({top1:.0f})' for top1, block in alone[:3])
-        table.append((name, kind, *cells, worst))
+        table.append((network, kind, *('' if top1 is None else f'{top1:.1f}' for top1 in tops), worst))
     header = ('network', 'branches', *map(str, (0, *COUNTS)), 'worst blocks alone')
     print(markdown_table(table, header, text_columns=('network', 'branches', header[-1])))
+
+
+def without_some(
+    rows: list[dict[str, str]], single: list[dict[str, str]], wanted: dict[str, str], count: int
+) -> float | None:
+    """Return the median top-1 without that many branches: of the draws, and for one branch of all branches."""
+    if count == 1:
+        kinds = {ANY: {'network': wanted['network']}}.get(wanted['kind'], wanted)
+        tops = [float(row['top1_pct']) for row in single if kinds.items() <= row.items()]
+    else:
+        tops = [float(r['top1_pct']) for r in rows if (wanted | {'removed': str(count)}).items() <= r.items()]
+    return median(tops) if tops else None

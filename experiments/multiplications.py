@@ -3,8 +3,8 @@
 Multiplications are counted with and without Winograd's algorithm. The others follow the guidelines of ShuffleNetV2
 (arXiv 1807.11164, section 2): values that layers read and write, number of layers, outputs of all other operators.
 
-ncnn computes 3x3 convolutions of stride 1 without groups by Winograd's algorithm, and can be told not to. Both times
-are of one image, in float32, of the folded network, in interleaved rounds.
+ncnn computes 3x3 convolutions of stride 1 by Winograd's algorithm, and can be told not to. It takes it for groups, too,
+of more than 8 channels. Both times are of one image, in float32, of the folded network, in interleaved rounds.
 """
 
 from __future__ import annotations
@@ -44,9 +44,12 @@ OTHERS = (
 )
 MODELS = (*REPVGG, *OTHERS)
 PX, ROUNDS = 224, 15
+MIN_CHANNELS = 8
+"""Of a group, which ncnn does not compute by Winograd's algorithm."""
+MACS = 'gmacs'
 WITH, WITHOUT = 'ncnn_ms', 'ncnn_no_winograd_ms'
 PREDICTORS = {
-    'multiplications': 'gmacs',
+    'multiplications': MACS,
     'Winograd F(2x2, 3x3)': 'winograd2_gmuls',
     'Winograd F(4x4, 3x3)': 'winograd4_gmuls',
     'parameters': 'params_m',
@@ -153,11 +156,12 @@ def winograd(layer: nn.Module, y: Tensor, tile: int) -> int | None:
     """
     if not isinstance(layer, nn.Conv2d):
         return None
-    applies = layer.kernel_size == (3, 3) and layer.stride == layer.dilation == (1, 1) and layer.groups == 1
-    if not applies:
+    inputs, outputs = layer.in_channels // layer.groups, layer.out_channels // layer.groups
+    is_plain = layer.kernel_size == (3, 3) and layer.stride == layer.dilation == (1, 1)
+    if not is_plain or max(inputs, outputs) <= MIN_CHANNELS:
         return None
     tiles = math.prod(math.ceil(size / tile) for size in y.shape[2:])
-    return len(y) * layer.out_channels * layer.in_channels * tiles * (tile + 2) ** 2
+    return len(y) * layer.out_channels * inputs * tiles * (tile + 2) ** 2
 
 
 def report(folder: Path) -> None:
@@ -165,15 +169,25 @@ def report(folder: Path) -> None:
     rows = read(folder / RESULTS)
     print(markdown_table([tuple(row.values()) for row in rows], COLUMNS, text_columns=('model',)))
     print()
-    table = [(name, *(f'{rank_correlation(rows, column, time):.2f}' for time in (WITH, WITHOUT)))
-             for name, column in PREDICTORS.items()]  # fmt: skip
-    header = ('rank correlation with time', 'with Winograd', 'without')
+    times = {'time with Winograd': (WITH, None), 'without': (WITHOUT, None), 'time per multiplication': (WITH, MACS)}
+    table = [
+        (name, *(f'{rank_correlation(rows, column, time, per):.2f}' for time, per in times.values()))
+        for name, column in PREDICTORS.items()
+    ]
+    header = ('rank correlation', *times)
     print(markdown_table(table, header, text_columns=header[:1]))
 
 
-def rank_correlation(rows: list[dict[str, str]], column: str, time: str) -> float:
-    """Spearman's."""
-    return correlation(*(ranks([float(row[key]) for row in rows]) for key in (column, time)))
+def rank_correlation(rows: list[dict[str, str]], column: str, time: str, per: str | None = None) -> float:
+    """Return Spearman's correlation of a count and a time, or of both divided by another count.
+
+    It is NaN where either is the same for all.
+    """
+    pairs = [tuple(float(row[key]) / (float(row[per]) if per else 1) for key in (column, time)) for row in rows]
+    counts, times = (ranks([pair[index] for pair in pairs]) for index in (0, 1))
+    if min(len(set(counts)), len(set(times))) < 2:
+        return math.nan
+    return correlation(counts, times)
 
 
 def ranks(values: list[float]) -> list[float]:

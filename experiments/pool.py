@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -45,10 +45,19 @@ class Pool:
     """Begin no network after that, in seconds since 1970."""
 
     def train(self, jobs: Sequence[Job]) -> None:
-        """Train what has no line in `results.csv`."""
+        """Train what has no line in `results.csv`.
+
+        Raises:
+            StudyError: The folder has results or an unfinished training of another recipe.
+        """
         self.out.mkdir(parents=True, exist_ok=True)
-        finished = {(row['network'], int(row['seed'])) for row in read(self.out / RESULTS)}
-        waiting = [job for job in jobs if (job.network, job.seed) not in finished]
+        if others := {row['epochs'] for row in read(self.out / RESULTS)} - {str(self.recipe.epochs)}:
+            raise StudyError(
+                f'{str(self.out)!r} has results of {", ".join(sorted(others))} epochs, and these are to be of '
+                f'{self.recipe.epochs}; give another --out or the same --epochs'
+            )
+        done = self.done(jobs)
+        waiting = [job for job in jobs if job not in done]
         if not waiting:
             return
         if torch.device(self.images[-1]).type == 'cuda':
@@ -61,6 +70,11 @@ class Pool:
             context = multiprocessing.get_context('spawn')
             with ProcessPoolExecutor(self.at_once, context, self._begin_process) as processes:
                 list(processes.map(self._train_in_process, waiting))
+
+    def done(self, jobs: Sequence[Job]) -> list[Job]:
+        """Return those that have a line."""
+        finished = {(row['network'], int(row['seed'])) for row in read(self.out / RESULTS)}
+        return [job for job in jobs if (job.network, job.seed) in finished]
 
     def _train_together(self, waiting: list[Job]) -> None:
         images, running = Images(*self.images), []
@@ -87,14 +101,21 @@ class Pool:
         if time.time() > self.end:
             return
         training = Training(job, images, self.recipe)
+        settings = asdict(self.recipe) | {'images': len(images.padded)}
         file = self.out / UNFINISHED / f'{job.network}-{job.seed}.pt'
         file.parent.mkdir(exist_ok=True)
         if file.exists():
-            training.resume(torch.load(file, weights_only=True))
+            state = torch.load(file, weights_only=True)
+            if state['settings'] != settings:
+                raise StudyError(
+                    f'{str(file)!r} is of a training with {state["settings"]}, and this is one with {settings}; give '
+                    'another --out or the same options'
+                )
+            training.resume(state)
         while not training.is_over:
             training.step()
             if training.count % training.steps == 0:
-                save_state(file, training.state())
+                save_state(file, training.state() | {'settings': settings})
         record(training, self.out)
         file.unlink()
 

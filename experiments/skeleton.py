@@ -30,7 +30,7 @@ add_arguments = add_training_arguments
 def run(args: argparse.Namespace) -> None:
     """Write `results.csv`, a line for each tap of each stage, before and after the training."""
     jobs = [depth.job(block, depth.SKELETON_STEP, 0) for block in BLOCKS]
-    train(args, jobs, depth.RECIPE, args.out / 'depth')
+    jobs = train(args, jobs, depth.RECIPE, args.out / 'depth')
     out = args.out / 'skeleton'
     out.mkdir(exist_ok=True)
     data, split, count, _ = image_arguments(args, 'cpu')

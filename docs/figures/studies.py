@@ -1,6 +1,7 @@
 """The studies of `python -m experiments`: depth, lesions, skeletons, multiplications, and both forms over depth."""
 
 import sys
+from math import isnan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -20,7 +21,7 @@ EPYC = 'two cores of an AMD EPYC (Zen 4)'
 
 def draw_depth(theme: Theme, results: Path) -> Figure:
     """Draw top-1 against depth, and the training loss of each epoch."""
-    title = 'Depth ruins plain networks: branches delay it, shortcuts prevent it'
+    title = 'Depth ruins what folds into plain: RepVGG less, dirac least'
     rows, losses = read(results / RESULTS), read(results / LOSSES)
     seeds = len({row['seed'] for row in rows})
     figure = new_figure(theme, title, f'{CIFAR10}; ' + (f'{seeds} seeds and their spread' if seeds > 1 else 'one seed'))
@@ -62,15 +63,16 @@ def _values(rows: list[dict[str, str]], column: str, **wanted: str) -> list[floa
 def draw_lesion(theme: Theme, results: Path) -> Figure:
     """Draw top-1 after branches are removed: some at random, and each alone."""
     deep = depth.layers(lesion.STEPS[-1])
-    subtitle = f'{CIFAR10}; {deep} layers, {lesion.IMAGES:,} test images, means of {lesion.DRAWS} draws'
-    figure = new_figure(theme, 'A deep RepVGG hangs on each identity, not on an ensemble of paths', subtitle)
+    draws = f'medians of {lesion.DRAWS} draws, for one branch of all'
+    subtitle = f'Blue: RepVGG; grey: residual network. {deep} layers, CIFAR-10; {draws}'
+    figure = new_figure(theme, 'Deep networks can lose a branch with weights, but no shortcut', subtitle)
     rows, single = read(results / RESULTS), read(results / lesion.SINGLE)
     looks = {
         ('repvgg', '3x3'): (theme.first, '-', '3x3'),
         ('repvgg', '1x1'): (theme.first, '--', '1x1'),
         ('repvgg', 'identity'): (theme.first, ':', 'identity'),
-        ('repvgg', lesion.ANY): (theme.second, '-', 'any branch'),
-        ('residual', 'residual'): (theme.third, '-', 'residual network'),
+        ('residual', 'residual'): (theme.third, '-', 'residual branch'),
+        ('residual', 'shortcut'): (theme.third, ':', 'shortcut'),
     }
     removed = figure.add_axes((0.07, 0.2, 0.4, 0.58))
     removed.set_title('top-1 by number of branches removed, %', fontsize=TEXT_POINTS, loc='left')
@@ -79,14 +81,12 @@ def draw_lesion(theme: Theme, results: Path) -> Figure:
     for (network, kind), (color, style, name) in looks.items():
         look: dict[str, Any] = dict(color=color, linestyle=style)
         wanted = dict(network=f'{network}-{deep}', kind=kind)
-        counts = [n for n in (0, *lesion.COUNTS) if _values(rows, 'top1_pct', removed=str(n), **wanted)]
-        means = [mean(_values(rows, 'top1_pct', removed=str(n), **wanted)) for n in counts]
-        places = [(0, *lesion.COUNTS).index(n) for n in counts]
-        removed.plot(places, means, marker='o', markersize=4, linewidth=1.8, label=name, **look)
+        tops = [lesion.without_some(rows, single, wanted, n) for n in (0, *lesion.COUNTS)]
+        places = [index for index, top1 in enumerate(tops) if top1 is not None]
+        removed.plot(places, [tops[i] for i in places], marker='o', markersize=4, linewidth=1.8, label=name, **look)
         blocks = _values(single, 'block', **wanted)
-        if blocks:
-            places_pct = [100 * block / max(blocks) for block in blocks]
-            alone.plot(places_pct, _values(single, 'top1_pct', **wanted), linewidth=1.4, **look)
+        places_pct = [100 * block / max(*blocks, 1) for block in blocks]
+        alone.plot(places_pct, _values(single, 'top1_pct', **wanted), linewidth=1.4, **look)
     removed.set_xticks(range(1 + len(lesion.COUNTS)), map(str, (0, *lesion.COUNTS)))
     alone.set_xticks([0, 50, 100], ['first block', 'middle', 'last block'])
     for axes in (removed, alone):
@@ -101,7 +101,7 @@ def draw_skeleton(theme: Theme, results: Path) -> Figure:
     """Draw the mean magnitude of the nine taps by network: before the training, and of each stage after it."""
     layers = depth.layers(depth.SKELETON_STEP)
     subtitle = f'Mean magnitude of each tap, 1 is the mean of all nine; CIFAR-10, ten epochs, {layers} layers'
-    figure = new_figure(theme, 'Where branches overlap, the kernel has a skeleton, and training deepens it', subtitle)
+    figure = new_figure(theme, 'A skeleton is where branches overlap, and training deepens it', subtitle)
     rows = read(results / RESULTS)
     largest = max(_values(rows, 'magnitude'))
     colors = LinearSegmentedColormap.from_list('magnitude', (theme.background, theme.first))
@@ -142,7 +142,7 @@ def draw_multiplications(theme: Theme, results: Path) -> Figure:
     """Draw latency against multiplications, and the rank correlation of each count with it."""
     figure = new_figure(
         theme,
-        'Multiplications predict time, best as the runtime does them',
+        'Multiplications predict time; reading and writing predicts the rest',
         f'ncnn, one image of 224 pixels, float32, folded networks: {EPYC}',
     )
     rows = read(results / RESULTS)
@@ -160,15 +160,18 @@ def draw_multiplications(theme: Theme, results: Path) -> Figure:
     axes.minorticks_off()
     axes.grid()
     axes.set_title('ms by multiplications in 1e9; blue: RepVGG', fontsize=TEXT_POINTS, loc='left')
-    colors = {'with Winograd': (theme.first, multiplications.WITH), 'without': (theme.third, multiplications.WITHOUT)}
-    series = {
-        name: (color, [multiplications.rank_correlation(rows, c, time) for c in multiplications.PREDICTORS.values()])
-        for name, (color, time) in colors.items()
-    }
+    colors = {'time': theme.first, 'both per multiplication': theme.second}
+    series = {}
+    for (name, color), per in zip(colors.items(), (None, multiplications.MACS), strict=True):
+        found = [
+            multiplications.rank_correlation(rows, column, multiplications.WITH, per)
+            for column in multiplications.PREDICTORS.values()
+        ]
+        series[name] = color, [None if isnan(value) else value for value in found]
     ranks = figure.add_axes((0.71, 0.14, 0.27, 0.64))
-    bars(ranks, list(multiplications.PREDICTORS), series, numbers='{:.2f}', heading='rank correlation with ms')
+    bars(ranks, list(multiplications.PREDICTORS), series, numbers='{:.2f}', heading='rank correlation with')
     ranks.set_xlim(-0.25, None)
-    legend(figure, {name: color for name, (color, _) in colors.items()})
+    legend(figure, colors)
     return figure
 
 
@@ -176,7 +179,7 @@ def draw_forms(theme: Theme, results: Path) -> Figure:
     """Draw time and memory of both forms against depth."""
     figure = new_figure(
         theme,
-        'Branches cost 2.5 times the time and twice the memory, at any depth',
+        'On small images branches cost 2.5 times the time, at any depth',
         f'Widths 16, 32, 64, 32 images of 32 pixels, float32, eager PyTorch: {EPYC}',
     )
     rows = read(results / RESULTS)

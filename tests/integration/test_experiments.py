@@ -110,6 +110,29 @@ def test_pool_goes_on_after_the_last_epoch(pool, training, tmp_path, monkeypatch
     assert [row['train_loss'] for row in rows(tmp_path / 'losses.csv')] == [f'{x:.4f}' for x in whole.losses.tolist()]
 
 
+def test_pool_goes_on_only_with_its_recipe(pool, training, tmp_path, monkeypatch):
+    from experiments.errors import StudyError
+
+    def stop(self):
+        if self.count == 2:
+            raise KeyboardInterrupt
+        step(self)
+
+    step = training.Training.step
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Training, 'step', stop)
+        with pytest.raises(KeyboardInterrupt):
+            pool().train([job('repvgg')])
+    longer = replace(pool(), recipe=training.Recipe(epochs=3, batch_size=32))
+    with pytest.raises(StudyError, match=r"'epochs': 2.*'epochs': 3"):
+        longer.train([job('repvgg')])
+    with pytest.raises(StudyError, match=r"'images': 64.*'images': 32"):
+        replace(pool(), images=(*IMAGES[:2], 32, 'cpu')).train([job('repvgg')])
+    pool().train([job('repvgg')])
+    with pytest.raises(StudyError, match='results of 2 epochs, and these are to be of 3'):
+        longer.train([job('plain')])
+
+
 @pytest.mark.slow
 def test_pool_processes_train_as_one_does(pool, tmp_path):
     wanted = [job('plain'), job('repvgg')]

@@ -1,6 +1,7 @@
 """The studies of `python -m experiments`, at toy size."""
 
 import csv
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,13 +95,13 @@ def test_lesion_removes_branches(run, tmp_path):
     run('lesion', *DATA, '--out', tmp_path)
     single = rows(tmp_path / 'lesion' / 'single.csv')
     kinds = ['3x3'] * 7 + ['1x1'] * 7 + ['identity'] * 4
-    assert [row['kind'] for row in single] == kinds + ['residual'] * 3
+    assert [row['kind'] for row in single] == kinds + ['residual'] * 3 + ['shortcut'] * 3
     found = rows(tmp_path / 'lesion' / 'results.csv')
     trained = {row['network']: row['top1_pct'] for row in rows(tmp_path / 'depth' / 'results.csv')}
-    assert len([row for row in found if row['removed'] == '0']) == 5
+    assert len([row for row in found if row['removed'] == '0']) == 7
     assert all(float(row['top1_pct']) == float(trained[row['network']]) for row in found if row['removed'] == '0')
     assert {row['removed'] for row in found if row['kind'] == 'any'} == {'0', '1', '2', '4', '8', '16'}
-    assert {row['of'] for row in found if row['kind'] == 'any'} == {'18'}
+    assert [row['of'] for row in found if row['kind'] == 'any' and row['removed'] == '0'] == ['18', '6']
     before = [(path, path.read_text()) for path in (tmp_path / 'lesion').iterdir()]
     run('lesion', *DATA, '--out', tmp_path)
     assert all(path.read_text() == text for path, text in before)
@@ -117,6 +118,37 @@ def test_lesion_of_results_without_weights_is_an_error(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run('lesion', *DATA, '--out', tmp_path)
     assert 'has a result of repvgg-8 and not repvgg-8-0.safetensors' in capsys.readouterr().err
+
+
+def test_lesion_of_one_network_takes_no_other(run, tmp_path):
+    run('lesion', *DATA, '--out', tmp_path, '--only', 'residual-8')
+    assert {row['network'] for row in rows(tmp_path / 'lesion' / 'single.csv')} == {'residual-8'}
+
+
+def test_lesion_of_shortcuts_leaves_the_residual_branch():
+    from experiments import depth, lesion
+
+    torch.manual_seed(0)
+    model, x = depth.create('residual', 1).eval(), images(2, 32)
+    before = model(x)
+    shortcuts = lesion.branches(model)['shortcut']
+    assert torch.equal(model(x), before)
+    block, y = model[3], torch.randn(2, 16, 8, 8)
+    with lesion.without(list(shortcuts.values())):
+        torch.testing.assert_close(block(y), block.bn2(block.conv2(block.bn1(block.conv1(y)).relu())).relu())
+
+
+def test_lesion_report_takes_one_branch_of_all(run, tmp_path):
+    from experiments import lesion
+
+    single = [
+        dict(network='n', kind=kind, block='0', top1_pct=top1) for kind, top1 in (('a', '10'), ('a', '30'), ('b', '80'))
+    ]
+    draws = [dict(network='n', kind='a', removed='2', top1_pct=top1) for top1 in ('1', '2', '9')]
+    assert lesion.without_some(draws, single, dict(network='n', kind='a'), 1) == 20
+    assert lesion.without_some(draws, single, dict(network='n', kind='any'), 1) == 30
+    assert lesion.without_some(draws, single, dict(network='n', kind='a'), 2) == 2
+    assert lesion.without_some(draws, single, dict(network='n', kind='a'), 4) is None
 
 
 def test_lesion_leaves_what_the_other_branches_compute():
@@ -193,24 +225,26 @@ def test_multiplications_of_known_layers():
     from experiments.multiplications import count
 
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),  # F(2x2) and F(4x4): 4 x 4 and 2 x 2 tiles, for 7 pixels
+        nn.Conv2d(3, 32, 3, padding=1),  # F(2x2) and F(4x4): 4 x 4 and 2 x 2 tiles, for 7 pixels
         nn.ReLU(inplace=True),
-        nn.BatchNorm2d(8),
-        nn.Conv2d(8, 8, 3, padding=1, stride=2),  # neither
-        nn.Conv2d(8, 8, 3, padding=1, groups=2),  # neither
+        nn.BatchNorm2d(32),
+        nn.Conv2d(32, 32, 3, padding=1, stride=2),  # neither
+        nn.Conv2d(32, 32, 3, padding=1, groups=2),  # 2 x 2 tiles and one, for 4 pixels, of 16 channels a group
+        nn.Conv2d(32, 8, 3, padding=1, groups=8),  # neither, of 4 channels a group
         nn.Conv2d(8, 4, 1),
         nn.Flatten(),
         nn.Linear(64, 10),
         nn.Sigmoid(),
     ).eval()
-    others = 8 * 8 * 9 * 16 + 8 * 4 * 9 * 16 + 8 * 4 * 16 + 640
+    others = 32 * 32 * 9 * 16 + 8 * 4 * 9 * 16 + 8 * 4 * 16 + 640
     found = count(model, torch.randn(1, 3, 7, 7))
-    assert found.macs == 3 * 8 * 9 * 49 + others
-    assert found.winograd2 == 3 * 8 * 16 * 16 + others
-    assert found.winograd4 == 3 * 8 * 4 * 36 + others
-    assert found.accessed == (3 + 8) * 49 + 8 * (49 + 16) + 2 * 8 * 16 + (8 + 4) * 16 + 64 + 10 + found.params - 2 * 8
-    assert found.others == 2 * 8 * 49 + 10
-    assert found.layers == 5
+    assert found.macs == 3 * 32 * 9 * 49 + 32 * 16 * 9 * 16 + others
+    assert found.winograd2 == 3 * 32 * 16 * 16 + 32 * 16 * 4 * 16 + others
+    assert found.winograd4 == 3 * 32 * 4 * 36 + 32 * 16 * 36 + others
+    values = (3 + 32) * 49 + 32 * (49 + 16) + 2 * 32 * 16 + (32 + 8) * 16 + (8 + 4) * 16 + 64 + 10
+    assert found.accessed == values + found.params - 2 * 32
+    assert found.others == 2 * 32 * 49 + 10
+    assert found.layers == 6
     assert found.params == sum(p.numel() for p in model.parameters())
 
 
@@ -228,6 +262,9 @@ def test_rank_correlation_takes_equal_values():
     assert ranks([3.0, 1.0, 3.0, 7.0]) == [2.5, 1.0, 2.5, 4.0]
     table = [{'a': str(a), 'b': str(b)} for a, b in ((1, 10), (2, 1000), (3, 100))]
     assert rank_correlation(table, 'a', 'b') == pytest.approx(0.5)
+    assert rank_correlation(table, 'b', 'a', per='b') != rank_correlation(table, 'b', 'a')
+    assert math.isnan(rank_correlation(table, 'a', 'b', per='a'))  # a / a is 1 for all
+    assert math.isnan(rank_correlation(table[:1], 'a', 'b'))
 
 
 @pytest.mark.slow
