@@ -354,7 +354,7 @@ def test_finetune_is_as_a_loop_of_pytorch():
         (answers * (answers.log() - expected(x).log_softmax(1))).sum(1).mean().backward()
         optimizer.step()
     for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
-        assert (found - wanted).abs().mean() < 1e-6  # Adam's steps are 1e-3, in signs that rounding can turn
+        assert (found - wanted).abs().mean() < 1e-4  # a tenth of a step of Adam, whose signs rounding can turn
 
 
 @pytest.mark.parametrize('deploy', [False, True])
