@@ -1,8 +1,8 @@
 """Is a network with branches an ensemble of paths? Top-1 after some branches are removed, as Veit et al. (2016) did.
 
 A branch is removed by a scale and a shift of 0 in the norm at its end; a shortcut without a norm gets one that changes
-nothing. Nothing is trained afterwards, and no running
-statistic moves. The networks are those of the study `depth`, seed 0; what is not trained yet is trained first.
+nothing. Nothing is trained afterwards, and no running statistic moves. The networks are those of the study `depth`,
+seed 0; what is not trained yet is trained first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 import repvgg_zoo
 from experiments import depth
 from experiments.arguments import add_training_arguments, image_arguments, train
-from experiments.pool import RESULTS, append, read, trained
+from experiments.pool import RESULTS, append, read, trained, values
 from experiments.training import Images, top1_pct
 from repvgg_zoo.tools.markdown import markdown_table
 
@@ -125,8 +125,8 @@ def report(folder: Path) -> None:
     for network, kind in dict.fromkeys((row['network'], row['kind']) for row in rows):
         wanted = dict(network=network, kind=kind)
         tops = (without_some(rows, single, wanted, n) for n in (0, *COUNTS))
-        alone = sorted((float(r['top1_pct']), int(r['block'])) for r in single if wanted.items() <= r.items())
-        worst = ', '.join(f'{block} ({top1:.0f})' for top1, block in alone[:3])
+        alone = sorted(zip(values(single, 'top1_pct', **wanted), values(single, 'block', **wanted), strict=True))
+        worst = ', '.join(f'{block:.0f} ({top1:.0f})' for top1, block in alone[:3])
         table.append((network, kind, *('' if top1 is None else f'{top1:.1f}' for top1 in tops), worst))
     header = ('network', 'branches', *map(str, (0, *COUNTS)), 'worst blocks alone')
     print(markdown_table(table, header, text_columns=('network', 'branches', header[-1])))
@@ -136,9 +136,10 @@ def without_some(
     rows: list[dict[str, str]], single: list[dict[str, str]], wanted: dict[str, str], count: int
 ) -> float | None:
     """Return the median top-1 without that many branches: of the draws, and for one branch of all branches."""
-    if count == 1:
-        kinds = {ANY: {'network': wanted['network']}}.get(wanted['kind'], wanted)
-        tops = [float(row['top1_pct']) for row in single if kinds.items() <= row.items()]
+    if count != 1:
+        tops = values(rows, 'top1_pct', removed=str(count), **wanted)
+    elif wanted['kind'] == ANY:
+        tops = values(single, 'top1_pct', network=wanted['network'])
     else:
-        tops = [float(r['top1_pct']) for r in rows if (wanted | {'removed': str(count)}).items() <= r.items()]
+        tops = values(single, 'top1_pct', **wanted)
     return median(tops) if tops else None

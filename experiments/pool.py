@@ -166,6 +166,11 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def values(rows: Sequence[dict[str, str]], column: str, **wanted: str) -> list[float]:
+    """Return a column of the rows that have the wanted values."""
+    return [float(row[column]) for row in rows if wanted.items() <= row.items()]
+
+
 def append(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     is_new = not path.exists()
     with path.open('a', newline='') as file:

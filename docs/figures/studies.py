@@ -13,7 +13,7 @@ from style import ROOT, SMALL_POINTS, TEXT_POINTS, Theme, bars, label, legend, n
 sys.path.append(str(ROOT))
 
 from experiments import depth, lesion, multiplications, skeleton
-from experiments.pool import LOSSES, RESULTS, read
+from experiments.pool import LOSSES, RESULTS, read, values
 
 CIFAR10 = 'CIFAR-10, ten epochs, widths 16, 32, 64'
 EPYC = 'two cores of an AMD EPYC (Zen 4)'
@@ -31,6 +31,7 @@ def draw_depth(theme: Theme, results: Path) -> Figure:
     deep = depth.layers(depth.STEPS[-1])
     curves.set_title(f'training loss by epoch, {deep} layers', fontsize=TEXT_POINTS, loc='left')
     steps = (*depth.STEPS, depth.DEEPEST)
+    epochs = sorted({int(row['epoch']) for row in losses})
     looks = {
         'repvgg': (theme.first, '-', 'o'),
         'residual': (theme.third, '-', 'o'),
@@ -41,23 +42,18 @@ def draw_depth(theme: Theme, results: Path) -> Figure:
     }
     for network, (color, style, marker) in looks.items():
         look: dict[str, Any] = dict(color=color, linestyle=style, linewidth=1.8)
-        found = {depth.layers(n): _values(rows, 'top1_pct', network=depth.name(network, n)) for n in steps}
-        found = {layers: values for layers, values in found.items() if values}
-        spreads = [stdev(values) if len(values) > 1 else 0 for values in found.values()]
-        means = [mean(values) for values in found.values()]
+        found = {depth.layers(n): values(rows, 'top1_pct', network=depth.name(network, n)) for n in steps}
+        found = {layers: tops for layers, tops in found.items() if tops}
+        spreads = [stdev(tops) if len(tops) > 1 else 0 for tops in found.values()]
+        means = [mean(tops) for tops in found.values()]
         top1.errorbar(list(found), means, spreads, capsize=3, marker=marker, markersize=5, label=network, **look)
-        epochs = sorted({int(row['epoch']) for row in losses})
-        of_epoch = [_values(losses, 'train_loss', network=f'{network}-{deep}', epoch=str(e)) for e in epochs]
-        curves.plot([e + 1 for e in epochs if of_epoch[e]], [mean(values) for values in of_epoch if values], **look)
+        of_epoch = [values(losses, 'train_loss', network=f'{network}-{deep}', epoch=str(e)) for e in epochs]
+        curves.plot([e + 1 for e in epochs if of_epoch[e]], [mean(found) for found in of_epoch if found], **look)
     top1.set_xticks([depth.layers(n) for n in steps])
     for axes in (top1, curves):
         axes.grid(axis='y')
     figure.legend(*top1.get_legend_handles_labels(), loc='center left', bbox_to_anchor=(0.82, 0.45), frameon=False)
     return figure
-
-
-def _values(rows: list[dict[str, str]], column: str, **wanted: str) -> list[float]:
-    return [float(row[column]) for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
 def draw_lesion(theme: Theme, results: Path) -> Figure:
@@ -84,9 +80,9 @@ def draw_lesion(theme: Theme, results: Path) -> Figure:
         tops = [lesion.without_some(rows, single, wanted, n) for n in (0, *lesion.COUNTS)]
         places = [index for index, top1 in enumerate(tops) if top1 is not None]
         removed.plot(places, [tops[i] for i in places], marker='o', markersize=4, linewidth=1.8, label=name, **look)
-        blocks = _values(single, 'block', **wanted)
+        blocks = values(single, 'block', **wanted)
         places_pct = [100 * block / max(*blocks, 1) for block in blocks]
-        alone.plot(places_pct, _values(single, 'top1_pct', **wanted), linewidth=1.4, **look)
+        alone.plot(places_pct, values(single, 'top1_pct', **wanted), linewidth=1.4, **look)
     removed.set_xticks(range(1 + len(lesion.COUNTS)), map(str, (0, *lesion.COUNTS)))
     alone.set_xticks([0, 50, 100], ['first block', 'middle', 'last block'])
     for axes in (removed, alone):
@@ -103,7 +99,7 @@ def draw_skeleton(theme: Theme, results: Path) -> Figure:
     subtitle = f'Mean magnitude of each tap, 1 is the mean of all nine; CIFAR-10, ten epochs, {layers} layers'
     figure = new_figure(theme, 'A skeleton is where branches overlap, and training deepens it', subtitle)
     rows = read(results / RESULTS)
-    largest = max(_values(rows, 'magnitude'))
+    largest = max(values(rows, 'magnitude'))
     colors = LinearSegmentedColormap.from_list('magnitude', (theme.background, theme.first))
     stages = sorted({int(row['stage']) for row in rows})
     for line, network in enumerate(dict.fromkeys(row['network'] for row in rows)):
@@ -149,7 +145,7 @@ def draw_multiplications(theme: Theme, results: Path) -> Figure:
     axes = figure.add_axes((0.06, 0.2, 0.37, 0.58))
     for row in rows:
         color = theme.first if row['model'] in multiplications.REPVGG else theme.third
-        point = float(row['gmacs']), float(row[multiplications.WITH])
+        point = float(row[multiplications.MACS]), float(row[multiplications.WITH])
         axes.plot(*point, 'o', color=color, markersize=7)
         if row['model'] in NAMED:
             label(axes, row['model'], point, NAMED[row['model']], fontsize=SMALL_POINTS)
@@ -193,9 +189,9 @@ def draw_forms(theme: Theme, results: Path) -> Figure:
         axes = figure.add_axes((0.07 + 0.325 * index, 0.2, 0.26, 0.58))
         for form, color in colors.items():
             axes.plot(
-                _values(rows, 'depth', form=form), _values(rows, column, form=form), 'o-', color=color, linewidth=1.8
+                values(rows, 'depth', form=form), values(rows, column, form=form), 'o-', color=color, linewidth=1.8
             )
-        axes.set_xticks(_values(rows, 'depth', form='deploy'))
+        axes.set_xticks(values(rows, 'depth', form='deploy'))
         axes.set_ylim(0, None)
         axes.grid(axis='y')
         axes.set_title(heading, fontsize=TEXT_POINTS, loc='left')
