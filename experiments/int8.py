@@ -108,7 +108,7 @@ def unbalanced() -> RepVGG:
     model, generator = balanced(), torch.Generator().manual_seed(0)
     for first, second in neighbours(model):
         scale = 10 ** (2 * torch.rand(first.reparam_conv.out_channels, generator=generator) - 1)
-        rescale(first.reparam_conv, second.reparam_conv, scale)
+        rescale(first, second, scale)
     return model
 
 

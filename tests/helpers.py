@@ -203,5 +203,5 @@ def unbalanced_ranges(seed: int = 0) -> torch.nn.Module:
     model, generator = deployed_with_weights(), torch.Generator().manual_seed(seed)
     for first, second in neighbours(model):
         scale = 10 ** (2 * torch.rand(first.reparam_conv.out_channels, generator=generator) - 1)
-        rescale(first.reparam_conv, second.reparam_conv, scale)
+        rescale(first, second, scale)
     return model

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import cast
 
 import torch
+from timm.layers import SEModule
 from torch import Tensor, nn
 
 from ..blocks.base import ReparamBlock
@@ -24,8 +25,9 @@ def equalize(model: RepVGG, *, sweeps: int = 10) -> RepVGG:
 
     ReLU lets a positive scale through. So each output channel of a convolution is divided by s = sqrt(r1 / r2), and
     the same input channel of the next one is multiplied by s, where r1 and r2 are their largest absolute weights. Then
-    both ranges are equal, and the model computes the same. Blocks with squeeze-excite or without ReLU stay as they
-    are, because scaling would change what they compute.
+    both ranges are equal, and the model computes the same. Squeeze-excite multiplies each channel by what it makes of
+    the means of all, so its first layer's input channels are multiplied by s too. Blocks of other activations stay as
+    they are, because scaling would change what they compute.
 
     Args:
         model: A RepVGG in the deploy form.
@@ -36,20 +38,16 @@ def equalize(model: RepVGG, *, sweeps: int = 10) -> RepVGG:
 
     Raises:
         TypeError: The model is no RepVGG of this package.
-        ValueError: The model is in the training form, or no block lets a scale through.
+        ValueError: The model is in the training form, or no block has ReLU.
 
     Example:
         >>> import timm
         >>> equalize(timm.create_model('test_repvgg.cifar10_deploy')).deploy
         True
     """
-    pairs = [
-        (_conv_of(block), _conv_of(following))
-        for block, following in neighbours(model)
-        if isinstance(block.attn, nn.Identity) and type(block.act) is nn.ReLU
-    ]
+    pairs = [(block, following) for block, following in neighbours(model) if type(block.act) is nn.ReLU]
     if not pairs:
-        raise ValueError('nothing to equalise: every block has squeeze-excite or another activation than ReLU')
+        raise ValueError('nothing to equalise: every block has another activation than ReLU')
     for _ in range(sweeps):
         for first, second in pairs:
             rescale(first, second, _equal_ranges(first, second))
@@ -72,12 +70,17 @@ def neighbours(model: RepVGG) -> Iterator[tuple[ReparamBlock, ReparamBlock]]:
 
 
 @torch.no_grad()
-def rescale(first: nn.Conv2d, second: nn.Conv2d, scale: Tensor) -> None:
-    """Divide the output channels of a convolution by `scale`, and multiply the input channels of the next one by it."""
-    first.weight /= scale.view(-1, 1, 1, 1)
-    cast('Tensor', first.bias).div_(scale)
-    by_input = _by_input(second)
-    by_input *= scale.view(second.groups, 1, -1, 1, 1)
+def rescale(block: ReparamBlock, following: ReparamBlock, scale: Tensor) -> None:
+    """Divide a block's output channels by `scale`, and multiply the input channels of what reads them by it."""
+    conv = _conv_of(block)
+    conv.weight /= scale.view(-1, 1, 1, 1)
+    cast('Tensor', conv.bias).div_(scale)
+    readers = [_conv_of(following)]
+    if isinstance(block.attn, SEModule):
+        readers.append(cast('nn.Conv2d', block.attn.fc1))
+    for reader in readers:
+        by_input = _by_input(reader)
+        by_input *= scale.view(reader.groups, 1, -1, 1, 1)
 
 
 def _conv_of(block: ReparamBlock) -> nn.Conv2d:
@@ -89,8 +92,9 @@ def _by_input(conv: nn.Conv2d) -> Tensor:
     return conv.weight.view(conv.groups, -1, *conv.weight.shape[1:])
 
 
-def _equal_ranges(first: nn.Conv2d, second: nn.Conv2d) -> Tensor:
-    """Return the scale of each channel between two convolutions, for `rescale`."""
-    range_1, range_2 = first.weight.abs().amax((1, 2, 3)), _by_input(second).abs().amax((1, 3, 4)).flatten()
+def _equal_ranges(block: ReparamBlock, following: ReparamBlock) -> Tensor:
+    """Return the scale of each channel between two blocks, for `rescale`."""
+    range_1 = _conv_of(block).weight.abs().amax((1, 2, 3))
+    range_2 = _by_input(_conv_of(following)).abs().amax((1, 3, 4)).flatten()
     dead = (range_1 < _DEAD_RANGE * range_1.median()) | (range_2 < _DEAD_RANGE * range_2.median())
     return torch.where(dead | (range_1 == 0) | (range_2 == 0), 1.0, (range_1 / range_2).sqrt())

@@ -10,14 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .qat import fix_ranges
-from .rescaling import ChannelScales, folded_layers, rounding_noise
 
 __all__ = ['Batches', 'finetune']
 
 _FIXED_PART = 0.2
 """The last part of the steps, in which ranges stay."""
-_SCALE_LR, _NOISE_WEIGHT, _NOISY_PART = 0.01, 0.05, 0.7
-"""The first step of the scales; the weight of the noise in the loss, and in which part of the steps it falls to 0."""
 
 
 class Batches(Sized, Protocol):
@@ -37,12 +34,11 @@ def finetune(
 ) -> None:
     """Train a model of `prepare_qat` to answer as its float model does, in place.
 
-    The loss is the divergence of both answers, so labels are not needed and are not read. Adam, whose steps do not
-    depend on how a network spreads its ranges over its layers; the learning rate falls to 0 with a cosine. Over the
-    last fifth of the steps, ranges stay as they are.
+    The loss is the divergence of both answers, so labels are not needed and are not read. Adam takes the steps; the
+    learning rate falls to 0 with a cosine. Over the last fifth of the steps, ranges stay as they are.
 
-    In the deploy form, the training also makes the ranges of the channels more equal, whatever lies between the layers.
-    The scale of each channel is trained by `ChannelScales`, and `rounding_noise` is part of the loss at first.
+    Gradients go straight through the rounding, so they do not tell what unequal ranges of channels cost. `equalize` a
+    network with such ranges first.
 
     Args:
         model: A classifier of `prepare_qat`, in either form. It is in eval mode afterwards.
@@ -65,25 +61,18 @@ def finetune(
     device = next(model.parameters()).device
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    layers = folded_layers(model)
-    scales = ChannelScales(layers, lr=_SCALE_LR, steps=steps) if layers else None
     teacher.eval()
     model.train()
     done = 0
     for epoch in range(epochs):
         for images, _ in track(batches, description=f'epoch {epoch + 1} of {epochs}'):
             fix_ranges(model, are_fixed=done >= (1 - _FIXED_PART) * steps)
-            noise_weight = _NOISE_WEIGHT * max(0.0, 1 - done / (_NOISY_PART * steps))
-            with rounding_noise(layers if noise_weight else {}) as noises:
-                loss = _divergence(model, teacher, images.to(device))
+            loss = _divergence(model, teacher, images.to(device))
             if not bool(loss.isfinite()):
                 remedy = f'take a lower lr than {lr}' if done else 'look for NaN in the images and in the weights'
                 raise ValueError(f'the loss is not finite after {done} steps; {remedy}')
-            loss = loss + noise_weight * sum(noises)
             optimizer.zero_grad()
             loss.backward()
-            if scales:
-                scales.step()
             optimizer.step()
             schedule.step()
             done += 1

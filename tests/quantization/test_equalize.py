@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from helpers import deployed_with_weights, images, rel_diff, unbalanced_ranges
+from helpers import deployed_with_weights, images, randomise, rel_diff, unbalanced_ranges
 
-from repvgg_zoo.quantization.equalize import equalize
+from repvgg_zoo.quantization.equalize import equalize, neighbours, rescale
 from repvgg_zoo.quantization.sensitivity import layer_errors
 
 
@@ -36,9 +36,28 @@ def test_equalize_groups_computes_same():
     assert not torch.equal(before, model.stem.reparam_conv.weight)
 
 
-@pytest.mark.parametrize(('name', 'options'), [('repvgg_d2se', {}), ('repvgg_a0', dict(act_layer='silu'))])
-def test_equalize_without_a_pair_raises(name, options):
-    model = timm.create_model(name, deploy=True, depths=(1, 1, 1, 1), width=(0.25, 0.25, 0.25, 0.25), **options)
+@pytest.mark.parametrize('name', ['repvgg_d2se', 'repvggplus_l2pse'])
+def test_equalize_squeeze_excite_computes_same(name):
+    """Before the activation, and behind it."""
+    model = timm.create_model(name, deploy=True, depths=(1, 1, 2, 1), width=(0.25, 0.25, 0.25, 0.25), num_classes=2)
+    model, x = randomise(model).double().eval(), images(2, 32, dtype=torch.float64)
+    with torch.no_grad():
+        for index, (block, following) in enumerate(neighbours(model)):
+            block.attn.fc1.weight.mul_(3)  # so that it counts
+            generator = torch.Generator().manual_seed(index)
+            channels = block.reparam_conv.out_channels
+            expected = model(x)
+            rescale(block, following, 10 ** (2 * torch.rand(channels, generator=generator, dtype=x.dtype) - 1))
+            assert rel_diff(model(x), expected) < 1e-9
+        before = model.stages[0][0].attn.fc1.weight.clone()
+        expected = model(x)
+        assert rel_diff(equalize(model)(x), expected) < 1e-9
+    assert not torch.equal(model.stages[0][0].attn.fc1.weight, before)
+
+
+def test_equalize_without_a_pair_raises():
+    sizes = dict(depths=(1, 1, 1, 1), width=(0.25, 0.25, 0.25, 0.25))
+    model = timm.create_model('repvgg_a0', deploy=True, act_layer='silu', **sizes)
     before = model.stem.reparam_conv.weight.clone()
     with pytest.raises(ValueError, match='nothing to equalise'):
         equalize(model)
