@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ..reparam.evaluation import evaluating
 from ..reparam.fold import BATCH_NORMS, BNStats, exact_dtype
+from .batches import images_of
 from .branch_sum import BranchSum
 
-__all__ = ['images_of', 'match_bn_statistics']
+__all__ = ['match_bn_statistics']
 
 
 @torch.no_grad()
@@ -32,7 +33,7 @@ def match_bn_statistics(module: nn.Module, batches: Iterable[Any]) -> None:
 
             - the module has no block of the training form,
             - it has a block that `prepare_qat` prepared,
-            - `batches` holds no images, or tensors that are not `(N, C, H, W)`,
+            - `batches` holds no images, or tensors that are not `(N, C, H, W)`, not of floats or not finite,
             - a normalisation layer sees fewer than two pixels,
             - the statistics are not finite.
 
@@ -103,20 +104,3 @@ class _Moments:
 
     def mean_and_var(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return self.mean.to(dtype), (self.sum_of_squares / (self.count - 1)).to(dtype)
-
-
-def images_of(batches: Iterable[Any]) -> list[Tensor]:
-    """Return the tensors of batches, and raise if there is anything else."""
-    given = [batches] if isinstance(batches, Tensor) else list(batches)
-    images: list[Any] = [batch[0] if isinstance(batch, (tuple, list)) and batch else batch for batch in given]
-    strangers = [type(batch).__name__ for batch in images if batch is batches or not isinstance(batch, Tensor)]
-    if strangers:
-        raise TypeError(f'batches is an iterable of tensors or of tuples that begin with one; here is a {strangers[0]}')
-    if other := [tuple(batch.shape) for batch in images if batch.dim() != 4]:
-        raise ValueError(
-            f'batches holds a tensor of shape {other[0]}, which is no (N, C, H, W); a single batch goes in a list'
-        )
-    images = [batch for batch in images if len(batch)]
-    if not images:
-        raise ValueError('the batches have no images; give some of the training data')
-    return images

@@ -17,7 +17,8 @@ from ..reparam.fold import FoldError
 from ..reparam.geometry import as_pair, geometry_of
 from ..reparam.stale_optimizers import remember_replaced
 from .base import ReparamBlock
-from .bn_statistics import images_of, match_bn_statistics
+from .batches import images_of
+from .bn_statistics import match_bn_statistics
 from .factory import block_type
 from .set_kernel import set_equivalent_kernel_bias
 

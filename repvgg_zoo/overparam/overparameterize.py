@@ -11,7 +11,8 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..blocks.bn_statistics import images_of, match_bn_statistics
+from ..blocks.batches import images_of
+from ..blocks.bn_statistics import match_bn_statistics
 from ..blocks.factory import block_type
 from ..reparam.comparison import check_equal
 from ..reparam.evaluation import eval_outputs

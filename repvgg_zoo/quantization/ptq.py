@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from .calibration import calibration_images
+from ..blocks.batches import images_of
 from .onnx_export import quiet
 
 __all__ = ['quantize_onnx']
@@ -36,7 +36,7 @@ def quantize_onnx(
 
     Raises:
         ModuleNotFoundError: nncf or onnx are not installed; they are in the extra `quantize`.
-        ValueError: There is no such layer in the file, or the calibration has no batch or values that are not finite.
+        ValueError: There is no such layer in the file, or the calibration has no images or values that are not finite.
 
     Example:
         >>> quantize_onnx('float32.onnx', [torch.randn(1, 3, 224, 224)], 'int8.onnx')  # doctest: +SKIP
@@ -44,7 +44,7 @@ def quantize_onnx(
     import nncf
     import onnx
 
-    images = [{'x': image.detach().cpu().numpy()} for image in calibration_images(calibration)]
+    images = [{'x': image.detach().cpu().numpy()} for image in images_of(calibration)]
     model = onnx.load(exact)
     nodes = {node.input[1].removesuffix('.weight'): node.name for node in model.graph.node if len(node.input) > 1}
     if unknown := set(keep_float) - nodes.keys():

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ..blocks.base import ReparamBlock
+from ..blocks.batches import images_of
 from ..blocks.unfold import replace_modules
 from ..reparam.evaluation import evaluating
-from .calibration import calibration_images
 from .inputs import InputQuantizer
 from .layers import BlockQuantizer, LayerQuantizer, QuantizedLinear
 from .weights import FULL_RANGE, HALF_RANGE
@@ -216,7 +216,7 @@ def _calibrate(model: nn.Module, calibration: Iterable[Any]) -> None:
     with evaluating(model):
         for quantizer in quantizers:
             quantizer.train()
-        for count, images in enumerate(calibration_images(calibration), start=1):
+        for count, images in enumerate(images_of(calibration), start=1):
             for quantizer in quantizers:
                 quantizer.momentum = 1 / count
             model(images.to(device))

@@ -205,10 +205,10 @@ def test_unfold_bad_arguments_raises(folded):
     for batches, error, message in (
         ([], ValueError, 'the batches have no images'),
         ([torch.zeros(0, 3, 32, 32)], ValueError, 'the batches have no images'),
-        ([{'x': 1}], TypeError, 'here is a dict'),
-        ([()], TypeError, 'here is a tuple'),
+        ([{'x': 1}], TypeError, 'batch 0 is a dict'),
+        ([()], TypeError, 'batch 0 is a tuple'),
         ([torch.tensor(1.0)], ValueError, r'shape \(\)'),
-        (torch.zeros(2, 3, 32, 32), TypeError, 'here is a Tensor'),
+        (torch.zeros(2, 3, 32, 32), TypeError, 'the batches are one tensor'),
         ((torch.zeros(2, 3, 32, 32), torch.zeros(2)), ValueError, r'shape \(2,\), .* a single batch goes in a list'),
     ):
         model = copy.deepcopy(folded)

@@ -58,8 +58,8 @@ def test_segmentation_network_keeps_its_output(segmenter, tmp_path, way):
     ('calibration', 'options', 'said'),
     [
         ([images()], dict(keep_float=['encoder.nowhere']), r"no layer 'encoder\.nowhere' in"),
-        ([], {}, 'the calibration has no batches'),
-        ([images(), images() * torch.nan], {}, 'batch 1 of the calibration has values that are not finite'),
+        ([], {}, 'the batches have no images'),
+        ([images(), images() * torch.nan], {}, 'batch 1 has values that are not finite'),
     ],
 )
 def test_impossible_quantization_raises_and_writes_nothing(segmenter, tmp_path, calibration, options, said):
