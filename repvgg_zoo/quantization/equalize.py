@@ -77,7 +77,7 @@ def rescale(block: ReparamBlock, following: ReparamBlock, scale: Tensor) -> None
     cast('Tensor', conv.bias).div_(scale)
     readers = [_conv_of(following)]
     if isinstance(block.attn, SEModule):
-        readers.append(cast('nn.Conv2d', block.attn.fc1))
+        readers.append(block.attn.fc1)
     for reader in readers:
         by_input = _by_input(reader)
         by_input *= scale.view(reader.groups, 1, -1, 1, 1)
