@@ -134,8 +134,10 @@ def record(training: Training, out: Path) -> None:
         save_model(model, str(weights_file(job, out)))
     if job.folds:
         folded_top1 = top1_pct(repvgg_zoo.switch_to_deploy(copy.deepcopy(model)), training.images)
-    epochs = [(job.network, job.seed, epoch, f'{loss:.4f}') for epoch, loss in enumerate(losses)]
-    append(out / LOSSES, ('network', 'seed', 'epoch', 'train_loss'), epochs)
+    wanted = dict(network=job.network, seed=str(job.seed))
+    if not values(read(out / LOSSES), 'train_loss', **wanted):  # a run that was stopped here has written them
+        epochs = [(*wanted.values(), epoch, f'{loss:.4f}') for epoch, loss in enumerate(losses)]
+        append(out / LOSSES, ('network', 'seed', 'epoch', 'train_loss'), epochs)
     line = (job.network, job.seed, len(losses), f'{losses[-1]:.4f}', f'{top1:.2f}', f'{folded_top1:.2f}')
     append(out / RESULTS, COLUMNS, [line])
     print(*line, flush=True)

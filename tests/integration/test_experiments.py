@@ -110,6 +110,24 @@ def test_pool_goes_on_after_the_last_epoch(pool, training, tmp_path, monkeypatch
     assert [row['train_loss'] for row in rows(tmp_path / 'losses.csv')] == [f'{x:.4f}' for x in whole.losses.tolist()]
 
 
+def test_pool_stopped_between_its_files_writes_losses_once(pool, tmp_path, monkeypatch):
+    from experiments import pool as module
+
+    def stop(path, *args):
+        if path.name == 'results.csv':
+            raise KeyboardInterrupt
+        append(path, *args)
+
+    append = module.append
+    monkeypatch.setattr(module, 'append', stop)
+    with pytest.raises(KeyboardInterrupt):
+        pool().train([job('plain')])
+    monkeypatch.setattr(module, 'append', append)
+    pool().train([job('plain')])
+    assert [row['epoch'] for row in rows(tmp_path / 'losses.csv')] == ['0', '1']
+    assert len(rows(tmp_path / 'results.csv')) == 1
+
+
 def test_pool_goes_on_only_with_its_recipe(pool, training, tmp_path, monkeypatch):
     from experiments.errors import StudyError
 
