@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -10,8 +10,8 @@ from torch import Tensor
 __all__ = ['images_of']
 
 
-def images_of(batches: Iterable[Any]) -> list[Tensor]:
-    """Return the images of batches, and refuse what a model cannot learn ranges or statistics from.
+def images_of(batches: Iterable[Any]) -> Iterator[Tensor]:
+    """Return the images batch by batch, and refuse what gives no ranges and no statistics.
 
     Args:
         batches: Tensors `(N, C, H, W)`, or tuples that begin with one, as loaders give them. Empty ones are left out.
@@ -22,8 +22,9 @@ def images_of(batches: Iterable[Any]) -> list[Tensor]:
     """
     if isinstance(batches, Tensor):
         raise TypeError('the batches are one tensor; give an iterable of batches, a single batch in a list')
-    images = [batch[0] if isinstance(batch, (tuple, list)) and batch else batch for batch in batches]
-    for index, batch in enumerate(images):
+    is_empty = True
+    for index, given in enumerate(batches):
+        batch = given[0] if isinstance(given, (tuple, list)) and given else given
         if not isinstance(batch, Tensor):
             raise TypeError(f'batch {index} is a {type(batch).__name__}; give tensors, or tuples that begin with one')
         if batch.dim() != 4:
@@ -35,7 +36,8 @@ def images_of(batches: Iterable[Any]) -> list[Tensor]:
             raise ValueError(f'batch {index} is of {batch.dtype}; give images as the model takes them')
         if not bool(batch.isfinite().all()):
             raise ValueError(f'batch {index} has values that are not finite')
-    images = [batch for batch in images if len(batch)]
-    if not images:
+        if len(batch):
+            is_empty = False
+            yield batch
+    if is_empty:
         raise ValueError('the batches have no images; give some of the training data')
-    return images

@@ -55,7 +55,7 @@ def match_bn_statistics(module: nn.Module, batches: Iterable[Any]) -> None:
         for norm in block.modules()
         if isinstance(norm, BATCH_NORMS) and norm.affine and norm.track_running_stats
     ]
-    images = images_of(batches) if norms else []
+    images = list(images_of(batches)) if norms else []
     seen = {norm: _Moments() for norm in norms}
     handles = [norm.register_forward_pre_hook(seen[norm].see) for norm in norms]
     device = next(module.parameters()).device

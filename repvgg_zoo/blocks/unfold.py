@@ -87,7 +87,7 @@ def unfold(
             f'{compiled[0].rpartition(".")[0] or "the module"} is a block that was compiled by itself, and its '
             'compiled code would go on with the old block; unfold first, then compile'
         )
-    images = None if batches is None else images_of(batches)
+    images = None if batches is None else list(images_of(batches))
     convs = {folded: conv for folded in found.values() if (conv := folded.reparam_conv) is not None}
     unfolded: dict[nn.Module, nn.Module] = {
         folded: _training_form(folded, conv, make, make_norm, generator) for folded, conv in convs.items()

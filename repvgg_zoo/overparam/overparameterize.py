@@ -86,7 +86,7 @@ def overparameterize(
     for name in (block, *_patterns(where, block).values()):
         block_type(name)
     _refuse_wrappers(module)
-    images = None if batches is None else images_of(batches)
+    images = None if batches is None else list(images_of(batches))
     sample = sample_of(module) if sample is None else sample
     before = _outputs(module, sample)
     found = candidates(module, sample)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..blocks.base import ReparamBlock
 from ..model import RepVGG
+from .deploy_form import refuse_other_forms
 
 __all__ = ['equalize', 'neighbours', 'rescale']
 
@@ -26,8 +27,10 @@ def equalize(model: RepVGG, *, sweeps: int = 10) -> RepVGG:
     ReLU lets a positive scale through. So each output channel of a convolution is divided by s = sqrt(r1 / r2), and
     the same input channel of the next one is multiplied by s, where r1 and r2 are their largest absolute weights. Then
     both ranges are equal, and the model computes the same. Squeeze-excite multiplies each channel by what it makes of
-    the means of all, so its first layer's input channels are multiplied by s too. Blocks of other activations stay as
-    they are, because scaling would change what they compute.
+    the means of all, so its first layer's input channels are multiplied by s too. Blocks of other activations and other
+    attention stay as they are, because scaling would change what they compute.
+
+    Only what reads the last stage sees no change: features between the stages are scaled.
 
     Args:
         model: A RepVGG in the deploy form.
@@ -38,16 +41,20 @@ def equalize(model: RepVGG, *, sweeps: int = 10) -> RepVGG:
 
     Raises:
         TypeError: The model is no RepVGG of this package.
-        ValueError: The model is in the training form, or no block has ReLU.
+        ValueError: The model has branches or is of `prepare_qat`, or no block lets a scale through.
 
     Example:
         >>> import timm
         >>> equalize(timm.create_model('test_repvgg.cifar10_deploy')).deploy
         True
     """
-    pairs = [(block, following) for block, following in neighbours(model) if type(block.act) is nn.ReLU]
+    pairs = [
+        (block, following)
+        for block, following in neighbours(model)
+        if type(block.act) is nn.ReLU and isinstance(block.attn, (nn.Identity, SEModule))
+    ]
     if not pairs:
-        raise ValueError('nothing to equalise: every block has another activation than ReLU')
+        raise ValueError('nothing to equalise: no block has ReLU and no other attention than squeeze-excite')
     for _ in range(sweeps):
         for first, second in pairs:
             rescale(first, second, _equal_ranges(first, second))
@@ -59,13 +66,12 @@ def neighbours(model: RepVGG) -> Iterator[tuple[ReparamBlock, ReparamBlock]]:
 
     Raises:
         TypeError: The model is no RepVGG of this package.
-        ValueError: The model is in the training form.
+        ValueError: The model has branches or is of `prepare_qat`.
     """
     if not isinstance(model, RepVGG):
         raise TypeError(f'equalisation is for a RepVGG of this package; here is a {type(model).__name__}')
+    refuse_other_forms(model)
     blocks = [model.stem, *(block for stage in model.stages for block in stage.children())]
-    if not all(isinstance(block, ReparamBlock) and block.reparam_conv is not None for block in blocks):
-        raise ValueError('equalisation is for the deploy form; call switch_to_deploy() first')
     return pairwise(cast('list[ReparamBlock]', blocks))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sized
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ _FIXED_PART = 0.2
 
 
 class Batches(Sized, Protocol):
-    """What `DataLoader` is: batches of images and labels, again in each epoch."""
+    """What `DataLoader` is: batches, again in each epoch."""
 
     def __iter__(self) -> Any: ...
 
@@ -43,17 +44,22 @@ def finetune(
     Args:
         model: A classifier of `prepare_qat`, in either form. It is in eval mode afterwards.
         teacher: The float model. It is in eval mode afterwards.
-        batches: A loader of `(images, labels)`, with the augmentation of a training.
-        epochs: Passes over the loader.
+        batches: A loader of images, or of tuples that begin with them, with the augmentation of a training.
+        epochs: Passes over the loader, from 1 on.
         lr: The first learning rate.
         track: Shows the progress, see `repvgg_zoo.tools.console`.
 
     Raises:
-        ValueError: The model has no quantizers, the loader is empty, or the loss is not finite.
+        ValueError: The model has no quantizers or is its own teacher, `epochs` or `lr` is not positive, the loader is
+            empty, or the loss is not finite.
 
     Example:
         >>> finetune(model, teacher, loader, epochs=2)  # doctest: +SKIP
     """
+    if epochs < 1 or not 0 < lr < math.inf:
+        raise ValueError(f'epochs is {epochs} and lr {lr}; they take an integer from 1 on and a number above 0')
+    if teacher is model:
+        raise ValueError('the model is its own teacher; give a copy that was made before prepare_qat')
     steps = epochs * len(batches)
     if not steps:
         raise ValueError('there are no batches to train on')
@@ -65,8 +71,9 @@ def finetune(
     model.train()
     done = 0
     for epoch in range(epochs):
-        for images, _ in track(batches, description=f'epoch {epoch + 1} of {epochs}'):
+        for batch in track(batches, description=f'epoch {epoch + 1} of {epochs}'):
             fix_ranges(model, are_fixed=done >= (1 - _FIXED_PART) * steps)
+            images = batch[0] if isinstance(batch, (tuple, list)) else batch
             loss = _divergence(model, teacher, images.to(device))
             if not bool(loss.isfinite()):
                 remedy = f'take a lower lr than {lr}' if done else 'look for NaN in the images and in the weights'

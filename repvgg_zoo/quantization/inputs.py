@@ -16,8 +16,8 @@ class InputQuantizer(nn.Module):
     """Rounds an input to 8 bits between its usual extremes.
 
     In train mode the extremes are a moving average of those of the batches, as running statistics are of batch
-    normalisation. In eval mode, and once `is_fixed`, they stay. Gradients go straight through, except at inputs beyond
-    the extremes.
+    normalisation; the first input that is not 0 everywhere sets them. In eval mode, and once `is_fixed`, they stay.
+    Gradients go straight through, except at inputs beyond the extremes.
     """
 
     is_fixed = False
@@ -47,8 +47,9 @@ class InputQuantizer(nn.Module):
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
         low, high = x.aminmax()
-        self.running_low.lerp_(low.clamp_max(0.0).to(self.running_low), self.momentum)
-        self.running_high.lerp_(high.clamp_min(0.0).to(self.running_high), self.momentum)
+        momentum = torch.where(self.running_low == self.running_high, 1.0, self.momentum)
+        self.running_low.lerp_(low.clamp_max(0.0).to(self.running_low), momentum)
+        self.running_high.lerp_(high.clamp_min(0.0).to(self.running_high), momentum)
 
     def _scale_and_zero(self) -> tuple[Tensor, Tensor]:
         low, high = self.running_low.float(), self.running_high.float()

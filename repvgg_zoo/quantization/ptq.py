@@ -44,11 +44,19 @@ def quantize_onnx(
     import nncf
     import onnx
 
-    images = [{'x': image.detach().cpu().numpy()} for image in images_of(calibration)]
+    if isinstance(keep_float, str):
+        raise ValueError(f'keep_float is {keep_float!r}; it takes a collection of paths')
     model = onnx.load(exact)
-    nodes = {node.input[1].removesuffix('.weight'): node.name for node in model.graph.node if len(node.input) > 1}
+    name = model.graph.input[0].name
+    images = [{name: image.detach().cpu().numpy()} for image in images_of(calibration)]
+    nodes = {
+        node.input[1].removesuffix('.weight'): node.name
+        for node in model.graph.node
+        if len(node.input) > 1 and node.input[1].endswith('.weight')
+    }
     if unknown := set(keep_float) - nodes.keys():
-        raise ValueError(f'no layer {min(unknown)!r} in {str(exact)!r}')
+        layers = ', '.join(nodes)
+        raise ValueError(f'no layer {min(unknown)!r} in {str(exact)!r}; there are {layers}')
     with quiet():
         quantized = nncf.quantize(
             model,

@@ -156,14 +156,14 @@ def without_quantizers(model: ModuleT) -> ModuleT:
         >>> quantized_layers(without_quantizers(model))
         {}
     """
-    plain = copy.deepcopy(model).eval()
+    plain = copy.deepcopy(model)
     for parent in list(plain.modules()):
         if isinstance(parent, ReparamBlock):
             parent.quantizer = None
         for name, child in list(parent.named_children()):
             if isinstance(child, QuantizedLinear):
                 setattr(parent, name, child.float_layer())
-    return plain
+    return plain.eval()
 
 
 def _refuse_prepared(model: nn.Module) -> None:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .deploy_form import refuse_other_forms
+
 __all__ = ['LayerRanges', 'Spread', 'layer_ranges']
 
 
@@ -41,6 +43,9 @@ def layer_ranges(model: nn.Module, images: Tensor) -> list[LayerRanges]:
     Returns:
         The ranges of each layer, in the order of the forward pass.
 
+    Raises:
+        ValueError: The model has branches or is of `prepare_qat`.
+
     Example:
         >>> import timm
         >>> model = timm.create_model('test_repvgg.cifar10_deploy').eval()
@@ -48,6 +53,7 @@ def layer_ranges(model: nn.Module, images: Tensor) -> list[LayerRanges]:
         >>> len(ranges), ranges[0].layer
         (12, 'stem.reparam_conv')
     """
+    refuse_other_forms(model)
     layers = (nn.Conv2d, nn.Linear)
     names: dict[nn.Module, str] = {m: name for name, m in model.named_modules() if isinstance(m, layers)}
     found: dict[nn.Module, LayerRanges] = {}

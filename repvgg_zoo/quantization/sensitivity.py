@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..reparam.evaluation import tensors_in
+from .deploy_form import refuse_other_forms
 from .weights import FULL_RANGE, HALF_RANGE, fake_quantize
 
 __all__ = ['LayerError', 'layer_errors']
@@ -47,7 +48,7 @@ def layer_errors(
         One error for each layer, the largest first.
 
     Raises:
-        ValueError: The output is 0 everywhere, or not finite.
+        ValueError: The output is 0 everywhere, or not finite; or the model has branches or is of `prepare_qat`.
 
     Example:
         >>> import timm
@@ -55,6 +56,7 @@ def layer_errors(
         >>> len(layer_errors(model, torch.randn(2, 3, 32, 32)))
         12
     """
+    refuse_other_forms(model)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     reference = _output(model, images)
     size = reference.square().mean().sqrt()

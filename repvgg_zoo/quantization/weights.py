@@ -30,7 +30,12 @@ def fake_quantize(weight: Tensor, largest_code: int) -> Tensor:
     """Round weights `(C_out, …)` to what integers can hold, so that the largest of each channel has the largest code.
 
     The gradient goes straight through.
+
+    Raises:
+        TypeError: The weights are not in float32.
     """
+    if weight.dtype != torch.float32:
+        raise TypeError(f'weights of {weight.dtype} are not rounded; keep the model in float32, in autocast for speed')
     scale = _scale(weight, largest_code)
     zero = torch.zeros_like(scale, dtype=torch.int32)
     return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -largest_code, largest_code)

@@ -6,7 +6,9 @@ import pytest
 import timm
 import torch
 from helpers import deployed_with_weights, images, randomise, rel_diff, unbalanced_ranges
+from timm.layers import get_attn
 
+from repvgg_zoo import prepare_qat
 from repvgg_zoo.quantization.equalize import equalize, neighbours, rescale
 from repvgg_zoo.quantization.sensitivity import layer_errors
 
@@ -55,15 +57,35 @@ def test_equalize_squeeze_excite_computes_same(name):
     assert not torch.equal(model.stages[0][0].attn.fc1.weight, before)
 
 
-def test_equalize_without_a_pair_raises():
+@pytest.mark.parametrize(('act', 'attn'), [('silu', None), ('relu6', None), ('relu', 'eca'), ('relu', 'ese')])
+def test_equalize_without_a_pair_raises(act, attn):
     sizes = dict(depths=(1, 1, 1, 1), width=(0.25, 0.25, 0.25, 0.25))
-    model = timm.create_model('repvgg_a0', deploy=True, act_layer='silu', **sizes)
+    model = timm.create_model('repvgg_a0', deploy=True, act_layer=act, **sizes)
+    for block, _ in neighbours(model):
+        if attn is not None:
+            block.attn = get_attn(attn)(block.reparam_conv.out_channels)
     before = model.stem.reparam_conv.weight.clone()
     with pytest.raises(ValueError, match='nothing to equalise'):
         equalize(model)
     assert torch.equal(before, model.stem.reparam_conv.weight)
-    with pytest.raises(ValueError, match='is for the deploy form'):
+
+
+def test_equalize_other_forms_raise():
+    with pytest.raises(ValueError, match=r"'stem' has branches, and this is for the deploy form"):
         equalize(timm.create_model('test_repvgg'))
+    model = prepare_qat(deployed_with_weights(), [images(2, 32)])
+    before = model.stem.reparam_conv.weight.clone()
+    with pytest.raises(ValueError, match=r"'stem\.quantizer' is of prepare_qat; do this before it"):
+        equalize(model)
+    assert torch.equal(model.stem.reparam_conv.weight, before)
+
+
+def test_equalize_channels_of_zeros_stay():
+    model, x = deployed_with_weights(), images(4, 32)
+    with torch.no_grad():
+        model.stages[1][1].reparam_conv.weight[1:] = 0  # so that the median is 0
+        expected = model(x)
+    assert rel_diff(equalize(model)(x), expected) < 1e-4
 
 
 def test_equalize_dead_channels_stay():

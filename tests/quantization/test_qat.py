@@ -18,6 +18,7 @@ from repvgg_zoo.quantization.finetune import finetune
 from repvgg_zoo.quantization.inputs import InputQuantizer
 from repvgg_zoo.quantization.layers import QuantizedLinear, codes_of_layer
 from repvgg_zoo.quantization.qat import fix_ranges, quantized_layers, without_quantizers
+from repvgg_zoo.quantization.weights import HALF_RANGE
 
 SMALL = dict(depths=(1, 2, 1, 1), width=(0.25, 0.25, 0.25, 0.125), num_classes=5)
 
@@ -136,9 +137,47 @@ def test_qat_first_ranges_are_the_mean_of_the_extremes():
     low, high = torch.full((1, 3, 32, 32), -1.0), torch.full((1, 3, 32, 32), 3.0)
     model = prepare_qat(small(), [torch.cat([low, high]), torch.cat([low, 2 * high])])
     assert model.stem.quantizer.input.scale == pytest.approx((1 + 4.5) / 255)
-    model = prepare_qat(small(), [torch.cat([low, high])], symmetric=True)
-    assert model.stem.quantizer.input.scale == pytest.approx(3 / 127)
-    assert model.stem.quantizer.input.zero_point == 0
+    for x in (torch.cat([low, high]), torch.cat([-low, -high])):
+        model = prepare_qat(small(), [x], symmetric=True)
+        assert model.stem.quantizer.input.scale == pytest.approx(3 / 127)
+        assert model.stem.quantizer.input.zero_point == 0
+        assert model.stem.quantizer.codes.tolist() == [-127, 127, HALF_RANGE]
+    model = prepare_qat(small(), [low])
+    assert (model.stem.quantizer.input.scale, model.stem.quantizer.input.zero_point) == (pytest.approx(1 / 255), 255)
+
+
+def test_qat_ranges_begin_with_the_first_input_that_is_not_0():
+    """Of what a calibration leaves out, as it does heads that only training runs."""
+    model = prepare_qat(small(), [torch.zeros(2, 3, 32, 32)])
+    with torch.no_grad():
+        assert model.eval()(torch.zeros(2, 3, 32, 32)).isfinite().all()
+        model.train()(torch.tensor([-1.0, 3.0]).view(2, 1, 1, 1).expand(2, 3, 32, 32))
+    assert model.stem.quantizer.input.scale == pytest.approx(4 / 255)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_qat_model_in_another_dtype_is_refused(dtype):
+    model = prepare_qat(small().eval(), batches()).to(dtype)
+    with pytest.raises(TypeError, match=f'weights of {dtype} are not rounded; keep the model in float32'):
+        model(batches()[0].to(dtype))
+
+
+def test_qat_leaves_subclasses_of_linear():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    net = nn.Sequential(small(), Doubled(5, 3))
+    prepare_qat(net, batches())
+    assert type(net[1]) is Doubled
+
+
+def test_without_quantizers_is_in_eval_mode_and_computes_in_float():
+    model, x = small().train(), batches()[0]
+    expected = copy.deepcopy(model).eval()(x)
+    plain = without_quantizers(prepare_qat(model, batches()))
+    assert not any(module.training for module in plain.modules())
+    assert rel_diff(plain(x), expected) < 1e-5
 
 
 def test_qat_leaves_every_module_in_its_mode():
@@ -334,13 +373,13 @@ def test_finetune_brings_answers_nearer():
 
 def test_finetune_is_as_a_loop_of_pytorch():
     """With Adam, a cosine, a teacher in eval mode, and the divergence from the teacher's answers."""
-    teacher, loader = small().train(), [(x, None) for x in batches(5)]
+    teacher, loader = small().train(), batches(5)
     model = prepare_qat(small().eval(), batches())
     expected = copy.deepcopy(model).train()
     finetune(model, teacher, loader, epochs=1, lr=1e-3)
     assert not teacher.training
     optimizer = torch.optim.Adam(expected.parameters(), lr=1e-3)
-    for index, (x, _) in enumerate(loader):
+    for index, x in enumerate(loader):
         for group in optimizer.param_groups:
             group['lr'] = 1e-3 * (1 + math.cos(math.pi * index / 5)) / 2
         fix_ranges(expected, are_fixed=index == 4)
@@ -358,11 +397,16 @@ def test_finetune_impossible_request_raises(deploy):
     teacher = small(deploy=deploy)
     model = prepare_qat(copy.deepcopy(teacher), batches())
     with pytest.raises(ValueError, match='RepVGG has no quantizers'):
-        finetune(teacher, teacher, [(x, None) for x in batches()], epochs=1)
+        finetune(copy.deepcopy(teacher), teacher, batches(), epochs=1)
     with pytest.raises(ValueError, match='not finite after 0 steps; look for NaN in the images'):
         finetune(model, teacher, [(x * torch.nan, None) for x in batches()], epochs=1)
     model = prepare_qat(copy.deepcopy(teacher), batches())
     with pytest.raises(ValueError, match='there are no batches'):
         finetune(model, teacher, [], epochs=1)
+    with pytest.raises(ValueError, match='the model is its own teacher'):
+        finetune(model, model, batches(), epochs=1)
+    for options in (dict(epochs=0), dict(epochs=-1), dict(epochs=1, lr=0), dict(epochs=1, lr=math.inf)):
+        with pytest.raises(ValueError, match='they take an integer from 1 on and a number above 0'):
+            finetune(model, teacher, batches(), **options)
     with pytest.raises(ValueError, match='take a lower lr than 1e'):
         finetune(model, teacher, [(x, None) for x in batches(20)], epochs=5, lr=1e30)

@@ -389,7 +389,7 @@ def test_main_quantize_options_of_a_training_need_one(tmp_path):
     command = [sys.executable, '-m', 'repvgg_zoo', 'quantize', 'test_repvgg', tmp_path / 'out', '--images', VALIDATION]
     done = subprocess.run([*command, '--epochs', '2', '--lr', '1e-3'], capture_output=True, text=True, check=False)
     assert done.returncode
-    assert '--epochs and --lr are of a training; give its images by --finetune' in done.stderr
+    assert '--epochs and --lr: of a training; give its images by --finetune' in done.stderr
     assert 'Traceback' not in done.stderr
 
 

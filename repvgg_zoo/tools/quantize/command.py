@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> int:
     """Run `repvgg-zoo quantize`."""
     training = {name: value for name in ('epochs', 'lr') if (value := getattr(args, name)) is not None}
     if training and args.finetune is None:
-        raise ValueError(f'--{" and --".join(training)} are of a training; give its images by --finetune')
+        raise ValueError(f'--{" and --".join(training)}: of a training; give its images by --finetune')
     with progress() as track:
         report = quantize(
             args.src,

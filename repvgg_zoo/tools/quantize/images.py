@@ -11,7 +11,7 @@ __all__ = ['evenly_spaced', 'image_folder', 'why_no_top1']
 
 def image_folder(folder: str | Path) -> ImageDataset:
     """Open a folder of images; raise `FileNotFoundError` if there is none, or none in it."""
-    if not Path(folder).is_dir():
+    if not str(folder) or not Path(folder).is_dir():
         raise FileNotFoundError(f'no folder of images at {str(folder)!r}')
     try:
         return create_dataset('', root=str(folder), search_split=False)  # a class may be called `val`

@@ -109,7 +109,7 @@ def quantize(
             raise ValueError(f'{name} is {value}; it takes a number from {least} on')
     if not 0 < lr < math.inf:
         raise ValueError(f'lr is {lr}; it takes a number above 0')
-    evaluated, calibrated = image_folder(images), image_folder(calibration or images)
+    evaluated, calibrated = image_folder(images), image_folder(images if calibration is None else calibration)
     trained_on = None if finetune_on is None else image_folder(finetune_on)
     with new_folder(target, overwrite=overwrite) as folder:
         model = open_model(source, **options).float().eval().switch_to_deploy()
