@@ -66,12 +66,14 @@ def neighbours(model: RepVGG) -> Iterator[tuple[ReparamBlock, ReparamBlock]]:
 
     Raises:
         TypeError: The model is no RepVGG of this package.
-        ValueError: The model has branches or is of `prepare_qat`.
+        ValueError: The model has branches, is of `prepare_qat`, or has other blocks.
     """
     if not isinstance(model, RepVGG):
         raise TypeError(f'equalisation is for a RepVGG of this package; here is a {type(model).__name__}')
     refuse_other_forms(model)
     blocks = [model.stem, *(block for stage in model.stages for block in stage.children())]
+    if others := [type(block).__name__ for block in blocks if not isinstance(block, ReparamBlock)]:
+        raise ValueError(f'equalisation is for a chain of RepVGG blocks; here is a {others[0]}')
     return pairwise(cast('list[ReparamBlock]', blocks))
 
 

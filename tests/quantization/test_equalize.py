@@ -109,5 +109,9 @@ def test_equalize_unread_channels_stay():
 
 
 def test_equalize_other_modules_raise():
+    model = deployed_with_weights()
+    model.stages[1][0] = torch.nn.Identity()
+    with pytest.raises(ValueError, match='is for a chain of RepVGG blocks; here is a Identity'):
+        equalize(model)
     with pytest.raises(TypeError, match='here is a Linear'):
         equalize(torch.nn.Linear(1, 1))
