@@ -137,12 +137,14 @@ def _only_norm(readers: _Readers, path: str, norms: Mapping[str, nn.Module]) -> 
 
 def _shared_paths(module: nn.Module, convs: Mapping[str, nn.Conv2d]) -> dict[str, str]:
     """Return, for each convolution that stands at two places or shares its kernel, another of these paths."""
+    kernels: dict[nn.Module, Tensor] = {conv: conv.weight for conv in convs.values()}
+    """Held, because a computed kernel is another tensor each time, and gets the id of one that is gone."""
     places = defaultdict(list)
     for path, submodule in module.named_modules(remove_duplicate=False):
-        if isinstance(submodule, nn.Conv2d):
-            places[id(submodule.weight)].append(path)
-    kernels = {path: places[id(conv.weight)] for path, conv in convs.items()}
-    return {path: next(p for p in same if p != path) for path, same in kernels.items() if len(same) > 1}
+        if submodule in kernels:
+            places[id(kernels[submodule])].append(path)
+    found = {path: places[id(kernels[conv])] for path, conv in convs.items()}
+    return {path: next(p for p in same if p != path) for path, same in found.items() if len(same) > 1}
 
 
 class _Readers(TorchDispatchMode):
@@ -155,7 +157,7 @@ class _Readers(TorchDispatchMode):
         self.calls: Counter[str] = Counter()
         self._running: list[str] = []
         self._outputs: dict[int, tuple[str, Tensor]] = {}  # held, or another tensor would get the id
-        self._kernels = {id(kernel): path for path, kernel in kernels.items()}
+        self._kernels = {id(kernel): (path, kernel) for path, kernel in kernels.items()}  # held, too
 
     def enter(self, path: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -188,7 +190,7 @@ class _Readers(TorchDispatchMode):
     def read(self, tensor: Tensor, reader: str) -> None:
         if (found := self._outputs.get(id(tensor))) is not None:
             self.readers[found[0]].append(reader)
-        path = self._kernels.get(id(tensor))
+        path, _ = self._kernels.get(id(tensor), (None, None))
         if path is not None and path not in self._running:
             self.kernel_readers[path] = reader
 

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
-from repvgg_zoo.reparam.pairs import conv_norm_pairs, sample_of, uses_of_convs
+from repvgg_zoo.reparam.pairs import _Readers, conv_norm_pairs, sample_of, uses_of_convs
 
 
 class _Net(nn.Module):
@@ -109,3 +112,20 @@ def test_sample_of_has_the_channels_and_size_of_the_model(make, shape):
 def test_sample_of_without_convolutions_raises():
     with pytest.raises(ValueError, match='no convolution in Linear'):
         sample_of(nn.Linear(2, 2))
+
+
+def test_uses_of_computed_kernels_are_their_own():
+    """A computed kernel is a new tensor each time, and another one may get its id."""
+    net = nn.Sequential(*(weight_norm(nn.Conv2d(3, 3, 1)) for _ in range(20)), nn.BatchNorm2d(3))
+    for use in uses_of_convs(net, PIXELS):
+        assert (use.shared_with, use.kernel_reader) == (None, None)
+
+
+def test_kernels_that_are_looked_for_are_held():
+    kernel = torch.ones(1)
+    is_alive = weakref.ref(kernel)
+    readers = _Readers({'conv': kernel})
+    del kernel
+    assert is_alive() is not None
+    readers.read(is_alive(), 'reader')
+    assert readers.kernel_readers == {'conv': 'reader'}
