@@ -55,13 +55,12 @@ def match_bn_statistics(module: nn.Module, batches: Iterable[Any]) -> None:
         for norm in block.modules()
         if isinstance(norm, BATCH_NORMS) and norm.affine and norm.track_running_stats
     ]
-    images = list(images_of(batches)) if norms else []
     seen = {norm: _Moments() for norm in norms}
     handles = [norm.register_forward_pre_hook(seen[norm].see) for norm in norms]
     device = next(module.parameters()).device
     try:
         with evaluating(module), torch.compiler.set_stance('force_eager'):  # compiled code does not see hooks
-            for batch in images:
+            for batch in images_of(batches) if norms else ():
                 module(batch.to(device))
     finally:
         for handle in handles:
