@@ -137,8 +137,8 @@ def _only_norm(readers: _Readers, path: str, norms: Mapping[str, nn.Module]) -> 
 
 def _shared_paths(module: nn.Module, convs: Mapping[str, nn.Conv2d]) -> dict[str, str]:
     """Return, for each convolution that stands at two places or shares its kernel, another of these paths."""
+    # held, because a computed kernel is another tensor each time, and can get the id of one that is gone
     kernels: dict[nn.Module, Tensor] = {conv: conv.weight for conv in convs.values()}
-    """Held, because a computed kernel is another tensor each time, and gets the id of one that is gone."""
     places = defaultdict(list)
     for path, submodule in module.named_modules(remove_duplicate=False):
         if submodule in kernels:
