@@ -149,6 +149,7 @@ def test_qat_first_ranges_are_the_mean_of_the_extremes():
 def test_qat_ranges_begin_with_the_first_input_that_is_not_0():
     """Of what a calibration leaves out, as it does heads that only training runs."""
     model = prepare_qat(small(), [torch.zeros(2, 3, 32, 32)])
+    assert model.stem.quantizer.input.zero_point == 0  # of a scale that is not 0
     with torch.no_grad():
         assert model.eval()(torch.zeros(2, 3, 32, 32)).isfinite().all()
         model.train()(torch.tensor([-1.0, 3.0]).view(2, 1, 1, 1).expand(2, 3, 32, 32))
