@@ -192,7 +192,7 @@ def top1_pct(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     """Tell which settings have other values than before."""
     pairs = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
-    return ', '.join(f'--{name.replace("_", "-")} was {old} and is {new}' for name, (old, new) in pairs.items())
+    return ', '.join(f'{name} was {old} and is {new}' for name, (old, new) in pairs.items())
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

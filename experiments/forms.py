@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from experiments import depth
 from experiments.pool import RESULTS, append, read
+from experiments.settings import processor, settle
 from repvgg_zoo.tools.benchmark.cases import saved_bytes
 from repvgg_zoo.tools.benchmark.measure import time_rounds
 from repvgg_zoo.tools.console import no_progress, positive
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write `results.csv`, two lines a depth."""
     out = args.out / 'forms'
-    out.mkdir(parents=True, exist_ok=True)
+    settle(out, {'rounds': args.rounds} | processor())
     done = {row['depth'] for row in read(out / RESULTS)}
     for n in (*depth.STEPS, depth.DEEPEST):
         layers = depth.layers(n)

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import repvgg_zoo
 from experiments.pool import RESULTS, append, read
+from experiments.settings import processor, settle
 from repvgg_zoo.tools.benchmark.measure import time_rounds
 from repvgg_zoo.tools.benchmark.runtimes import RUNTIMES
 from repvgg_zoo.tools.console import no_progress, positive
@@ -84,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write `results.csv`, a line a model."""
     out = args.out / 'multiplications'
-    out.mkdir(parents=True, exist_ok=True)
+    settle(out, {'px': args.px, 'rounds': args.rounds} | processor())
     done = {row['model'] for row in read(out / RESULTS)}
     for name in args.models:
         if name in done:

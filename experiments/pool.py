@@ -24,6 +24,7 @@ from torch import nn
 import repvgg_zoo
 from experiments.cifar10 import save_state
 from experiments.errors import StudyError
+from experiments.settings import settle
 from experiments.training import Images, Job, Recipe, Training, top1_pct
 
 RESULTS, LOSSES, WEIGHTS, UNFINISHED = 'results.csv', 'losses.csv', 'weights', 'unfinished'
@@ -48,14 +49,9 @@ class Pool:
         """Train what has no line in `results.csv`.
 
         Raises:
-            StudyError: The folder has results or an unfinished training of another recipe.
+            StudyError: The folder has results of another recipe or number of images.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
-        if others := {row['epochs'] for row in read(self.out / RESULTS)} - {str(self.recipe.epochs)}:
-            raise StudyError(
-                f'{str(self.out)!r} has results of {", ".join(sorted(others))} epochs, and these are to be of '
-                f'{self.recipe.epochs}; give another --out or the same --epochs'
-            )
+        settle(self.out, asdict(self.recipe) | {'test_split': self.images[1], 'images': self.images[2]})
         done = self.done(jobs)
         waiting = [job for job in jobs if job not in done]
         if not waiting:
@@ -101,21 +97,14 @@ class Pool:
         if time.time() > self.end:
             return
         training = Training(job, images, self.recipe)
-        settings = asdict(self.recipe) | {'images': len(images.padded)}
         file = self.out / UNFINISHED / f'{job.network}-{job.seed}.pt'
         file.parent.mkdir(exist_ok=True)
         if file.exists():
-            state = torch.load(file, weights_only=True)
-            if state['settings'] != settings:
-                raise StudyError(
-                    f'{str(file)!r} is of a training with {state["settings"]}, and this is one with {settings}; give '
-                    'another --out or the same options'
-                )
-            training.resume(state)
+            training.resume(torch.load(file, weights_only=True))
         while not training.is_over:
             training.step()
             if training.count % training.steps == 0:
-                save_state(file, training.state() | {'settings': settings})
+                save_state(file, training.state())
         record(training, self.out)
         file.unlink()
 

@@ -1,6 +1,7 @@
 """The studies of `python -m experiments`: depth, lesions, skeletons, multiplications, and both forms over depth."""
 
 import sys
+from collections import Counter
 from math import isnan
 from pathlib import Path
 from statistics import mean, stdev
@@ -14,17 +15,14 @@ sys.path.append(str(ROOT))
 
 from experiments import depth, lesion, multiplications, skeleton
 from experiments.pool import LOSSES, RESULTS, read, values
-
-CIFAR10 = 'CIFAR-10, ten epochs, widths 16, 32, 64'
-EPYC = 'two cores of an AMD EPYC (Zen 4)'
+from experiments.settings import read_settings
 
 
 def draw_depth(theme: Theme, results: Path) -> Figure:
     """Draw top-1 against depth, and the training loss of each epoch."""
     title = 'Depth ruins what folds into plain: RepVGG less, dirac least'
     rows, losses = read(results / RESULTS), read(results / LOSSES)
-    seeds = len({row['seed'] for row in rows})
-    figure = new_figure(theme, title, f'{CIFAR10}; ' + (f'{seeds} seeds and their spread' if seeds > 1 else 'one seed'))
+    figure = new_figure(theme, title, f'CIFAR-10, {read_settings(results)["epochs"]} epochs; {seeds_of(rows)}')
     top1 = figure.add_axes((0.07, 0.12, 0.36, 0.66))
     top1.set_title('top-1 by number of layers, %', fontsize=TEXT_POINTS, loc='left')
     curves = figure.add_axes((0.5, 0.12, 0.3, 0.66))
@@ -54,6 +52,15 @@ def draw_depth(theme: Theme, results: Path) -> Figure:
         axes.grid(axis='y')
     figure.legend(*top1.get_legend_handles_labels(), loc='center left', bbox_to_anchor=(0.82, 0.45), frameon=False)
     return figure
+
+
+def seeds_of(rows: list[dict[str, str]]) -> str:
+    """Tell how many seeds the points of `draw_depth` have."""
+    shown = {depth.name(network, n) for network in depth.NETWORKS for n in (*depth.STEPS, depth.DEEPEST)}
+    counts = Counter(row['network'] for row in rows if row['network'] in shown).values()
+    if max(counts) == 1:
+        return 'one seed'
+    return f'{max(counts)} seeds and their spread' + ('; without a bar one seed' if min(counts) == 1 else '')
 
 
 def draw_lesion(theme: Theme, results: Path) -> Figure:
@@ -96,7 +103,7 @@ def draw_lesion(theme: Theme, results: Path) -> Figure:
 def draw_skeleton(theme: Theme, results: Path) -> Figure:
     """Draw the mean magnitude of the nine taps by network: before the training, and of each stage after it."""
     layers = depth.layers(depth.SKELETON_STEP)
-    subtitle = f'Mean magnitude of each tap, 1 is the mean of all nine; CIFAR-10, ten epochs, {layers} layers'
+    subtitle = f'Mean magnitude of each tap, 1 is the mean of all nine; CIFAR-10, {layers} layers'
     figure = new_figure(theme, 'A skeleton is where branches overlap, and training deepens it', subtitle)
     rows = read(results / RESULTS)
     largest = max(values(rows, 'magnitude'))
@@ -139,7 +146,7 @@ def draw_multiplications(theme: Theme, results: Path) -> Figure:
     figure = new_figure(
         theme,
         'Multiplications predict time; reading and writing predicts the rest',
-        f'ncnn, one image of 224 pixels, float32, folded networks: {EPYC}',
+        f'ncnn, one image of 224 pixels, float32, folded networks; {machine_of(results)}',
     )
     rows = read(results / RESULTS)
     axes = figure.add_axes((0.06, 0.2, 0.37, 0.58))
@@ -176,7 +183,7 @@ def draw_forms(theme: Theme, results: Path) -> Figure:
     figure = new_figure(
         theme,
         'On small images branches cost 2.5 times the time, at any depth',
-        f'Widths 16, 32, 64, 32 images of 32 pixels, float32, eager PyTorch: {EPYC}',
+        f'Widths 16, 32, 64, 32 images of 32 pixels, float32, eager PyTorch; {machine_of(results)}',
     )
     rows = read(results / RESULTS)
     headings = {
@@ -197,6 +204,11 @@ def draw_forms(theme: Theme, results: Path) -> Figure:
         axes.set_title(heading, fontsize=TEXT_POINTS, loc='left')
     legend(figure, {f'{form} form': color for form, color in colors.items()})
     return figure
+
+
+def machine_of(results: Path) -> str:
+    settings = read_settings(results)
+    return f'{settings["processor"]}, {settings["threads"]} threads'
 
 
 STUDIES = {

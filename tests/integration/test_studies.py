@@ -183,10 +183,12 @@ def test_report_draws_the_results_that_it_is_given(run, tmp_path):
     lines = [f'{layers},{form},1.0,1.00,1.00,1.00,1' for layers in (8, 26) for form in ('training', 'deploy')]
     text = '\n'.join(('depth,form,params_k,batch_1_ms,batch_32_ms,step_32_ms,kept_kb', *lines))
     (tmp_path / 'forms' / 'results.csv').write_text(text)
+    (tmp_path / 'forms' / 'settings.json').write_text('{"processor": "A processor of mine", "threads": 7}')
     run('report', '--results', tmp_path, '--figures', tmp_path / 'figures')
     drawn = {path.name: path.read_text('utf-8') for path in (tmp_path / 'figures').iterdir()}
     assert set(drawn) == {'study_forms.svg', 'study_forms.dark.svg'}
-    assert drawn['study_forms.svg'] != (program.DRAW / 'study_forms.svg').read_text('utf-8')
+    assert 'A processor of mine, 7 threads' in drawn['study_forms.svg']
+    assert 'A processor of mine' not in (program.DRAW / 'study_forms.svg').read_text('utf-8')
 
 
 def test_report_without_figures_is_an_error(run, tmp_path):
@@ -210,7 +212,7 @@ def test_skeleton_of_known_kernels():
         assert taps.tolist() == [[0, 4.5, 0], [0, 4.5, 0], [0, 0, 0]]
 
 
-def test_multiplications_are_counted_and_timed(run, tmp_path):
+def test_multiplications_are_counted_and_timed(run, tmp_path, capsys):
     pytest.importorskip('ncnn')
     options = ('--data', 'not read', '--models', 'test_repvgg', '--px', 32, '--rounds', 1)
     run('multiplications', '--out', tmp_path, *options)
@@ -219,6 +221,9 @@ def test_multiplications_are_counted_and_timed(run, tmp_path):
     assert float(row['gmacs']) == pytest.approx(count_gmacs(VARIANTS['test_repvgg'], input_px=32), abs=1e-4)
     assert float(row['ncnn_ms']) > 0
     assert float(row['ncnn_no_winograd_ms']) > 0
+    with pytest.raises(SystemExit):
+        run('multiplications', '--out', tmp_path, '--models', 'test_resnet')
+    assert 'px was 32 and is 224, rounds was 1 and is 15' in capsys.readouterr().err
 
 
 def test_multiplications_of_known_layers():
@@ -304,10 +309,13 @@ def test_int8_decays_what_it_says(monkeypatch):
         assert any(p.ndim == 1 for p in decayed) == (job.network.endswith('all-decayed'))
 
 
-def test_forms_are_timed_over_depth(run, tmp_path):
+def test_forms_are_timed_over_depth(run, tmp_path, capsys):
     run('forms', '--out', tmp_path, '--rounds', 1)
     training, deploy, *_ = rows(tmp_path / 'forms' / 'results.csv')
     assert (training['form'], deploy['form']) == ('training', 'deploy')
     assert float(training['params_k']) > float(deploy['params_k'])
     assert float(training['kept_kb']) > float(deploy['kept_kb'])
     assert '| 8 |' in run('report', 'forms', '--results', tmp_path)
+    with pytest.raises(SystemExit):
+        run('forms', '--out', tmp_path, '--rounds', 2)
+    assert 'rounds was 1 and is 2' in capsys.readouterr().err
