@@ -12,45 +12,63 @@ from repvgg_zoo.tools.markdown import markdown_table
 
 Row = dict[str, Any]
 BY_BRANCHES = 'training_by_branches'
+WORK = (('infer',), ('train',), ('load', 'fold'))
+"""Of the tables of speed."""
 
 
 def write_page(parts: dict[str, Any], out: Path) -> dict[str, Any]:
     """Write `README.md`, `speed.csv`, `agreement.csv` and plots from the results of the parts."""
     rows = [row | {'part': name} for name, part in parts.items() if has_rows(part) for row in part['rows']]
-    write_csv(out / 'speed.csv', rows)
     agreeing = parts.get('agreement', [])
     agreeing = agreeing if isinstance(agreeing, list) else []
-    write_csv(out / 'agreement.csv', agreeing)
+    inferring, training, loading = ([row for row in rows if row['work'] in work] for work in WORK)
     text = [
         '# Measured on a GPU',
         'Written by `python benchmarks/gpu`. ' + '; '.join(f'{k} {v}' for k, v in parts['machine'].items()) + '.',
-        '## Device tests',
-        last_line(parts, 'tests'),
-        '## Both forms agree',
-        f'Largest difference from the branches in float64, relative to the largest output, over '
-        f'{len({row["model"] for row in agreeing})} variants. [agreement.csv](agreement.csv) has each.',
-        agreement_table(agreeing),
-        '## Inference',
-        'Deploy form, bfloat16, channels_last; medians of interleaved rounds. In brackets: the time of the zoo over '
-        "that of timm's fused model in the same setting, below 1 where the zoo is faster.",
-        speed_table([row for row in rows if row['work'] == 'infer']),
-        '## Training step',
-        'Forward, loss and backward, bfloat16 autocast. Peak memory includes the weights; `kept` is what '
-        "autograd keeps for the backward pass. In brackets: the zoo over timm's own.",
-        training_table([row for row in rows if row['work'] == 'train']),
-        '## Loading',
-        'From a safetensors file of training weights to a model on the device, and the switch of a model there.',
-        speed_table([row for row in rows if row['work'] in ('load', 'fold')]),
-        '## Training on CIFAR-10',
-        last_line(parts, 'cifar10'),
-        '## Not measured',
-        '\n'.join(f'- {line}' for line in skipped(parts)) or 'All was.',
-        'Seconds of each part: ' + ', '.join(f'{name} {seconds}' for name, seconds in parts['seconds'].items()) + '.',
     ]
-    (out / 'README.md').write_text('\n\n'.join(text) + '\n')
-    plot(rows, 'infer', out / 'inference.png', 'inference, images a second')
-    plot(rows, 'train', out / 'training.png', 'training step, images a second')
-    return {'rows': len(rows)} if rows else {'error': 'no row was measured'}
+    if 'tests' in parts:
+        text += ['## Device tests', last_line(parts, 'tests')]
+    if agreeing:
+        write_csv(out / 'agreement.csv', agreeing)
+        text += [
+            '## Both forms agree',
+            f'Largest difference from the branches in float64, relative to the largest output, over '
+            f'{len({row["model"] for row in agreeing})} variants. [agreement.csv](agreement.csv) has each.',
+            agreement_table(agreeing),
+        ]
+    if inferring:
+        plot(inferring, out / 'inference.png', 'inference, images a second')
+        text += [
+            '## Inference',
+            'Deploy form, bfloat16, channels_last; medians of interleaved rounds. In brackets: the time of the zoo over '
+            "that of timm's fused model in the same setting, below 1 where the zoo is faster.",
+            speed_table(inferring),
+        ]
+    if training:
+        as_it_is = [row for row in training if row['part'] != BY_BRANCHES]
+        plot(as_it_is, out / 'training.png', 'training step, images a second')
+        text += [
+            '## Training step',
+            'Forward, loss and backward, bfloat16 autocast. Peak memory includes the weights; `kept` is what '
+            "autograd keeps for the backward pass. In brackets: the zoo over timm's own.",
+            training_table(training),
+        ]
+    if loading:
+        text += [
+            '## Loading',
+            'From a safetensors file of training weights to a model on the device, and the switch of a model there.',
+            speed_table(loading),
+        ]
+    if 'cifar10' in parts:
+        text += ['## Training on CIFAR-10', last_line(parts, 'cifar10')]
+    if missing := [f'- {line}' for line in skipped(parts)]:
+        text += ['## Not measured', '\n'.join(missing)]
+    seconds = ', '.join(f'{name} {seconds}' for name, seconds in parts['seconds'].items())
+    (out / 'README.md').write_text('\n\n'.join([*text, f'Seconds of each part: {seconds}.']) + '\n')
+    if not rows:
+        return {'error': 'no row was measured'}
+    write_csv(out / 'speed.csv', rows)
+    return {'rows': len(rows)}
 
 
 def has_rows(part: Any) -> bool:
@@ -130,8 +148,8 @@ def training_table(rows: list[Row]) -> str:
     return markdown_table(lines, header, text_columns=('model', 'runtime', 'layout'))
 
 
-def plot(rows: list[Row], work: str, path: Path, title: str) -> None:
-    rows = [row for row in rows if row['work'] == work and row['batch'] > 1]
+def plot(rows: list[Row], path: Path, title: str) -> None:
+    rows = [row for row in rows if row['batch'] > 1]
     names = list(dict.fromkeys(row['model'] for row in rows))
     series = dict.fromkeys((row['runtime'], row['layout']) for row in rows)
     figure = Figure(figsize=(8, 0.5 * len(names) + 1.5), layout='constrained')
