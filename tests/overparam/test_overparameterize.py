@@ -74,6 +74,7 @@ def _pickled(module: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize('block', BLOCKS)
 def test_overparameterize_every_geometry_trains_and_folds_back_to_the_same_keys(net, block):
     x, plain = images(2, px=32, dtype=F64), copy.deepcopy(net)

@@ -46,6 +46,7 @@ def train(model, steps=2):
     return model.eval()
 
 
+@pytest.mark.device
 @pytest.mark.parametrize('norms', ['fixed', 'moving'])
 @pytest.mark.parametrize('block', block_params(BLOCKS))
 def test_qat_fold_keeps_every_code_and_every_output(block, norms):
@@ -358,6 +359,7 @@ def test_prepared_block_without_quantizer_is_as_before():
     assert not any('quantizer' in key for key in block.state_dict())
 
 
+@pytest.mark.device
 def test_finetune_brings_answers_nearer():
     teacher, model = deployed_with_weights(), unbalanced_ranges()
     x = torch.cat([images(16, 32, seed=seed) for seed in range(8)])
