@@ -40,6 +40,7 @@ def run_examples(source: str, variables: dict) -> tuple[int, str]:
     return runner.summarize(verbose=False).attempted, ''.join(report)
 
 
+@pytest.mark.usefixtures('own_registry')
 @pytest.mark.parametrize('name', [name for name in MODULES if not name.endswith('__main__')])
 def test_module_examples_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
