@@ -40,8 +40,8 @@ def write_page(parts: dict[str, Any], out: Path) -> dict[str, Any]:
         plot(inferring, out / 'inference.png', 'inference, images a second')
         text += [
             '## Inference',
-            'Deploy form, bfloat16, channels_last; medians of interleaved rounds. In brackets: the time of the zoo over '
-            "that of timm's fused model in the same setting, below 1 where the zoo is faster.",
+            'Deploy form, bfloat16, channels_last; medians of interleaved rounds. In brackets: the time of the zoo '
+            "over that of timm's fused model in the same setting, below 1 where the zoo is faster.",
             speed_table(inferring),
         ]
     if training:

@@ -207,6 +207,7 @@ def draw_forms(theme: Theme, results: Path) -> Figure:
 
 
 def machine_of(results: Path) -> str:
+    """Tell on what the times of a study were measured."""
     settings = read_settings(results)
     return f'{settings["processor"]}, {settings["threads"]} threads'
 
