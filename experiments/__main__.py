@@ -74,7 +74,11 @@ def draw(studies: list[str], results: Path, out: Path) -> None:
         raise StudyError(f'--figures: there is none of these results, only of {", ".join(FIGURES)}')
     out.mkdir(parents=True, exist_ok=True)
     names = [f'study_{name}' for name in studies]
-    subprocess.run([sys.executable, DRAW, *names, '--results', results, '--out', out], check=True)
+    command = [sys.executable, DRAW, *names, '--results', results, '--out', out]
+    if subprocess.run(command, check=False).returncode:
+        raise StudyError(
+            f'{str(results)!r} has too few results for all of {", ".join(names)}; name the studies to draw'
+        )
 
 
 if __name__ == '__main__':

@@ -16,7 +16,7 @@ from torch import nn
 
 from experiments.arguments import add_training_arguments, train
 from experiments.family import mean_and_spread
-from experiments.pool import RESULTS, read
+from experiments.records import RESULTS, read
 from experiments.training import Job, Recipe
 from repvgg_zoo.tools.markdown import markdown_table
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments import depth
-from experiments.pool import RESULTS, append, read
-from experiments.settings import processor, settle
+from experiments.records import RESULTS, append, processor, read, settle
 from repvgg_zoo.tools.benchmark.cases import saved_bytes
 from repvgg_zoo.tools.benchmark.measure import time_rounds
 from repvgg_zoo.tools.console import no_progress, positive

@@ -18,8 +18,9 @@ import torch
 
 from experiments import depth
 from experiments.arguments import add_training_arguments, image_arguments, train
-from experiments.pool import append, read, trained
-from experiments.training import MEAN, STD, Job
+from experiments.pool import trained
+from experiments.records import append, read, settle
+from experiments.training import MEAN, STD, Job, image_settings
 from repvgg_zoo import RepVGG
 from repvgg_zoo.quantization.equalize import neighbours, rescale
 from repvgg_zoo.tools.console import positive, progress
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
         trained_jobs = train(args, jobs(), depth.RECIPE, args.out / 'depth')
         makers |= {job.network: partial(normalised, job, args.out / 'depth') for job in trained_jobs}
     data, split, *_ = image_arguments(args, 'cpu')
+    settle(out, image_settings(data, split) | {'qat_epochs': args.qat_epochs})
     for network, make in makers.items():
         if args.only not in (None, network):
             continue

@@ -21,7 +21,8 @@ from torch import nn
 import repvgg_zoo
 from experiments import depth
 from experiments.arguments import add_training_arguments, image_arguments, train
-from experiments.pool import RESULTS, append, read, trained, values
+from experiments.pool import trained
+from experiments.records import RESULTS, append, read, read_settings, settle, values
 from experiments.training import Images, top1_pct
 from repvgg_zoo.tools.markdown import markdown_table
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     data, split, count, _ = image_arguments(args, 'cpu')
     images = Images(data, split, count or IMAGES, 'cpu')
     out = args.out / 'lesion'
-    out.mkdir(exist_ok=True)
+    settle(out, read_settings(args.out / 'depth') | {'images': len(images.test)})
     for job in jobs:
         cut(job.network, trained(job, args.out / 'depth'), images, out)
 

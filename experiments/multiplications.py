@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import repvgg_zoo
-from experiments.pool import RESULTS, append, read
-from experiments.settings import processor, settle
+from experiments.errors import StudyError
+from experiments.records import RESULTS, append, processor, read, settle
 from repvgg_zoo.tools.benchmark.measure import time_rounds
 from repvgg_zoo.tools.benchmark.runtimes import RUNTIMES
 from repvgg_zoo.tools.console import no_progress, positive
@@ -85,6 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write `results.csv`, a line a model."""
     out = args.out / 'multiplications'
+    if unknown := [name for name in args.models if not timm.is_model(name)]:
+        raise StudyError(f'timm has no model {", ".join(unknown)}')
     settle(out, {'px': args.px, 'rounds': args.rounds} | processor())
     done = {row['model'] for row in read(out / RESULTS)}
     for name in args.models:

@@ -8,7 +8,6 @@ stopped goes on after its last whole epoch.
 from __future__ import annotations
 
 import copy
-import csv
 import multiprocessing
 import os
 import time
@@ -24,10 +23,10 @@ from torch import nn
 import repvgg_zoo
 from experiments.cifar10 import save_state
 from experiments.errors import StudyError
-from experiments.settings import settle
-from experiments.training import Images, Job, Recipe, Training, top1_pct
+from experiments.records import RESULTS, append, read, settle, values
+from experiments.training import Images, Job, Recipe, Training, image_settings, top1_pct
 
-RESULTS, LOSSES, WEIGHTS, UNFINISHED = 'results.csv', 'losses.csv', 'weights', 'unfinished'
+LOSSES, WEIGHTS, UNFINISHED = 'losses.csv', 'weights', 'unfinished'
 COLUMNS = ('network', 'seed', 'epochs', 'train_loss', 'top1_pct', 'folded_top1_pct')
 
 
@@ -49,9 +48,9 @@ class Pool:
         """Train what has no line in `results.csv`.
 
         Raises:
-            StudyError: The folder has results of another recipe or number of images.
+            StudyError: The folder has results of another recipe or other images.
         """
-        settle(self.out, asdict(self.recipe) | {'test_split': self.images[1], 'images': self.images[2]})
+        settle(self.out, asdict(self.recipe) | image_settings(*self.images))
         done = self.done(jobs)
         waiting = [job for job in jobs if job not in done]
         if not waiting:
@@ -148,22 +147,3 @@ def trained(job: Job, out: Path) -> nn.Module:
     network = job.create()
     load_model(network, str(file))
     return network.eval()
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline='') as file:
-        return list(csv.DictReader(file))
-
-
-def values(rows: Sequence[dict[str, str]], column: str, **wanted: str) -> list[float]:
-    """Return a column of the rows that have the wanted values."""
-    return [float(row[column]) for row in rows if wanted.items() <= row.items()]
-
-
-def append(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    is_new = not path.exists()
-    with path.open('a', newline='') as file:
-        writer = csv.writer(file, lineterminator='\n')
-        writer.writerows([columns, *rows] if is_new else rows)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from experiments import depth
 from experiments.arguments import add_training_arguments, image_arguments, train
 from experiments.cifar10 import normalise
-from experiments.pool import RESULTS, append, read, trained
+from experiments.pool import trained
+from experiments.records import RESULTS, append, read, read_settings, settle
 from experiments.training import Images, Job
 from repvgg_zoo.blocks.base import ReparamBlock
 from repvgg_zoo.tools.markdown import markdown_table
@@ -32,9 +33,9 @@ def run(args: argparse.Namespace) -> None:
     jobs = [depth.job(block, depth.SKELETON_STEP, 0) for block in BLOCKS]
     jobs = train(args, jobs, depth.RECIPE, args.out / 'depth')
     out = args.out / 'skeleton'
-    out.mkdir(exist_ok=True)
     data, split, count, _ = image_arguments(args, 'cpu')
     images = Images(data, split, count or IMAGES, 'cpu')
+    settle(out, read_settings(args.out / 'depth') | {'images': len(images.test)})
     done = {row['network'] for row in read(out / RESULTS)}
     for job in jobs:
         if job.network not in done:

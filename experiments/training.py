@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,13 @@ class Images:
         self.px, self.padded = train.shape[1], pad(train)
         self.device = train.device
         self.mean, self.std = (torch.tensor(values, device=device) for values in (MEAN, STD))
+
+
+def image_settings(root: str, test_split: str, count: int | None = None, device: str = '') -> dict[str, Any]:
+    """Tell what results hang on, of the arguments of `Images`."""
+    sizes = [sum(1 for _ in Path(root, split).glob('*/*')) for split in ('train', test_split)]
+    train, test = (size if count is None else min(count, size) for size in sizes)
+    return {'train_images': train, 'test_split': test_split, 'test_images': test}
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from style import ROOT, SMALL_POINTS, TEXT_POINTS, Theme, bars, label, legend, n
 sys.path.append(str(ROOT))
 
 from experiments import depth, lesion, multiplications, skeleton
-from experiments.pool import LOSSES, RESULTS, read, values
-from experiments.settings import read_settings
+from experiments.pool import LOSSES
+from experiments.records import RESULTS, read, read_settings, values
 
 
 def draw_depth(theme: Theme, results: Path) -> Figure:
@@ -57,10 +57,12 @@ def draw_depth(theme: Theme, results: Path) -> Figure:
 def seeds_of(rows: list[dict[str, str]]) -> str:
     """Tell how many seeds the points of `draw_depth` have."""
     shown = {depth.name(network, n) for network in depth.NETWORKS for n in (*depth.STEPS, depth.DEEPEST)}
-    counts = Counter(row['network'] for row in rows if row['network'] in shown).values()
-    if max(counts) == 1:
+    counts = sorted(set(Counter(row['network'] for row in rows if row['network'] in shown).values()))
+    if counts == [1]:
         return 'one seed'
-    return f'{max(counts)} seeds and their spread' + ('; without a bar one seed' if min(counts) == 1 else '')
+    several = [count for count in counts if count > 1]
+    text = ' to '.join(map(str, dict.fromkeys((several[0], several[-1]))))
+    return f'{text} seeds and their spread' + ('; without a bar one seed' if counts[0] == 1 else '')
 
 
 def draw_lesion(theme: Theme, results: Path) -> Figure:
@@ -146,7 +148,7 @@ def draw_multiplications(theme: Theme, results: Path) -> Figure:
     figure = new_figure(
         theme,
         'Multiplications predict time; reading and writing predicts the rest',
-        f'ncnn, one image of 224 pixels, float32, folded networks; {machine_of(results)}',
+        f'ncnn, one image of {read_settings(results)["px"]} pixels, float32, folded networks; {machine_of(results)}',
     )
     rows = read(results / RESULTS)
     axes = figure.add_axes((0.06, 0.2, 0.37, 0.58))

@@ -143,7 +143,13 @@ def test_pool_goes_on_only_with_its_recipe(pool, training, tmp_path, monkeypatch
             pool().train([job('repvgg')])
     longer = replace(pool(), recipe=training.Recipe(epochs=3, batch_size=32))
     fewer = replace(pool(), images=(*IMAGES[:2], 32, 'cpu'))
-    for others, change in ((longer, 'epochs was 2 and is 3'), (fewer, 'images was 64 and is 32')):
+    elsewhere = replace(pool(), images=(IMAGES[0], 'train', *IMAGES[2:]))
+    changes = (
+        (longer, 'epochs was 2 and is 3'),
+        (fewer, 'train_images was 64 and is 32, test_images was 64 and is 32'),
+        (elsewhere, 'test_split was validation and is train'),
+    )
+    for others, change in changes:
         with pytest.raises(StudyError, match=f'{change}; give another --out'):
             others.train([job('repvgg')])
     pool().train([job('repvgg')])

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import importlib.util
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -113,9 +114,13 @@ def test_gpu_benchmark_skips_only_its_parts(monkeypatch, capsys, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
-def test_gpu_benchmark_plot_without_rows_does_not_warn(monkeypatch, tmp_path):
+@pytest.mark.parametrize('gpu', ['h100', 'h200'])
+def test_gpu_benchmark_page_has_the_parts_that_were_measured(gpu, monkeypatch, tmp_path):
     script = load(ROOT / 'benchmarks' / 'gpu' / 'page.py', monkeypatch)
+    committed = ROOT / 'benchmarks' / 'gpu' / gpu
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        script.plot([], 'train', tmp_path / 'training.png', 'title')
-    assert (tmp_path / 'training.png').stat().st_size
+        script.write_page(json.loads((committed / 'results.json').read_text()), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in committed.iterdir()} - {'results.json'}
+    for name in ('README.md', 'speed.csv'):
+        assert (tmp_path / name).read_text() == (committed / name).read_text()

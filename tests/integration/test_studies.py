@@ -2,7 +2,9 @@
 
 import csv
 import math
+import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -110,19 +112,24 @@ def test_lesion_removes_branches(run, tmp_path):
 
 
 def test_lesion_of_results_without_weights_is_an_error(run, tmp_path, capsys):
-    from experiments import depth, pool
+    from experiments import depth, pool, records, training
 
+    settings = asdict(depth.RECIPE) | training.image_settings(DATA[1], 'validation', 60)
+    records.settle(tmp_path / 'depth', settings)
     lines = [(depth.name(network, 1), 0, 1, 0.5, 50, 50) for network in ('repvgg', 'residual')]
-    (tmp_path / 'depth').mkdir()
-    pool.append(tmp_path / 'depth' / 'results.csv', pool.COLUMNS, lines)
+    records.append(tmp_path / 'depth' / 'results.csv', pool.COLUMNS, lines)
     with pytest.raises(SystemExit):
         run('lesion', *DATA, '--out', tmp_path)
     assert 'has a result of repvgg-8 and not repvgg-8-0.safetensors' in capsys.readouterr().err
 
 
-def test_lesion_of_one_network_takes_no_other(run, tmp_path):
+def test_lesion_of_one_network_takes_no_other(run, tmp_path, capsys):
     run('lesion', *DATA, '--out', tmp_path, '--only', 'residual-8')
     assert {row['network'] for row in rows(tmp_path / 'lesion' / 'single.csv')} == {'residual-8'}
+    shutil.rmtree(tmp_path / 'depth')
+    with pytest.raises(SystemExit):
+        run('lesion', *DATA[:-1], '2', '--out', tmp_path, '--only', 'repvgg-8')
+    assert "lesion' has results under other settings: epochs was 1 and is 2" in capsys.readouterr().err
 
 
 def test_lesion_of_shortcuts_leaves_the_residual_branch():
@@ -196,6 +203,58 @@ def test_report_without_figures_is_an_error(run, tmp_path):
 
     with pytest.raises(program.StudyError, match='none of these results, only of depth, '):
         program.draw([], tmp_path, tmp_path)
+    with pytest.raises(program.StudyError, match='has too few results for all of study_depth'):
+        program.draw(['depth'], tmp_path, tmp_path)
+
+
+def test_settings_are_those_of_results(tmp_path):
+    from experiments.records import append, settle
+
+    settle(tmp_path, {'epochs': 1})
+    settle(tmp_path, {'epochs': 2})  # a mistake before any result
+    append(tmp_path / 'results.csv', ('network',), [('plain',)])
+    settle(tmp_path, {'epochs': 2})
+    with pytest.raises(ValueError, match='epochs was 2 and is 3; give another --out'):
+        settle(tmp_path, {'epochs': 3})
+    for spoil in (lambda path: path.write_text('{'), Path.unlink):
+        spoil(tmp_path / 'settings.json')
+        with pytest.raises(ValueError, match=r'no settings\.json that can be read'):
+            settle(tmp_path, {'epochs': 2})
+    with pytest.raises(ValueError, match='cannot be made'):
+        settle(tmp_path / 'results.csv' / 'depth', {})
+
+
+def test_append_stopped_in_the_middle_adds_nothing(tmp_path, monkeypatch):
+    from experiments import records
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    file = tmp_path / 'results.csv'
+    records.append(file, ('a', 'b'), [(1, 2)])
+    with monkeypatch.context() as patch:
+        patch.setattr('os.replace', stop)
+        with pytest.raises(KeyboardInterrupt):
+            records.append(file, ('a', 'b'), [(3, 4), (5, 6)])
+    records.append(file, ('a', 'b'), [(7, 8)])
+    assert file.read_text() == 'a,b\n1,2\n7,8\n'
+
+
+@pytest.mark.parametrize(
+    ('counts', 'said'),
+    [
+        ({'plain-8': 1, 'repvgg-8': 1}, 'one seed'),
+        ({'plain-8': 3, 'repvgg-8': 3, 'acb-8': 1}, '3 seeds and their spread'),
+        ({'plain-8': 1, 'repvgg-8': 3}, '3 seeds and their spread; without a bar one seed'),
+        ({'plain-8': 2, 'repvgg-8': 3}, '2 to 3 seeds and their spread'),
+    ],
+)
+def test_figure_tells_its_seeds(counts, said, monkeypatch):
+    pytest.importorskip('matplotlib')
+    monkeypatch.syspath_prepend(str(ROOT / 'docs' / 'figures'))
+    from studies import seeds_of
+
+    assert seeds_of([{'network': name} for name, count in counts.items() for _ in range(count)]) == said
 
 
 def test_skeleton_of_known_kernels():
@@ -224,6 +283,9 @@ def test_multiplications_are_counted_and_timed(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run('multiplications', '--out', tmp_path, '--models', 'test_resnet')
     assert 'px was 32 and is 224, rounds was 1 and is 15' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run('multiplications', '--out', tmp_path, '--models', 'test_resnat', 'test_resnet')
+    assert 'timm has no model test_resnat\n' in capsys.readouterr().err
 
 
 def test_multiplications_of_known_layers():
@@ -309,7 +371,7 @@ def test_int8_decays_what_it_says(monkeypatch):
         assert any(p.ndim == 1 for p in decayed) == (job.network.endswith('all-decayed'))
 
 
-def test_forms_are_timed_over_depth(run, tmp_path, capsys):
+def test_forms_are_timed_over_depth(run, tmp_path, capsys, monkeypatch):
     run('forms', '--out', tmp_path, '--rounds', 1)
     training, deploy, *_ = rows(tmp_path / 'forms' / 'results.csv')
     assert (training['form'], deploy['form']) == ('training', 'deploy')
@@ -319,3 +381,7 @@ def test_forms_are_timed_over_depth(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run('forms', '--out', tmp_path, '--rounds', 2)
     assert 'rounds was 1 and is 2' in capsys.readouterr().err
+    monkeypatch.setattr('experiments.records.machine_facts', lambda _: {'processor': 'another', 'threads': 1})
+    with pytest.raises(SystemExit):
+        run('forms', '--out', tmp_path, '--rounds', 1)
+    assert 'and is another' in capsys.readouterr().err
