@@ -72,7 +72,7 @@ def main() -> None:
     state = None
     if state_file.exists():
         state = torch.load(state_file, map_location=args.device, weights_only=True)
-        if changed := changes(state.get('settings', {}), settings):
+        if changed := changes(as_options(state.get('settings', {})), as_options(settings)):
             parser.error(f'{str(state_file)!r} is of a run with other settings: {changed}; choose another --out')
     torch.manual_seed(args.seed)
     train_images, train_labels = load(args.data, 'train', args.images, args.device)
@@ -187,6 +187,10 @@ def top1_pct(model: nn.Module, images: Tensor, labels: Tensor) -> float:
         for x, y in zip(images.split(500), labels.split(500), strict=True):
             right += (model(x).argmax(1) == y).sum()
     return 100 * right.item() / len(labels)
+
+
+def as_options(settings: dict[str, Any]) -> dict[str, Any]:
+    return {f'--{name.replace("_", "-")}': value for name, value in settings.items()}
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> str:

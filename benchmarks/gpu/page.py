@@ -12,8 +12,6 @@ from repvgg_zoo.tools.markdown import markdown_table
 
 Row = dict[str, Any]
 BY_BRANCHES = 'training_by_branches'
-WORK = (('infer',), ('train',), ('load', 'fold'))
-"""Of the tables of speed."""
 
 
 def write_page(parts: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -21,50 +19,60 @@ def write_page(parts: dict[str, Any], out: Path) -> dict[str, Any]:
     rows = [row | {'part': name} for name, part in parts.items() if has_rows(part) for row in part['rows']]
     agreeing = parts.get('agreement', [])
     agreeing = agreeing if isinstance(agreeing, list) else []
-    inferring, training, loading = ([row for row in rows if row['work'] in work] for work in WORK)
+    inferring = [row for row in rows if row['work'] == 'infer']
+    training = [row for row in rows if row['work'] == 'train']
+    loading = [row for row in rows if row['work'] in ('load', 'fold')]
     text = [
         '# Measured on a GPU',
         'Written by `python benchmarks/gpu`. ' + '; '.join(f'{k} {v}' for k, v in parts['machine'].items()) + '.',
     ]
     if 'tests' in parts:
         text += ['## Device tests', last_line(parts, 'tests')]
-    if agreeing:
-        write_csv(out / 'agreement.csv', agreeing)
-        text += [
+    tables = [
+        (
             '## Both forms agree',
             f'Largest difference from the branches in float64, relative to the largest output, over '
             f'{len({row["model"] for row in agreeing})} variants. [agreement.csv](agreement.csv) has each.',
-            agreement_table(agreeing),
-        ]
-    if inferring:
-        plot(inferring, out / 'inference.png', 'inference, images a second')
-        text += [
+            agreement_table,
+            agreeing,
+        ),
+        (
             '## Inference',
             'Deploy form, bfloat16, channels_last; medians of interleaved rounds. In brackets: the time of the zoo '
             "over that of timm's fused model in the same setting, below 1 where the zoo is faster.",
-            speed_table(inferring),
-        ]
-    if training:
-        as_it_is = [row for row in training if row['part'] != BY_BRANCHES]
-        plot(as_it_is, out / 'training.png', 'training step, images a second')
-        text += [
+            speed_table,
+            inferring,
+        ),
+        (
             '## Training step',
             'Forward, loss and backward, bfloat16 autocast. Peak memory includes the weights; `kept` is what '
             "autograd keeps for the backward pass. In brackets: the zoo over timm's own.",
-            training_table(training),
-        ]
-    if loading:
-        text += [
+            training_table,
+            training,
+        ),
+        (
             '## Loading',
             'From a safetensors file of training weights to a model on the device, and the switch of a model there.',
-            speed_table(loading),
-        ]
+            speed_table,
+            loading,
+        ),
+    ]
+    for heading, introduction, table, measured in tables:
+        if measured:
+            text += [heading, introduction, table(measured)]
     if 'cifar10' in parts:
         text += ['## Training on CIFAR-10', last_line(parts, 'cifar10')]
     if missing := [f'- {line}' for line in skipped(parts)]:
         text += ['## Not measured', '\n'.join(missing)]
     seconds = ', '.join(f'{name} {seconds}' for name, seconds in parts['seconds'].items())
     (out / 'README.md').write_text('\n\n'.join([*text, f'Seconds of each part: {seconds}.']) + '\n')
+    if agreeing:
+        write_csv(out / 'agreement.csv', agreeing)
+    if inferring:
+        plot(inferring, out / 'inference.png', 'inference, images a second')
+    if training:
+        as_it_is = [row for row in training if row['part'] != BY_BRANCHES]
+        plot(as_it_is, out / 'training.png', 'training step, images a second')
     if not rows:
         return {'error': 'no row was measured'}
     write_csv(out / 'speed.csv', rows)

@@ -73,9 +73,9 @@ def test_cifar10_stopped_run_goes_on_to_the_same_weights(train, stopped, tmp_pat
 def test_cifar10_stopped_run_with_other_settings_is_an_error_that_names_them(train, stopped):
     before = {path.name: path.read_bytes() for path in stopped.iterdir()}
     for options, said in {
-        ('--epochs', '3'): 'epochs was 2 and is 3',
-        ('--epochs', '2', '--seed', '1', '--lr', '0.2'): 'lr was 0.1 and is 0.2, seed was 0 and is 1',
-        ('--epochs', '2', '--model-kwargs', 'block=acb'): "model_kwargs was {} and is {'block': 'acb'}",
+        ('--epochs', '3'): '--epochs was 2 and is 3',
+        ('--epochs', '2', '--seed', '1', '--lr', '0.2'): '--lr was 0.1 and is 0.2, --seed was 0 and is 1',
+        ('--epochs', '2', '--model-kwargs', 'block=acb'): "--model-kwargs was {} and is {'block': 'acb'}",
     }.items():
         assert f"state.pt' is of a run with other settings: {said}; choose another --out" in train(stopped, *options)
     assert {path.name: path.read_bytes() for path in stopped.iterdir()} == before
@@ -112,6 +112,14 @@ def test_gpu_benchmark_skips_only_its_parts(monkeypatch, capsys, tmp_path):
         assert f"argument --skip: invalid choice: '{part}' (choose from " in said
         assert all(name in said for name in ('tests', 'cifar10', 'agreement', 'inference_eager'))
     assert not (tmp_path / 'out').exists()
+
+
+def test_gpu_benchmark_plot_without_rows_does_not_warn(monkeypatch, tmp_path):
+    script = load(ROOT / 'benchmarks' / 'gpu' / 'page.py', monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        script.plot([], tmp_path / 'training.png', 'title')
+    assert (tmp_path / 'training.png').stat().st_size
 
 
 @pytest.mark.parametrize('gpu', ['h100', 'h200'])
