@@ -77,7 +77,7 @@ def draw(studies: list[str], results: Path, out: Path) -> None:
     command = [sys.executable, DRAW, *names, '--results', results, '--out', out]
     if subprocess.run(command, check=False).returncode:
         raise StudyError(
-            f'{str(results)!r} has too few results for all of {", ".join(names)}; name the studies to draw'
+            f'not all of {", ".join(names)} could be drawn of {str(results)!r}; the error is above. Name those to draw'
         )
 
 

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         trained_jobs = train(args, jobs(), depth.RECIPE, args.out / 'depth')
         makers |= {job.network: partial(normalised, job, args.out / 'depth') for job in trained_jobs}
     data, split, *_ = image_arguments(args, 'cpu')
-    settle(out, image_settings(data, split) | {'qat_epochs': args.qat_epochs})
+    settle(out, image_settings(data, split, None) | {'qat_epochs': args.qat_epochs})
     for network, make in makers.items():
         if args.only not in (None, network):
             continue

@@ -50,7 +50,7 @@ class Pool:
         Raises:
             StudyError: The folder has results of another recipe or other images.
         """
-        settle(self.out, asdict(self.recipe) | image_settings(*self.images))
+        settle(self.out, asdict(self.recipe) | image_settings(*self.images[:3]))
         done = self.done(jobs)
         waiting = [job for job in jobs if job not in done]
         if not waiting:

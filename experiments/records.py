@@ -71,8 +71,6 @@ def values(rows: Sequence[dict[str, str]], column: str, **wanted: str) -> list[f
 def append(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Add all rows or, if the program is stopped, none."""
     with locked(path.parent):
-        text = io.StringIO(path.read_text() if path.exists() else '', newline='')
-        is_new = not text.seek(0, io.SEEK_END)
-        writer = csv.writer(text, lineterminator='\n')
-        writer.writerows([columns, *rows] if is_new else rows)
-        write_text(path, text.getvalue())
+        before, added = path.read_text() if path.exists() else '', io.StringIO(newline='')
+        csv.writer(added, lineterminator='\n').writerows(rows if before else [columns, *rows])
+        write_text(path, before + added.getvalue())

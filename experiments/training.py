@@ -35,7 +35,7 @@ class Images:
         self.mean, self.std = (torch.tensor(values, device=device) for values in (MEAN, STD))
 
 
-def image_settings(root: str, test_split: str, count: int | None = None, device: str = '') -> dict[str, Any]:
+def image_settings(root: str, test_split: str, count: int | None) -> dict[str, Any]:
     """Tell what results hang on, of the arguments of `Images`."""
     sizes = [sum(1 for _ in Path(root, split).glob('*/*')) for split in ('train', test_split)]
     train, test = (size if count is None else min(count, size) for size in sizes)
